@@ -1,0 +1,1 @@
+"""Agents: policies that choose which model writes the next token, and the learners that make them."""

@@ -1,0 +1,1 @@
+"""Environments: token-level LLM routing as a decision process."""

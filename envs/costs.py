@@ -1,0 +1,211 @@
+"""What decoding costs: a ledger of what every forward pass did, and the cost models that read it.
+
+The ledger keeps sums per model, since every cost model here is linear in what a pass did. An entry is an array
+(models, COLUMNS):
+
+    PASSES    forward passes
+    READ      new tokens the passes read
+    CONTEXT   tokens that were in the cache when a pass began, summed over passes
+    PAIRS     query-key pairs: n c + n (n + 1) / 2 for n new tokens over a context of c
+    WRITTEN   tokens of the response this model wrote
+    SECONDS   measured time; a batched pass is shared equally among its rows
+
+A cost model is a price per entry: an array of the same shape, `rates`. The cost of an entry is its product with the
+rates, summed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from envs.cache import IntArray
+
+FloatArray = npt.NDArray[np.float64]
+PASSES, READ, CONTEXT, PAIRS, WRITTEN, SECONDS = range(6)
+COLUMNS = 6
+
+
+def pass_entry(new_tokens: IntArray, context: IntArray, seconds: float) -> FloatArray:
+    """The ledger entries of one batched forward pass, (n, COLUMNS).
+
+    Args:
+        new_tokens: tokens read per row, (n,).
+        context: tokens already in the cache per row, (n,).
+        seconds: time of the whole pass.
+    """
+    entry = np.zeros((len(new_tokens), COLUMNS))
+    entry[:, PASSES] = 1
+    entry[:, READ] = new_tokens
+    entry[:, CONTEXT] = context
+    entry[:, PAIRS] = new_tokens * context + new_tokens * (new_tokens + 1) / 2
+    entry[:, SECONDS] = seconds / len(new_tokens)
+    return entry
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """The sizes of a model that costs depend on.
+
+    Attributes:
+        name: the model's name.
+        body_parameters: parameters every token passes through (all but embedding table and head).
+        head_parameters: parameters of the output head, used once a pass.
+        bytes_per_parameter: 4 for float32, 2 for bfloat16.
+        kv_bytes_per_token: bytes one token takes in the key-value cache, all layers.
+        attention_width: query heads x head size x layers.
+    """
+
+    name: str
+    body_parameters: int
+    head_parameters: int
+    bytes_per_parameter: float
+    kv_bytes_per_token: int
+    attention_width: int
+
+
+class CostModel(ABC):
+    """A linear price on the ledger."""
+
+    name: ClassVar[str]
+    reproducible: ClassVar[bool] = True
+
+    @abstractmethod
+    def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
+        """Prices, (models, COLUMNS), in this model's unit."""
+
+    def of(self, ledger: FloatArray, models: Sequence[ModelProfile]) -> FloatArray:
+        """Cost of ledger entries (..., models, COLUMNS), as (...)."""
+        return np.asarray((ledger * self.rates(models)).sum((-2, -1)))
+
+    def per_llm_token(self, models: Sequence[ModelProfile]) -> float:
+        """Cost of one LLM token on an empty cache: the unit in which rewards are weighed."""
+        token = np.zeros((len(models), COLUMNS))
+        token[-1] = pass_entry(np.array([1]), np.array([0]), seconds=1.0)[0]
+        token[-1, WRITTEN] = 1
+        return float(self.of(token, models))
+
+
+@dataclass(frozen=True)
+class Bytes(CostModel):
+    """Memory traffic at batch 1, in bytes (the measure of the CITER paper).
+
+    A pass reads the weights it uses once (the rows of an untied embedding table are not counted), reads the keys and
+    values of its context and writes those of its new tokens:
+
+        bytes = passes x parameters x bytes_per_parameter + kv_bytes_per_token x (context + new tokens)
+    """
+
+    name: ClassVar[str] = "bytes"
+
+    def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
+        rates = np.zeros((len(models), COLUMNS))
+        for row, model in zip(rates, models, strict=True):
+            row[PASSES] = (model.body_parameters + model.head_parameters) * model.bytes_per_parameter
+            row[CONTEXT] = row[READ] = model.kv_bytes_per_token
+        return rates
+
+
+@dataclass(frozen=True)
+class Flops(CostModel):
+    """Floating-point operations, a multiply-add counted as two.
+
+        flops = 2 x body_parameters x new tokens + 2 x head_parameters x passes + 4 x attention_width x pairs
+
+    The head runs on the last position of a pass only; 4 = 2 for the query-key product + 2 for the weighted values.
+    """
+
+    name: ClassVar[str] = "flops"
+
+    def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
+        rates = np.zeros((len(models), COLUMNS))
+        for row, model in zip(rates, models, strict=True):
+            row[READ] = 2 * model.body_parameters
+            row[PASSES] = 2 * model.head_parameters
+            row[PAIRS] = 4 * model.attention_width
+        return rates
+
+
+@dataclass(frozen=True)
+class LlmTokens(CostModel):
+    """Tokens written by a model other than the SLM. Over LLM-only decoding: about their share."""
+
+    name: ClassVar[str] = "llm_tokens"
+
+    def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
+        rates = np.zeros((len(models), COLUMNS))
+        rates[1:, WRITTEN] = 1
+        return rates
+
+
+@dataclass(frozen=True)
+class Seconds(CostModel):
+    """Measured seconds of the forward passes, a batched pass shared equally among its rows."""
+
+    name: ClassVar[str] = "seconds"
+    reproducible: ClassVar[bool] = False
+
+    def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
+        rates = np.zeros((len(models), COLUMNS))
+        rates[:, SECONDS] = 1
+        return rates
+
+
+@dataclass(frozen=True)
+class Dollars(CostModel):
+    """Price per token: `read` for each token a model reads, `written` for each it writes, per million tokens.
+
+    Prices go by position in the pool, SLM first. Without prices a token costs 1 dollar per million per billion
+    parameters, read or written: a stand-in that keeps the proportions of hosted models.
+    """
+
+    name: ClassVar[str] = "dollars"
+    read: Sequence[float] | None = None
+    written: Sequence[float] | None = None
+
+    def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
+        stand_in = [(model.body_parameters + model.head_parameters) / 1e9 for model in models]
+        rates = np.zeros((len(models), COLUMNS))
+        for column, label, given in ((READ, "read", self.read), (WRITTEN, "written", self.written)):
+            prices = stand_in if given is None else list(given)
+            if len(prices) != len(models) or min(prices) < 0:
+                raise ValueError(
+                    f"cost dollars: {label} must hold one price >= 0 for each of {', '.join(m.name for m in models)}; "
+                    f"it is {prices}"
+                )
+            rates[:, column] = np.array(prices) / 1e6
+        return rates
+
+
+ALL_COSTS: tuple[CostModel, ...] = (Bytes(), Flops(), LlmTokens(), Seconds(), Dollars())
+
+
+@dataclass(frozen=True)
+class Price:
+    """Several cost models applied at once to a fixed pool.
+
+    Args:
+        models: the pool's profiles, SLM first.
+        costs: the cost models; all by default.
+    """
+
+    models: Sequence[ModelProfile]
+    costs: Sequence[CostModel] = ALL_COSTS
+    _rates: FloatArray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        names = [cost.name for cost in self.costs]
+        if len(set(names)) != len(names):
+            raise ValueError(f"cost models share a name: {', '.join(names)}")
+        stacked = np.stack([cost.rates(self.models).ravel() for cost in self.costs], axis=-1)
+        object.__setattr__(self, "_rates", stacked)
+
+    def of(self, ledger: FloatArray) -> Mapping[str, FloatArray]:
+        """Cost in every unit of ledger entries (..., models, COLUMNS); each value has shape (...)."""
+        prices = ledger.reshape(*ledger.shape[:-2], -1) @ self._rates
+        return {cost.name: prices[..., column] for column, cost in enumerate(self.costs)}

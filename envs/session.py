@@ -1,0 +1,354 @@
+"""Sequences in flight, and the one place where a routed token is decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from envs.cache import IntArray
+from envs.costs import COLUMNS, WRITTEN, FloatArray, pass_entry
+from envs.models import ModelPool
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from a model's logits.
+
+    Args:
+        temperature: 0 is greedy.
+        top_p: keep the most likely tokens whose probabilities sum to this (nucleus sampling).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0, is {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], is {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def draw(self, logits: Tensor, uniforms: FloatArray) -> IntArray:
+        """One token a row from logits (n, vocab), by inverting the distribution function at `uniforms`, (n,)."""
+        probabilities, tokens = (logits.double() / self.temperature).softmax(-1).sort(-1, descending=True)
+        cumulative = probabilities.cumsum(-1)
+        # a token stays while those before it do not reach top_p; the first always stays
+        kept = torch.where(cumulative - probabilities < self.top_p, probabilities, 0.0).cumsum(-1)
+        drawn = torch.from_numpy(uniforms).to(kept)[:, None] * kept[:, -1:]
+        choice = (kept <= drawn).sum(-1, keepdim=True).clamp(max=kept.shape[-1] - 1)
+        return np.asarray(tokens.gather(-1, choice)[:, 0].cpu().numpy())
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a router may see of n rows that await a decision.
+
+    Attributes:
+        hidden: the SLM's last hidden state after the final norm, float32, (n, width).
+        logits: the SLM's next-token logits, (n, vocab).
+        positions: tokens of the response written so far, (n,).
+        episodes: a number for each row's episode, (n,); together with the position it names the decision.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    positions: IntArray
+    episodes: IntArray
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one routed step did to n rows.
+
+    Attributes:
+        tokens: the tokens written, (n,).
+        slm_tokens: the tokens the SLM would have written (greedily), (n,).
+        terminated: an end-of-sequence token was written, (n,).
+        truncated: the limit of new tokens was reached without one, (n,).
+        work: ledger entries of the step, (n, models, COLUMNS).
+    """
+
+    tokens: IntArray
+    slm_tokens: IntArray
+    terminated: BoolArray
+    truncated: BoolArray
+    work: FloatArray
+
+
+class Session:
+    """Up to `rows` sequences in flight over a pool of models; the one place where a routed token is decoded.
+
+    Every model keeps a cache of its own. The SLM reads each token as it is written; another model reads the tokens it
+    has missed when it is chosen, in the same forward pass that gives its token. Rows are independent: which rows step
+    together changes nothing about the tokens written.
+
+    Args:
+        pool: the models; an action is an index into them.
+        rows: sequences in flight.
+        max_new_tokens: the longest response.
+        capacity: the longest sequence, prompt and response; the pool's capacity where None.
+        sampling: how tokens are drawn; greedy by default.
+
+    Raises:
+        ValueError: a setting out of range, or caches that do not fit in memory.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        rows: int,
+        max_new_tokens: int,
+        capacity: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, is {rows}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
+        capacity = capacity or pool.capacity or pool.max_positions
+        if not max_new_tokens < capacity <= pool.max_positions:
+            raise ValueError(
+                f"capacity {capacity} must exceed max_new_tokens {max_new_tokens} and stay within the models' "
+                f"{pool.max_positions} positions; change capacity or lower max_new_tokens"
+            )
+        self.pool, self.rows, self.max_new_tokens, self.capacity = pool, rows, max_new_tokens, capacity
+        self.sampling = sampling or Sampling()
+        self._caches = pool.new_caches(rows, capacity)
+        self._tokens: IntArray = np.zeros((rows, capacity), dtype=np.int64)
+        self._writers = np.zeros((rows, capacity), dtype=np.int8)
+        self._lengths: IntArray = np.zeros(rows, dtype=np.int64)
+        self._prompts: IntArray = np.zeros(rows, dtype=np.int64)
+        self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
+        self._slm_tokens: IntArray = np.zeros(rows, dtype=np.int64)
+        self._active: BoolArray = np.zeros(rows, dtype=bool)
+        self._generators: list[np.random.Generator | None] = [None] * rows
+        self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
+        self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
+        self.ledger: FloatArray = np.zeros((rows, len(pool), COLUMNS))
+        """What was done for each row since it started, (rows, models, COLUMNS)."""
+
+    # -- life of a row ------------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        rows: IntArray,
+        prompts: Sequence[IntArray],
+        episodes: IntArray | None = None,
+        generators: Sequence[np.random.Generator] | None = None,
+    ) -> FloatArray:
+        """Start a new sequence in each row; the SLM reads the prompt.
+
+        Args:
+            rows: distinct rows, (n,); what they held is forgotten.
+            prompts: n arrays of token ids.
+            episodes: a number for each row's episode, (n,); the rows' own numbers where None.
+            generators: the source of chance of each row, needed where tokens are sampled.
+
+        Returns:
+            Ledger entries of reading the prompts, (n, models, COLUMNS).
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room for `max_new_tokens`.
+        """
+        rows = self._checked(rows)
+        room = self.capacity - self.max_new_tokens
+        for row, prompt in zip(rows, prompts, strict=True):
+            if not 1 <= len(prompt) <= room:
+                raise ValueError(
+                    f"the prompt of row {row} has {len(prompt)} tokens; the cache of {self.capacity} leaves room for 1 to "
+                    f"{room} beside {self.max_new_tokens} new ones: raise capacity, lower max_new_tokens, or drop the "
+                    "example"
+                )
+        if not self.sampling.greedy and generators is None:
+            raise ValueError("sampling needs a generator for each row")
+        for cache in self._caches:
+            cache.free(rows)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._tokens[row, : len(prompt)] = prompt
+        self._prompts[rows] = self._lengths[rows] = [len(prompt) for prompt in prompts]
+        self._episodes[rows] = rows if episodes is None else episodes
+        for position, row in enumerate(rows):
+            self._generators[row] = None if generators is None else generators[position]
+        self._active[rows] = True
+        self.ledger[rows] = 0
+        work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        self._read_by_slm(rows, work, np.arange(len(rows)))
+        self.ledger[rows] = work
+        return work
+
+    def step(self, rows: IntArray, actions: IntArray) -> Step:
+        """Write one token in each row, by the model its action names; the SLM then reads it.
+
+        Args:
+            rows: distinct rows in flight, (n,).
+            actions: 0 for the SLM, k for model k of the pool, (n,).
+
+        Raises:
+            ValueError: an action out of range, or a row that is not in flight.
+            FloatingPointError: a model's logits are not numbers.
+        """
+        rows, actions = self._checked(rows), np.asarray(actions)
+        if not self._active[rows].all():
+            raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
+        if actions.shape != rows.shape or actions.min() < 0 or actions.max() >= len(self.pool):
+            raise ValueError(
+                f"actions must be {len(rows)} integers in 0..{len(self.pool) - 1}; they are {actions.tolist()}"
+            )
+        work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        slm_tokens = self._slm_tokens[rows]
+        tokens = slm_tokens.copy()
+        uniforms = None if self.sampling.greedy else np.array([self._uniform(row) for row in rows])
+        for model in np.unique(actions):
+            chosen = np.flatnonzero(actions == model)
+            if model > 0:
+                _, logits, tokens[chosen] = self._read(int(model), rows[chosen], work, chosen)
+            elif uniforms is not None:
+                logits = self._logits[torch.from_numpy(rows[chosen]).to(self._logits.device)]
+            if uniforms is not None:
+                tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
+        work[np.arange(len(rows)), actions, WRITTEN] = 1
+        self._tokens[rows, self._lengths[rows]] = tokens
+        self._writers[rows, self._lengths[rows]] = actions
+        self._lengths[rows] += 1
+        terminated = np.isin(tokens, self.pool.end_tokens)
+        truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self.max_new_tokens)
+        self._active[rows] = ~(terminated | truncated)
+        # The last state of a truncated row is read too: its value is what a learner bootstraps from.
+        going_on = np.flatnonzero(~terminated)
+        if len(going_on):
+            self._read_by_slm(rows[going_on], work, going_on)
+        self.ledger[rows] += work
+        return Step(tokens, slm_tokens, terminated, truncated, work)
+
+    def fork(self, sources: IntArray, targets: IntArray, lengths: IntArray | None = None) -> None:
+        """Copy rows, whole or their first tokens; nothing that was read is read again.
+
+        Args:
+            sources: rows to copy, (n,); one may stand several times.
+            targets: distinct rows to overwrite, (n,), none of which is another's source.
+            lengths: tokens to keep, prompt included, (n,); all where None. A shortened row re-reads its last token,
+                since the state behind it is not kept.
+        """
+        sources, targets = np.asarray(sources, dtype=np.int64), self._checked(targets)
+        whole = self._lengths[sources]
+        lengths = whole if lengths is None else np.asarray(lengths, dtype=np.int64)
+        shortened = lengths < whole
+        if (lengths > whole).any() or (lengths < self._prompts[sources]).any():
+            raise ValueError(
+                f"lengths {lengths.tolist()} must lie between the prompts and the {whole.tolist()} tokens written"
+            )
+        if np.isin(targets[sources != targets], sources).any():
+            raise ValueError("a fork's target is another fork's source; fork them one after the other")
+        for model, cache in enumerate(self._caches):
+            cache.fork(sources, targets, lengths - shortened if model == 0 else lengths)
+        for state in (self._tokens, self._writers, self._prompts, self._episodes, self._slm_tokens, self.ledger):
+            state[targets] = state[sources]
+        for target, source in zip(targets, sources, strict=True):
+            self._generators[target] = self._generators[source]
+        self._lengths[targets] = lengths
+        self._active[targets] = True
+        device = self._hidden.device
+        to, of = torch.from_numpy(targets).to(device), torch.from_numpy(sources).to(device)
+        self._hidden[to], self._logits[to] = self._hidden[of], self._logits[of]
+        if shortened.any():
+            work = np.zeros((len(targets), len(self.pool), COLUMNS))
+            self._read_by_slm(targets[shortened], work, np.flatnonzero(shortened))
+            self.ledger[targets] += work
+
+    def rewind(self, rows: IntArray, lengths: IntArray) -> None:
+        """Forget the tokens of each row beyond `lengths`, (n,), prompt included; the rows go on from there."""
+        self.fork(rows, rows, lengths)
+
+    def extend(self, rows: IntArray, chunks: Sequence[IntArray]) -> None:
+        """Append given tokens to the responses (teacher forcing), as if the SLM had written them; the SLM reads them.
+
+        Raises:
+            ValueError: a response would pass `max_new_tokens`, or a row is not in flight.
+        """
+        rows = self._checked(rows)
+        counts = np.array([len(chunk) for chunk in chunks])
+        ends = self._lengths[rows] + counts
+        if not self._active[rows].all() or (ends - self._prompts[rows] >= self.max_new_tokens).any():
+            raise ValueError(f"rows {rows.tolist()} cannot take {counts.tolist()} more tokens and stay in flight")
+        for row, chunk, end in zip(rows, chunks, ends, strict=True):
+            self._tokens[row, end - len(chunk) : end] = chunk
+            self._writers[row, end - len(chunk) : end] = 0
+        self._lengths[rows] = ends
+        work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        self._read_by_slm(rows, work, np.arange(len(rows)))
+        self.ledger[rows] += work
+
+    def free(self, rows: IntArray) -> None:
+        """Take rows out of flight."""
+        self._active[rows] = False
+
+    # -- what a row holds ---------------------------------------------------------------------------------------------
+
+    def observe(self, rows: IntArray) -> Observation:
+        """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
+        index = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self._hidden.device)
+        positions = self._lengths[rows] - self._prompts[rows]
+        return Observation(self._hidden[index], self._logits[index], positions, self._episodes[rows])
+
+    def response(self, row: int) -> IntArray:
+        """Tokens of the response so far, (n,), an end-of-sequence token included."""
+        return self._tokens[row, self._prompts[row] : self._lengths[row]].copy()
+
+    def writers(self, row: int) -> npt.NDArray[np.int8]:
+        """Which model wrote each token of the response, (n,)."""
+        return self._writers[row, self._prompts[row] : self._lengths[row]].copy()
+
+    def lengths(self, rows: IntArray) -> IntArray:
+        """Tokens of each row, prompt included, (n,)."""
+        return self._lengths[rows].copy()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self, model: int, rows: IntArray, work: FloatArray, entries: IntArray) -> tuple[Tensor, Tensor, IntArray]:
+        """Let a model read what it has missed; enters the passes at `work[entries, model]`.
+
+        Returns:
+            Hidden states (n, width), logits (n, vocab), and greedy tokens (n,).
+        """
+        cache = self._caches[model]
+        before, after = cache.lengths[rows], self._lengths[rows]
+        chunks = [self._tokens[row, b:a] for row, b, a in zip(rows, before, after, strict=True)]
+        started = time.perf_counter()
+        hidden, logits = self.pool.models[model].feed(cache, rows, chunks)
+        logits = logits[:, : self.pool.vocab_size]
+        best, tokens = logits.max(-1)
+        # the maximum of logits that hold a NaN is NaN
+        if bool(best.isnan().any()):
+            name = self.pool.names[model]
+            raise FloatingPointError(f"the logits of {name} are NaN; load it with another dtype or check its weights")
+        greedy = tokens.cpu().numpy()  # waits for the device, so that the time below is the pass's
+        work[entries, model] += pass_entry(after - before, before, time.perf_counter() - started)
+        return hidden, logits, greedy
+
+    def _read_by_slm(self, rows: IntArray, work: FloatArray, entries: IntArray) -> None:
+        hidden, logits, self._slm_tokens[rows] = self._read(0, rows, work, entries)
+        index = torch.from_numpy(rows).to(self._hidden.device)
+        self._hidden[index], self._logits[index] = hidden.to(self._hidden.dtype), logits.to(self._logits.dtype)
+
+    def _uniform(self, row: int) -> float:
+        generator = self._generators[row]
+        assert generator is not None
+        return float(generator.random())
+
+    def _checked(self, rows: IntArray) -> IntArray:
+        rows = np.asarray(rows, dtype=np.int64)
+        if not len(rows) or rows.min() < 0 or rows.max() >= self.rows or len(np.unique(rows)) != len(rows):
+            raise ValueError(f"rows must be distinct and in 0..{self.rows - 1}; they are {rows.tolist()}")
+        return rows

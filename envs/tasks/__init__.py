@@ -1,0 +1,1 @@
+"""Tasks: where prompts come from, and who says which response is right."""

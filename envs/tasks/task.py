@@ -1,0 +1,87 @@
+"""What a task is: examples with reference solutions, and a judge of answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem.
+
+    Attributes:
+        id: unique within its task, stable across runs.
+        prompt: the text both models read first.
+        reference: a solution the task judges right, without the end-of-sequence token.
+        answer: the final answer alone.
+    """
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        for field in ("prompt", "reference", "answer"):
+            if not getattr(self, field).strip():
+                raise ValueError(
+                    f"example {self.id!r} has an empty {field}; drop it or complete it in the task's source"
+                )
+
+
+class Task(ABC):
+    """A source of examples in three disjoint splits, and the rule that says which response is right.
+
+    A task is deterministic: `example(split, index)` is the same in every process.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What results call it."""
+
+    @abstractmethod
+    def size(self, split: Split) -> int | None:
+        """The number of examples in `split`; None where they are generated without end."""
+
+    @abstractmethod
+    def example(self, split: Split, index: int) -> Example:
+        """Example `index` of `split`; raises IndexError past the end."""
+
+    @abstractmethod
+    def is_correct(self, example: Example, response: str) -> bool:
+        """Whether `response` (the written text alone, without the prompt) answers `example` rightly."""
+
+    def examples(self, split: Split, count: int | None = None, start: int = 0) -> list[Example]:
+        """`count` examples from `start` on; all that remain where `count` is None.
+
+        Raises:
+            ValueError: the split holds fewer, or it is endless and `count` is None.
+        """
+        size = self.size(split)
+        if count is None:
+            if size is None:
+                raise ValueError(f"{self.name} generates {split} examples without end: say how many")
+            count = size - start
+        if count < 1 or (size is not None and start + count > size):
+            raise ValueError(f"{self.name} has {size} {split} examples; {count} from {start} on were asked for")
+        return [self.example(split, start + offset) for offset in range(count)]
+
+    def sample(self, split: Split, rng: np.random.Generator) -> Example:
+        """One example of `split`, drawn uniformly with `rng`."""
+        return self.example(split, int(rng.integers(self.size(split) or 2**31)))
+
+
+def check_split(split: str) -> Split:
+    """`split` if it is one of the three; an error that names them otherwise."""
+    for known in SPLITS:
+        if split == known:
+            return known
+    raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")

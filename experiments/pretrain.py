@@ -1,0 +1,254 @@
+"""Train the embedded pair from scratch: the recipe behind `envs/weights`.
+
+    python -m experiments.pretrain                    # all models of the pair, about 35 minutes on 2 cores
+    python -m experiments.pretrain models=[slm]       # one of them
+
+Everything is drawn from `seed`; steps, not minutes, are fixed, so that the result does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from envs.tasks.arithmetic import ArithmeticTask
+
+END, PAD = "<|end|>", "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model's shape and training."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_size: int
+    steps: int
+    rows: int = 12  # packed rows a step
+    row_tokens: int = 288
+    muon_lr: float = 0.02
+    adam_lr: float = 0.004
+    warmup: float = 0.03  # share of the steps
+    arithmetic_until: float = 0.4  # share of the steps in which bare equations are mixed in
+    arithmetic_share: float = 0.3  # of the examples, at the start; falls to 0 linearly
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value <= 0:
+                raise ValueError(f"recipe: {name} must be positive, is {value}")
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every digit is a token of its own, so that arithmetic has one spelling."""
+    bpe = Tokenizer(models.BPE())
+    pieces = Regex(r" [-+*/=] |\n#### | ?\p{L}+|\d|[^\s\p{L}\d]+|\s")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END, PAD],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+
+
+def packed_batches(
+    task: ArithmeticTask, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yields input ids, position ids, document ids and labels, each (rows, row_tokens).
+
+    Documents never span rows; a label is -100 on prompts and padding, so that only responses are learned.
+    """
+    rng = np.random.default_rng([seed, 1])
+    index = 0
+    for step in range(recipe.steps):
+        bare = recipe.arithmetic_share * max(0.0, 1 - step / (recipe.arithmetic_until * recipe.steps))
+        shape = (recipe.rows, recipe.row_tokens)
+        ids = np.full(shape, tokenizer.pad_token_id)
+        positions, documents = np.zeros(shape, int), np.full(shape, -1)
+        labels = np.full(shape, -100)
+        for row in range(recipe.rows):
+            filled = document = 0
+            while True:
+                if rng.random() < bare:
+                    prompt, response = _bare_equation(rng)
+                else:
+                    example = task.example("train", index)
+                    prompt, response = example.prompt, example.reference
+                    index += 1
+                head = tokenizer.encode(prompt)
+                body = [*tokenizer.encode(response), tokenizer.eos_token_id]
+                length = len(head) + len(body)
+                if filled + length > recipe.row_tokens:
+                    break
+                span = slice(filled, filled + length)
+                ids[row, span], documents[row, span] = head + body, document
+                positions[row, span] = np.arange(length)
+                # the label of a position is the token that follows it
+                labels[row, filled + len(head) - 1 : filled + length - 1] = body
+                filled, document = filled + length, document + 1
+        yield tuple(torch.from_numpy(array) for array in (ids, positions, documents, labels))  # type: ignore[misc]
+
+
+def _bare_equation(rng: np.random.Generator) -> tuple[str, str]:
+    sign = str(rng.choice(list("+-*/")))
+    small, large = int(rng.integers(2, 10)), int(rng.integers(2, 1000))
+    if sign == "+":
+        left, right = large, int(rng.integers(2, 1000 - large + 2))
+        result = left + right
+    elif sign == "-":
+        result, right = large, int(rng.integers(2, 200))
+        left = result + right
+    else:
+        factor = int(rng.integers(2, 999 // small + 1))
+        left, right, result = (factor, small, factor * small) if sign == "*" else (factor * small, small, factor)
+    return f"{left} {sign} {right}\n", f"= {result}"
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised by Newton-Schulz iterations (Jordan et al. 2024), for matrices."""
+
+    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(buffer, group["momentum"])
+                rows, columns = update.shape
+                parameter.add_(orthogonalised(update), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """An approximation of U V^T, where matrix = U S V^T (quintic Newton-Schulz)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (matrix.norm() + 1e-7)
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    for _ in range(iterations):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+def pretrain(
+    name: str, recipe: Recipe, task: ArithmeticTask, tokenizer: PreTrainedTokenizerFast, seed: int, folder: Path
+) -> dict[str, float]:
+    """Train one model and save it in half precision to `folder/name`; returns what was measured."""
+    torch.manual_seed(seed)
+    network = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.mlp_size,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="sdpa",
+        )
+    )
+    matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in network.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=recipe.muon_lr),
+        torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    peaks = [recipe.muon_lr, recipe.adam_lr]
+
+    def loss_of(ids: Tensor, positions: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        logits = network(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    compiled = torch.compile(loss_of)
+    causal = torch.tril(torch.ones(recipe.row_tokens, recipe.row_tokens, dtype=torch.bool))
+    started, loss_mean = time.perf_counter(), math.nan
+    log: list[dict[str, float]] = []
+    batches = packed_batches(task, tokenizer, recipe, seed)
+    with tqdm(batches, total=recipe.steps, desc=f"pretrain {name}", mininterval=5) as progress:
+        for step, (ids, positions, documents, labels) in enumerate(progress):
+            mask = (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
+            loss = compiled(ids, positions, mask, labels)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"pretrain {name}: loss is {loss.item()} at step {step}; lower the lr")
+            loss.backward()
+            warm = min(1.0, (step + 1) / (recipe.warmup * recipe.steps))
+            scale = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * scale
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            value = loss.item()
+            loss_mean = value if math.isnan(loss_mean) else 0.98 * loss_mean + 0.02 * value
+            if step % 50 == 49 or step == recipe.steps - 1:
+                progress.set_postfix(loss=f"{loss_mean:.4f}")
+                log.append({"step": step + 1, "loss": round(loss_mean, 5)})
+    seconds = time.perf_counter() - started
+    target = folder / name
+    network.to(torch.float16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    report = {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "tokens": recipe.steps * recipe.rows * recipe.row_tokens,
+        "minutes": round(seconds / 60, 1),
+        "loss": round(loss_mean, 5),
+    }
+    record = {"recipe": asdict(recipe), "seed": seed, "result": report, "log": log}
+    _write_text(target / "training.json", json.dumps(record, indent=1) + "\n")
+    return report
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
+def main(config: DictConfig) -> None:
+    torch.set_num_threads(config.threads)
+    recipes = {name: Recipe(**OmegaConf.to_container(node)) for name, node in config.recipes.items()}
+    task = ArithmeticTask()
+    texts = (f"{e.prompt}{e.reference}" for e in (task.example("train", i) for i in range(config.tokenizer_examples)))
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    for name in config.models or recipes:
+        if name not in recipes:
+            raise ValueError(f"models: unknown model {name!r}; the recipes are {', '.join(recipes)}")
+        print(name, pretrain(name, recipes[name], task, tokenizer, config.seed, Path(config.folder)))
+
+
+if __name__ == "__main__":
+    main()
