@@ -97,6 +97,7 @@ class SlotCache(Cache):
         visible = torch.arange(longest, device=self.device) <= positions[:, :, None]
         return positions, visible[:, None]
 
+    @torch.inference_mode()  # the stores were made in it
     def fork(self, sources: IntArray, targets: IntArray, lengths: IntArray) -> None:
         """Copy the first `lengths[i]` tokens (fewer where the source holds fewer) of `sources[i]` to `targets[i]`."""
         lengths = np.minimum(lengths, self.lengths[sources])

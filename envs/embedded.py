@@ -29,4 +29,4 @@ def embedded_pool() -> ModelPool:
     """The embedded pair on the CPU in float32; the same object at every call, since pools hold no sequences."""
     from envs.models import ModelPool
 
-    return ModelPool.load(EMBEDDED, dtype="float32", rows=64, capacity=512, log=lambda line: None)
+    return ModelPool.load(EMBEDDED, dtype="float32", rows=64, capacity=512, verbose=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import is_accelerate_available, is_gguf_available
 
 from envs.embedded import EMBEDDED, embedded_folder
 from envs.models import (
@@ -61,7 +62,7 @@ def load_pool(
     dtype: str = "auto",
     rows: int = 8,
     capacity: int | None = None,
-    log: Callable[[str], None] = print,
+    verbose: bool = True,
 ) -> ModelPool:
     """Load a pool of models, SLM first.
 
@@ -75,7 +76,7 @@ def load_pool(
         rows: sequences in flight that memory is planned for.
         capacity: longest sequence (prompt and response) the caches are planned for; the shortest limit of the models,
             at most 4,096, where None.
-        log: where the memory plan is printed.
+        verbose: print the memory plan.
 
     Raises:
         ValueError: any of the above fails; the error names the model and the setting to change.
@@ -94,7 +95,7 @@ def load_pool(
         capacity = min(limit, 4096)
     if capacity > limit:
         raise ValueError(f"capacity {capacity} exceeds the models' {limit} positions; lower capacity")
-    _plan_memory(sources, rows, capacity, log)
+    _plan_memory(sources, rows, capacity, verbose)
     loaded: dict[ModelSpec, LanguageModel] = {}
     for source in sources:
         if source.spec not in loaded:
@@ -133,6 +134,8 @@ class _Source:
         elif path.suffix == ".gguf":
             if not path.is_file():
                 raise ValueError(f"unknown model {spec.name!r}: there is no such GGUF file")
+            if not (is_gguf_available() and is_accelerate_available()):
+                raise ValueError(f"{spec.name}: GGUF files need two packages; pip install gguf accelerate")
             location, options["gguf_file"] = str(path.parent), path.name
         elif not path.is_dir() and (path.is_absolute() or spec.name.startswith(".") or spec.name.count("/") > 1):
             raise ValueError(f"unknown model {spec.name!r}: there is no such folder")
@@ -153,7 +156,9 @@ class _Source:
             text.num_hidden_layers = spec.layers
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[: spec.layers]
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # encoders, and decoders that need an encoder, stand in the causal mapping too
+        encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder:
             check_attention(spec.name, config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         elif not spec.trust_remote_code:
             raise ValueError(f"{spec.name} ({config.model_type}) is not a causal language model; choose a decoder")
@@ -193,7 +198,7 @@ def _check_device(spec: ModelSpec) -> None:
         raise ValueError(f"{spec.name}: device mps is not there; say device=cpu")
 
 
-def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, log: Callable[[str], None]) -> None:
+def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, verbose: bool) -> None:
     """Print what weights and caches will take, and refuse what cannot fit."""
     weights_of = {source.spec: source.weight_bytes() for source in sources}
     lines: list[str] = []
@@ -208,6 +213,7 @@ def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, log: Call
             f"{source.name}: weights {gigabytes(weights)}, cache {gigabytes(cache)} "
             f"({rows} rows x {capacity} tokens), {str(source.dtype).removeprefix('torch.')} on {place}"
         )
-    log("\n".join(lines))
+    if verbose:
+        print("\n".join(lines))
     for place, size in needed.items():
         check_fits(place, size, rows, capacity)

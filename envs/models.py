@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class LanguageModel:
         check_attention(name, network.config, network)
         self.name, self.network, self.tokenizer = name, network.eval().requires_grad_(False), tokenizer
         self.device: torch.device = network.get_input_embeddings().weight.device
-        self.width: int = text_config(network.config).hidden_size
+        self.width: int = network.get_output_embeddings().weight.shape[1]
         self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
         self._hidden: Tensor
         # The head's input is the last hidden state after the final norm, whatever the architecture calls it.
@@ -65,6 +65,8 @@ class LanguageModel:
         ends = self.network.generation_config.eos_token_id
         if ends is None:
             ends = self.tokenizer.eos_token_id
+        if ends is None:
+            raise ValueError(f"{self.name} has no end-of-sequence token; name one in its generation_config.json")
         return tuple(ends) if isinstance(ends, list) else (int(ends),)
 
     @cached_property
@@ -244,12 +246,16 @@ class ModelPool:
         dtype: str = "auto",
         rows: int = 8,
         capacity: int | None = None,
-        log: Callable[[str], None] = print,
+        verbose: bool = True,
     ) -> ModelPool:
         """Load a pool; see `envs.loading.load_pool`."""
         from envs.loading import load_pool
 
-        return load_pool(names, device=device, dtype=dtype, rows=rows, capacity=capacity, log=log)
+        return load_pool(names, device=device, dtype=dtype, rows=rows, capacity=capacity, verbose=verbose)
+
+    def __deepcopy__(self, memo: object) -> ModelPool:
+        """The pool itself: it holds no sequences, and Gymnasium copies the arguments of environments."""
+        return self
 
     def __len__(self) -> int:
         return len(self.models)

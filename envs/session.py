@@ -15,6 +15,8 @@ from envs.cache import IntArray
 from envs.costs import COLUMNS, WRITTEN, FloatArray, pass_entry
 from envs.models import ModelPool
 
+# Logits held at once while references are read, in elements (256 MB in float32).
+LOGITS_AT_ONCE = 2**26
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -117,7 +119,8 @@ class Session:
             raise ValueError(f"rows must be at least 1, is {rows}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
-        capacity = capacity or pool.capacity or pool.max_positions
+        if capacity is None:
+            capacity = pool.capacity or pool.max_positions
         if not max_new_tokens < capacity <= pool.max_positions:
             raise ValueError(
                 f"capacity {capacity} must exceed max_new_tokens {max_new_tokens} and stay within the models' "
@@ -202,10 +205,12 @@ class Session:
         rows, actions = self._checked(rows), np.asarray(actions)
         if not self._active[rows].all():
             raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
-        if actions.shape != rows.shape or actions.min() < 0 or actions.max() >= len(self.pool):
+        whole = actions.shape == rows.shape and actions.dtype.kind in "biu"
+        if not whole or actions.min() < 0 or actions.max() >= len(self.pool):
             raise ValueError(
                 f"actions must be {len(rows)} integers in 0..{len(self.pool) - 1}; they are {actions.tolist()}"
             )
+        actions = actions.astype(np.int64)  # booleans would index as a mask
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         slm_tokens = self._slm_tokens[rows]
         tokens = slm_tokens.copy()
@@ -232,16 +237,28 @@ class Session:
         self.ledger[rows] += work
         return Step(tokens, slm_tokens, terminated, truncated, work)
 
-    def fork(self, sources: IntArray, targets: IntArray, lengths: IntArray | None = None) -> None:
-        """Copy rows, whole or their first tokens; nothing that was read is read again.
+    def fork(
+        self,
+        sources: IntArray,
+        targets: IntArray,
+        lengths: IntArray | None = None,
+        slm_tokens: IntArray | None = None,
+    ) -> None:
+        """Copy rows, whole or their first tokens; what a model has read of them it does not read again.
 
         Args:
             sources: rows to copy, (n,); one may stand several times.
             targets: distinct rows to overwrite, (n,), none of which is another's source.
-            lengths: tokens to keep, prompt included, (n,); all where None. A shortened row re-reads its last token,
-                since the state behind it is not kept.
+            lengths: tokens to keep, prompt included, (n,); all where None. The SLM re-reads the last token of a
+                shortened row, since the state behind it is not kept.
+            slm_tokens: what the SLM writes next in each shortened row, (n,), where that is known. Nothing is re-read
+                then, and the row has no observation until its next step.
+
+        Raises:
+            ValueError: lengths out of range, or a target that is another fork's source.
         """
         sources, targets = np.asarray(sources, dtype=np.int64), self._checked(targets)
+        self._checked(np.unique(sources))
         whole = self._lengths[sources]
         lengths = whole if lengths is None else np.asarray(lengths, dtype=np.int64)
         shortened = lengths < whole
@@ -252,17 +269,20 @@ class Session:
         if np.isin(targets[sources != targets], sources).any():
             raise ValueError("a fork's target is another fork's source; fork them one after the other")
         for model, cache in enumerate(self._caches):
-            cache.fork(sources, targets, lengths - shortened if model == 0 else lengths)
+            # a model must have a token to read when it is next asked for one
+            cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
         for state in (self._tokens, self._writers, self._prompts, self._episodes, self._slm_tokens, self.ledger):
             state[targets] = state[sources]
         for target, source in zip(targets, sources, strict=True):
             self._generators[target] = self._generators[source]
         self._lengths[targets] = lengths
-        self._active[targets] = True
+        self._active[targets] = self._active[sources] | shortened  # the copy of a finished row is finished
         device = self._hidden.device
         to, of = torch.from_numpy(targets).to(device), torch.from_numpy(sources).to(device)
         self._hidden[to], self._logits[to] = self._hidden[of], self._logits[of]
-        if shortened.any():
+        if slm_tokens is not None:
+            self._slm_tokens[targets] = slm_tokens
+        elif shortened.any():
             work = np.zeros((len(targets), len(self.pool), COLUMNS))
             self._read_by_slm(targets[shortened], work, np.flatnonzero(shortened))
             self.ledger[targets] += work
@@ -289,6 +309,58 @@ class Session:
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         self._read_by_slm(rows, work, np.arange(len(rows)))
         self.ledger[rows] += work
+
+    def start_references(
+        self, rows: IntArray, prompts: Sequence[IntArray], responses: Sequence[IntArray]
+    ) -> tuple[list[Tensor], list[IntArray]]:
+        """Start rows that hold whole reference responses, read by every model in one teacher-forced pass.
+
+        The rows can be forked at any length; they are not in flight themselves.
+
+        Args:
+            rows: distinct rows, (n,).
+            prompts: n arrays of token ids.
+            responses: n arrays of token ids, the end-of-sequence token included.
+
+        Returns:
+            For each row the SLM's hidden states before each token of the response (length, width), float32, and the
+            tokens each model would write there (length, models).
+
+        Raises:
+            ValueError: a prompt or a response does not fit.
+        """
+        rows = self._checked(rows)
+        for prompt, response in zip(prompts, responses, strict=True):
+            if len(response) > self.max_new_tokens or len(prompt) + len(response) > self.capacity:
+                raise ValueError(
+                    f"a reference of {len(prompt)} + {len(response)} tokens exceeds max_new_tokens "
+                    f"{self.max_new_tokens} or the cache of {self.capacity}; raise them or drop the example"
+                )
+        for row, prompt, response in zip(rows, prompts, responses, strict=True):
+            whole = np.concatenate([prompt, response])
+            self._tokens[row, : len(whole)], self._writers[row, : len(whole)] = whole, 0
+            self._prompts[row], self._lengths[row] = len(prompt), len(whole)
+        self._active[rows], self._episodes[rows], self.ledger[rows] = False, rows, 0
+        hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+        choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]
+        # logits of every position are large: few rows at a time where the vocabulary is
+        longest = int(self._lengths[rows].max())
+        together = max(1, LOGITS_AT_ONCE // (longest * max(model.vocab_size for model in self.pool.models)))
+        for model, cache in enumerate(self._caches):
+            cache.free(rows)
+            for first in range(0, len(rows), together):
+                part = rows[first : first + together]
+                chunks = [self._tokens[row, : self._lengths[row] - 1] for row in part]
+                states, logits = self.pool.models[model].feed(cache, part, chunks, every_position=True)
+                best, tokens = logits[..., : self.pool.vocab_size].max(-1)
+                if bool(best.isnan().any()):
+                    raise nan_error(self.pool.names[model])
+                for i, row in enumerate(part):
+                    count = len(responses[first + i])
+                    choices[first + i][:, model] = tokens[i, -count:].cpu().numpy()
+                    if model == 0:
+                        hidden[first + i] = states[i, -count:].float()
+        return hidden, choices
 
     def free(self, rows: IntArray) -> None:
         """Take rows out of flight."""
@@ -331,8 +403,7 @@ class Session:
         best, tokens = logits.max(-1)
         # the maximum of logits that hold a NaN is NaN
         if bool(best.isnan().any()):
-            name = self.pool.names[model]
-            raise FloatingPointError(f"the logits of {name} are NaN; load it with another dtype or check its weights")
+            raise nan_error(self.pool.names[model])
         greedy = tokens.cpu().numpy()  # waits for the device, so that the time below is the pass's
         work[entries, model] += pass_entry(after - before, before, time.perf_counter() - started)
         return hidden, logits, greedy
@@ -352,3 +423,8 @@ class Session:
         if not len(rows) or rows.min() < 0 or rows.max() >= self.rows or len(np.unique(rows)) != len(rows):
             raise ValueError(f"rows must be distinct and in 0..{self.rows - 1}; they are {rows.tolist()}")
         return rows
+
+
+def nan_error(name: str) -> FloatingPointError:
+    """The error for a model whose logits are not numbers."""
+    return FloatingPointError(f"the logits of {name} are NaN; load it with another dtype or check its weights")

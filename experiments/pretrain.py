@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from envs.tasks.arithmetic import ArithmeticTask
+from envs.tasks.arithmetic import LEVELS, ArithmeticTask
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -45,8 +45,8 @@ class Recipe:
     muon_lr: float = 0.02
     adam_lr: float = 0.004
     warmup: float = 0.03  # share of the steps
-    arithmetic_until: float = 0.4  # share of the steps in which bare equations are mixed in
-    arithmetic_share: float = 0.3  # of the examples, at the start; falls to 0 linearly
+    equations_until: float = 0.7  # share of the steps in which bare equations are mixed in
+    equations_share: float = 0.9  # of the examples, at the start; falls to 0 linearly
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -84,7 +84,7 @@ def packed_batches(
     rng = np.random.default_rng([seed, 1])
     index = 0
     for step in range(recipe.steps):
-        bare = recipe.arithmetic_share * max(0.0, 1 - step / (recipe.arithmetic_until * recipe.steps))
+        bare = recipe.equations_share * max(0.0, 1 - step / (recipe.equations_until * recipe.steps))
         shape = (recipe.rows, recipe.row_tokens)
         ids = np.full(shape, tokenizer.pad_token_id)
         positions, documents = np.zeros(shape, int), np.full(shape, -1)
@@ -93,7 +93,7 @@ def packed_batches(
             filled = document = 0
             while True:
                 if rng.random() < bare:
-                    prompt, response = _bare_equation(rng)
+                    prompt, response = _bare_equation(LEVELS["default"].largest, rng)
                 else:
                     example = task.example("train", index)
                     prompt, response = example.prompt, example.reference
@@ -112,19 +112,17 @@ def packed_batches(
         yield tuple(torch.from_numpy(array) for array in (ids, positions, documents, labels))  # type: ignore[misc]
 
 
-def _bare_equation(rng: np.random.Generator) -> tuple[str, str]:
+def _bare_equation(largest: int, rng: np.random.Generator) -> tuple[str, str]:
+    """An equation as solutions write it, the loss on its result alone: many more of them fit a row than stories do."""
     sign = str(rng.choice(list("+-*/")))
-    small, large = int(rng.integers(2, 10)), int(rng.integers(2, 1000))
-    if sign == "+":
-        left, right = large, int(rng.integers(2, 1000 - large + 2))
-        result = left + right
-    elif sign == "-":
-        result, right = large, int(rng.integers(2, 200))
-        left = result + right
+    if sign in "+-":
+        left, right = sorted(int(n) for n in rng.integers(0, largest + 1, size=2))
+        left, right, result = (left, right - left, right) if sign == "+" else (right, right - left, left)
     else:
-        factor = int(rng.integers(2, 999 // small + 1))
-        left, right, result = (factor, small, factor * small) if sign == "*" else (factor * small, small, factor)
-    return f"{left} {sign} {right}\n", f"= {result}"
+        factor = int(rng.integers(2, 10))
+        other = int(rng.integers(1, largest // factor + 1))
+        left, right, result = (other, factor, other * factor) if sign == "*" else (other * factor, factor, other)
+    return f" {left} {sign} {right} = ", f"{result}"
 
 
 class Muon(torch.optim.Optimizer):

@@ -25,10 +25,14 @@ EVENTS = {
     "split": ("{h} splits the money equally among {b} people.", "The money is shared equally by {b} friends."),
     "grow": ("{h} soon has {b} times as many dollars.", "The money grows to {b} times that."),
     "spend": ("{h} spends {b} dollars.", "{h} pays {o} {b} dollars.", "{h} loses {b} dollars."),
-    "times": ("{h} soon has {b} times as many.", "The number grows to {b} times as many.", "{h} now gets {b} times that."),
+    "times": (
+        "{h} soon has {b} times as many.", "The number grows to {b} times as many.", "{h} now gets {b} times that.",
+    ),
     "share": ("{h} packs them into {b} equal boxes and keeps one box.", "{h} splits the {u} among {b} people.",
               "They are shared equally by {b} friends."),
-    "sell": ("{h} sells each one for {b} dollars.", "Each one is sold for {b} dollars.", "{o} pays {b} dollars for each."),
+    "sell": (
+        "{h} sells each one for {b} dollars.", "Each one is sold for {b} dollars.", "{o} pays {b} dollars for each.",
+    ),
     "other_times": ("{o} has {b} times as many {u} as {p}.", "{o} has {b} times that number."),
     "other_gain": ("{o} has {b} more {u} than {p}.", "{o} has {b} {u} more."),
 }  # fmt: skip
@@ -66,8 +70,8 @@ class Level:
 
 LEVELS = {
     "easy": Level(steps=(2, 2), start=(5, 40), change=(2, 30), factor=(2, 5), largest=200),
-    "default": Level(steps=(2, 4), start=(10, 120), change=(5, 99), factor=(2, 9), largest=999),
-    "hard": Level(steps=(4, 6), start=(50, 400), change=(20, 400), factor=(2, 9), largest=2999),
+    "default": Level(steps=(2, 4), start=(5, 80), change=(2, 60), factor=(2, 6), largest=500),
+    "hard": Level(steps=(4, 6), start=(20, 150), change=(10, 120), factor=(2, 9), largest=999),
 }
 
 # A problem belongs to the split of its chain of equations, so no chain of one split is ever seen in another.
@@ -146,7 +150,11 @@ def _chain(level: Level, rng: np.random.Generator) -> tuple[list[_Step], bool]:
         elif kind == "lose":
             result = value - number
         elif kind == "share":
-            result = value // number if value % number == 0 else 0
+            divisors = [d for d in range(level.factor[0], level.factor[1] + 1) if value % d == 0]
+            if not divisors:
+                continue
+            number = divisors[number % len(divisors)]
+            result = value // number
         else:
             result = value * number
         if not 2 <= result <= level.largest or (kind == "sell" and sold):

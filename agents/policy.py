@@ -1,0 +1,102 @@
+"""What a policy and a learner are, and the two policies that learn nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.models import ModelPool
+from envs.session import Observation
+from envs.tasks.task import Task
+
+Track = Callable[[Mapping[str, Any]], None]
+"""Where a learner reports what it measures: a row of named numbers."""
+
+
+def untracked(row: Mapping[str, Any]) -> None:
+    """Reports nothing."""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Chooses which model writes the next token.
+
+    The SLM writes where `score >= threshold`, the last model of the pool elsewhere; sweeping the threshold draws the
+    policy's accuracy-cost curve.
+    """
+
+    def score(self, observation: Observation) -> Tensor:
+        """The probability that the SLM should write, in [0, 1], for each of n decisions: (n,)."""
+
+
+@runtime_checkable
+class SavedPolicy(Policy, Protocol):
+    """A policy that can be written to a folder, to be read again by `agents.saving.load_policy`."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights as safetensors and settings as JSON."""
+
+
+class Learner(Protocol):
+    """Makes a policy for a pool on a task."""
+
+    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> Policy:
+        """Train on the task's train split, and on nothing else of it.
+
+        Args:
+            pool: the models, SLM first.
+            task: where examples come from.
+            seed: makes the result repeat.
+            track: receives rows of measurements.
+        """
+
+
+@dataclass(frozen=True)
+class Always:
+    """One model writes everything.
+
+    Args:
+        slm: whether it is the SLM.
+    """
+
+    slm: bool = True
+
+    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> Always:
+        return self
+
+    def score(self, observation: Observation) -> Tensor:
+        return torch.full((len(observation.positions),), float(self.slm))
+
+
+@dataclass(frozen=True)
+class Random:
+    """A score drawn uniformly for every decision.
+
+    The draw is a function of seed, episode and position alone: it does not depend on which rows step together, and a
+    higher threshold sends a superset of the decisions to the LLM.
+    """
+
+    seed: int = 0
+
+    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> Random:
+        return Random(seed)
+
+    def score(self, observation: Observation) -> Tensor:
+        with np.errstate(over="ignore"):
+            key = np.uint64(self.seed) * np.uint64(0x9E3779B97F4A7C15)
+            for part in (observation.episodes, observation.positions):
+                key = mixed(key ^ part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        return torch.from_numpy((key >> np.uint64(11)).astype(np.float64) / 2**53)
+
+
+def mixed(key: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The finalizer of SplitMix64 (Steele et al. 2014): well-spread bits out of counters."""
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key ^ (key >> np.uint64(31))

@@ -1,0 +1,182 @@
+"""Decode with a policy: whole tasks, or continuations of forked rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from agents.policy import Policy
+from envs.cache import IntArray
+from envs.costs import FloatArray
+from envs.models import ModelPool
+from envs.session import Sampling, Session
+from envs.tasks.task import Example, Task
+
+UNDECIDED = -1
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One response.
+
+    Attributes:
+        example: what was answered.
+        tokens: token ids of the response, (n,).
+        writers: the model that wrote each, (n,).
+        text: the response.
+        correct: whether it answers the example.
+        terminated: whether it came to an end by itself.
+        ledger: what was done for it, (models, COLUMNS).
+        scores: the policy's score at each decision, (n,).
+    """
+
+    example: Example
+    tokens: IntArray
+    writers: npt.NDArray[np.int8]
+    text: str
+    correct: bool
+    terminated: bool
+    ledger: FloatArray
+    scores: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """How rows share passes; it changes speed alone, never a token.
+
+    Args:
+        rows: sequences in flight.
+        gather: rows that wait for the LLM step once they are this share of the rows in flight, so that one LLM pass
+            serves many while the others go on; 0 makes none wait.
+    """
+
+    rows: int = 64
+    gather: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, is {self.rows}")
+        if not 0 <= self.gather <= 1:
+            raise ValueError(f"gather must be in [0, 1], is {self.gather}")
+
+
+def decode(
+    pool: ModelPool,
+    task: Task,
+    examples: Sequence[Example],
+    policy: Policy,
+    threshold: float = 0.5,
+    max_new_tokens: int = 128,
+    scheduling: Scheduling | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    label: str | None = None,
+) -> list[Episode]:
+    """Answer every example, the policy choosing the writer of each token.
+
+    Args:
+        pool: the models; the last one is the LLM.
+        task: judges the answers.
+        examples: what to answer; their positions number the episodes.
+        policy: scores decisions.
+        threshold: the SLM writes where the score is at least this.
+        max_new_tokens: the longest response.
+        scheduling: how rows share passes.
+        sampling: greedy where None.
+        seed: of sampled decoding.
+        label: of the progress bar; none is shown without.
+
+    Returns:
+        Episodes in the order of `examples`.
+    """
+    if not examples:
+        raise ValueError("there are no examples to decode")
+    scheduling = scheduling or Scheduling()
+    session = Session(pool, min(scheduling.rows, len(examples)), max_new_tokens, sampling=sampling)
+    prompts = [pool.encode(example.prompt) for example in examples]
+    episodes: list[Episode | None] = [None] * len(examples)
+    serving = np.zeros(session.rows, dtype=np.int64)
+    scores = np.zeros((session.rows, max_new_tokens), dtype=np.float32)
+    started = 0
+
+    def refill(free: IntArray) -> tuple[IntArray, IntArray]:
+        nonlocal started
+        rows = free[: len(examples) - started]
+        if len(rows):
+            numbers = np.arange(started, started + len(rows))
+            generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
+            session.start(rows, [prompts[n] for n in numbers], numbers, generators)
+            serving[rows] = numbers
+            started += len(rows)
+        return rows, np.full(len(rows), UNDECIDED)
+
+    def finish(row: int, terminated: bool) -> None:
+        example, tokens = examples[serving[row]], session.response(row)
+        text = pool.decode(tokens)
+        episodes[serving[row]] = Episode(
+            example, tokens, session.writers(row), text, task.is_correct(example, text), terminated,
+            session.ledger[row].copy(), scores[row, : len(tokens)].copy(),
+        )  # fmt: skip
+        progress.update()
+
+    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+        drive(session, np.arange(session.rows), policy, threshold, scheduling.gather, refill, finish, scores)
+    return [episode for episode in episodes if episode is not None]
+
+
+def drive(
+    session: Session,
+    rows: IntArray,
+    policy: Policy,
+    threshold: float,
+    gather: float,
+    refill: Callable[[IntArray], tuple[IntArray, IntArray]],
+    finish: Callable[[int, bool], None],
+    scores: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Keep `rows` of a session busy until `refill` starts no more of them.
+
+    Args:
+        session: where the rows live.
+        rows: the rows to use.
+        policy: scores decisions.
+        threshold: the SLM writes where the score is at least this.
+        gather: see `Scheduling`.
+        refill: given free rows, starts some and returns them with the action each must take first, or UNDECIDED.
+        finish: called with a row that has ended, and whether it terminated.
+        scores: filled with each row's scores by position, (session.rows, max_new_tokens).
+    """
+    llm = len(session.pool) - 1
+    actions = np.full(session.rows, UNDECIDED)
+    free, busy = np.asarray(rows), np.zeros(0, dtype=np.int64)
+    while True:
+        if len(free):
+            started, first = refill(free)
+            actions[started] = first
+            free = np.setdiff1d(free, started)
+            busy = np.sort(np.concatenate([busy, started]))
+        if not len(busy):
+            return
+        undecided = busy[actions[busy] == UNDECIDED]
+        if len(undecided):
+            observation = session.observe(undecided)
+            with torch.no_grad():
+                score = policy.score(observation).float().cpu().numpy()
+            if scores is not None:
+                scores[undecided, observation.positions] = score
+            actions[undecided] = np.where(score >= threshold, 0, llm)
+        waiting = actions[busy] > 0
+        go = busy if waiting.sum() >= max(1.0, gather * len(busy)) or waiting.all() else busy[~waiting]
+        step = session.step(go, actions[go])
+        actions[go] = UNDECIDED
+        ended = step.terminated | step.truncated
+        if ended.any():
+            for row, terminated in zip(go[ended], step.terminated[ended], strict=True):
+                finish(int(row), bool(terminated))
+            free = np.concatenate([free, go[ended]])
+            busy = np.setdiff1d(busy, go[ended])

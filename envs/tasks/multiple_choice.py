@@ -1,0 +1,153 @@
+"""Multiple-choice questions: a response explains, then names a choice by its label in parentheses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from envs.tasks.jsonl import Problem, RecordTask, Row, check_template, fill, text
+from envs.tasks.task import Example
+
+# The wording of the published router training rows.
+MULTIPLE_CHOICE_TEMPLATE = (
+    "Question: {question}\nChoices:\n{choices}\n\nPlease format your response in the following way:\n"
+    "[Explanation]. Therefore, the answer is answer (label).\n"
+    "Ensure the final sentence includes the answer followed by the label in parentheses.\n\nAnswer and Reasoning:"
+)
+LETTERS, DIGITS = "ABCDEFGH", "12345678"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoiceTask(RecordTask):
+    """Multiple-choice questions. A response answers with the label after its last "answer is".
+
+    A record has `question`, `choices` and `answerKey`, the choices as `{"label": [...], "text": [...]}`
+    (CommonsenseQA, ARC); or `question`, `choices` as a list of texts and `answer` as an index (MMLU). Router training
+    rows bring `prompt` and `cot` too, which are used as they are. Labels are letters A to H or digits 1 to 8.
+
+    Args:
+        template: the prompt of records that bring none; `{question}` and `{choices}` (one a line) are filled in.
+        path, test_path, dataset, config_name, revision, train_split, validation_split, test_split, name: the source;
+            see `RecordTask`.
+
+    Raises:
+        ValueError, OSError: as `RecordTask`; a template without `{question}` or `{choices}`.
+    """
+
+    template: str = MULTIPLE_CHOICE_TEMPLATE
+
+    def __post_init__(self) -> None:
+        check_template(self.template, "question", "choices")
+        super().__post_init__()
+
+    def problem(self, row: Row) -> Problem:
+        return multiple_choice_problem(row, self.template)
+
+    def is_correct(self, example: Example, response: str) -> bool:
+        """The label the response answers with is the example's."""
+        return find_label(response, _kind(example.answer)) == example.answer
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choices of a question: labels and texts in order, and the label of the right one."""
+
+    labels: Sequence[str]
+    texts: Sequence[str]
+    answer: str
+
+    def __post_init__(self) -> None:
+        if not self.answer:
+            raise ValueError(
+                "an answerless example: its answer is empty. Some test splits are published without labels: choose a "
+                "split that has them (test_split=validation)"
+            )
+        if len(self.labels) != len(self.texts) or not self.labels:
+            raise ValueError(f"{len(self.labels)} labels for {len(self.texts)} choices")
+        if any(len(label) != 1 or label not in LETTERS + DIGITS for label in self.labels):
+            raise ValueError(f"the labels {', '.join(self.labels)}; a label is a letter A to H or a digit 1 to 8")
+        if self.answer not in self.labels:
+            raise ValueError(f"an answerless example: its answer {self.answer!r} is none of {', '.join(self.labels)}")
+
+    @property
+    def answer_text(self) -> str:
+        return self.texts[self.labels.index(self.answer)]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, self.texts, strict=True))
+
+
+def multiple_choice_problem(row: Row, template: str = MULTIPLE_CHOICE_TEMPLATE) -> Problem:
+    """The problem of a record in any of the forms of `MultipleChoiceTask`.
+
+    Raises:
+        ValueError: a field is missing or empty, the answer is none of the choices, or the reference names another.
+    """
+    choices = read_choices(row)
+    prompt = text(row, "prompt") if "prompt" in row else ""
+    if not prompt:
+        prompt = fill(template, question=text(row, "question"), choices=str(choices))
+    if "cot" in row:
+        reference = text(row, "cot")
+    else:
+        reference = f"Therefore, the answer is {choices.answer_text} ({choices.answer.lower()})."
+    found = find_label(reference, _kind(choices.answer))
+    if found != choices.answer:
+        raise ValueError(
+            f"the answer is {choices.answer!r} but the reference that ends in {reference[-40:]!r} names {found!r}; "
+            "correct it or delete the record"
+        )
+    return Problem(prompt, reference, choices.answer)
+
+
+def read_choices(row: Row) -> Choices:
+    """The choices of a record, and which one is right.
+
+    Raises:
+        ValueError: `choices` or the answer is missing or malformed.
+    """
+    choices = row.get("choices")
+    if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
+        labels = [str(label).upper() for label in choices["label"]]
+        texts = [str(choice) for choice in choices["text"]]
+    elif isinstance(choices, list):
+        labels, texts = list(LETTERS[: len(choices)]), [str(choice) for choice in choices]
+    else:
+        raise ValueError(
+            f"no choices among the fields {', '.join(row) or 'none'}; a multiple-choice record has question, choices "
+            '({"label": [...], "text": [...]} or a list of texts) and answerKey (a label) or answer (an index)'
+        )
+    index = row.get("answer")
+    if "answerKey" not in row and isinstance(index, int):
+        if not 0 <= index < len(texts):
+            raise ValueError(f"an answerless example: there is no choice {index} among {len(texts)}")
+        return Choices(labels, texts, labels[index])
+    if "answerKey" not in row:
+        raise ValueError(f"no answerKey (a label) and no answer (an index) among the fields {', '.join(row)}")
+    return Choices(labels, texts, str(row["answerKey"] or "").strip().upper())
+
+
+def find_label(response: str, labels: str = LETTERS) -> str | None:
+    """The label `response` answers with, in upper case; None if it names none.
+
+    It is the first label after the last "answer is" that has one: in parentheses, or bare if it follows at once. Where
+    nothing is said to be the answer, it is the last label in parentheses.
+    """
+    one = f"[{labels}]"
+    # Not `f(a)`; and of "both (a) and (b) (c)" only the last.
+    in_parentheses = re.compile(rf"(?<!\w)\(({one})\)(?!\s*(?:,|and|or)?\s*\({one}\))", re.IGNORECASE)
+    # Not the article of "a bank", nor that of a text cut off behind it, nor the start of "e.g.".
+    bare = re.compile(
+        rf"[\s:*]*(?:(?:option|choice)\s+)?(?!(?-i:a)\s*\Z)({one})(?=[\s*]*(?:[,;:!)]|\.(?!\w)|\n|\Z))", re.IGNORECASE
+    )
+    for tail in reversed(re.split(r"\banswer\s+is\b", response, flags=re.IGNORECASE)[1:]):
+        if match := bare.match(tail) or in_parentheses.search(tail):
+            return match[1].upper()
+    found = in_parentheses.findall(response)
+    return found[-1].upper() if found else None
+
+
+def _kind(label: str) -> str:
+    """The labels of the kind of `label`: letters or digits."""
+    return DIGITS if label in DIGITS else LETTERS

@@ -1,0 +1,128 @@
+"""What people look at: the curve, the table and the transcripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from agents.rollout import Episode
+from envs.models import ModelPool
+from envs.render import html
+
+UNITS = {
+    "bytes": "memory traffic",
+    "flops": "floating-point operations",
+    "llm_tokens": "LLM tokens",
+    "seconds": "seconds of forward passes",
+    "dollars": "price",
+}
+
+
+def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
+    """Draw accuracy over relative cost, a line per policy, to a PNG file."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for number, (name, policy) in enumerate(summary["policies"].items()):
+        costs, accuracies = zip(*policy["curve"], strict=True)
+        style = "--" if name in ("random", "entropy") else "-"
+        axes.plot(costs, accuracies, style, marker=".", color=colours[number % 10], label=name)
+    for name in ("slm", "llm"):
+        model = summary["models"][name]
+        axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=f"{name} only", zorder=3)
+    axes.axhline(0.95 * summary["models"]["llm"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel(f"cost relative to LLM-only decoding ({UNITS[summary['cost']]})")
+    axes.set_ylabel(f"accuracy ({summary['examples']} test problems)")
+    axes.set_title(f"{summary['task']}: {' -> '.join(summary['pool'])}")
+    axes.set_xlim(0, 1.03)
+    axes.set_ylim(0, 1.02)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, dpi=130, format="png")
+    plt.close(figure)
+    partial.replace(path)
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The comparison as a table: what each policy costs at shares of the LLM's accuracy, with 95 % intervals."""
+    result = Table(
+        title=f"{summary['task']}, {summary['examples']} test problems; cost: {UNITS[summary['cost']]}, LLM only = 1"
+    )
+    result.add_column("policy")
+    result.add_column("accuracy", justify="right")
+    result.add_column("cost", justify="right")
+    for level in next(iter(summary["policies"].values()))["cost_at"]:
+        result.add_column(f"cost at {float(level):.0%}\nof the LLM", justify="right")
+    result.add_column("LLM tokens\nat 95%", justify="right")
+    for name in ("slm", "llm"):
+        model = summary["models"][name]
+        result.add_row(f"{name} only", f"{model['accuracy']:.1%}", f"{model['cost']:.3f}")
+    for name, policy in summary["policies"].items():
+        cells = [_with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()]
+        result.add_row(name, "", "", *cells, _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]))
+    return result
+
+
+def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:
+    return f"{_number(value)} [{_number(interval[0])}, {_number(interval[1])}]"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def markdown(rich_table: Table) -> str:
+    """A rich table as GitHub-flavoured markdown."""
+    headers = [str(column.header).replace("\n", " ") for column in rich_table.columns]
+    rows = zip(*([str(cell) for cell in column.cells] for column in rich_table.columns), strict=True)
+    lines = [headers, ["---"] * len(headers), *map(list, rows)]
+    return f"{rich_table.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def transcripts(pool: ModelPool, episodes: Sequence[Episode], title: str) -> str:
+    """A page of responses, each token marked by its writer."""
+    parts = []
+    for episode in episodes:
+        verdict = "right" if episode.correct else f"wrong, the answer is {episode.example.answer}"
+        share = (episode.writers > 0).mean()
+        parts.append(
+            f'<article class="{"right" if episode.correct else "wrong"}"><h2>{escape(episode.example.id)}</h2>'
+            f"<p>{escape(episode.example.prompt.strip())}</p>"
+            f"<pre>{html(pool, episode.tokens, episode.writers)}</pre>"
+            f"<footer>{escape(verdict)}; {share:.0%} of {len(episode.writers)} tokens by the LLM</footer></article>"
+        )
+    return _PAGE.format(title=escape(title), body="\n".join(parts))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+article {{ border-left: 4px solid #2a8; padding: 0 1rem; margin: 2rem 0; }}
+article.wrong {{ border-color: #c33; }}
+h2 {{ font-size: 1rem; color: #666; }}
+pre {{ white-space: pre-wrap; background: #f6f6f4; padding: 0.8rem; }}
+mark {{ border-radius: 3px; }}
+footer {{ color: #666; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>Plain tokens were written by the small model, <mark style="background:#ffb3a7">marked</mark> ones by the large one.</p>
+{body}
+</body>
+</html>
+"""

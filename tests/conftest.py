@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+import string
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches the network
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from envs.models import ModelPool
+
+CHARACTERS = string.printable[:95]
+ENDS = [0, 30, 45, 60, 75, 90]  # several end tokens, so that random text ends now and then
+PLAIN = {"max_position_embeddings": 128, "tie_word_embeddings": False}
+CONFIGS = {
+    # grouped-query attention: 4 query heads over 2, 6 over 2
+    "llama_small": LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, **PLAIN
+    ),
+    "llama_large": LlamaConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64, **PLAIN
+    ),
+    "qwen2_small": Qwen2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48, **PLAIN
+    ),
+    "qwen2_large": Qwen2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64, **PLAIN
+    ),
+    "gpt2_small": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "gpt2_large": GPT2Config(n_embd=48, n_layer=2, n_head=4, n_positions=128),
+}
+POOLS = {
+    "llama": ["llama_small", "llama_large"],
+    "qwen2": ["qwen2_small", "qwen2_large"],
+    "gpt2": ["gpt2_small", "gpt2_large"],
+    "three": ["llama_small", "gpt2_small", "qwen2_large"],
+}
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    def make(characters=CHARACTERS, end="<end>", pad="<|endoftext|>"):
+        vocabulary = {token: index for index, token in enumerate(["<end>", "<|endoftext|>", *characters])}
+        letters = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        letters.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token=end, pad_token=pad)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory, make_tokenizer):
+    """Saves a random model and its tokenizer; weights wide enough that greedy text is not constant."""
+
+    def save(name, config, seed=0, tokenizer=None, weights=True, ends=ENDS):
+        folder = tmp_path_factory.mktemp("models") / name
+        tokenizer = tokenizer or make_tokenizer()
+        config.vocab_size, config.initializer_range = len(tokenizer), 0.5
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, 1
+        tokenizer.save_pretrained(folder)
+        if weights:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+            network.generation_config.eos_token_id = ends
+            network.save_pretrained(folder)
+        else:
+            config.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def folders(save_model):
+    return {name: save_model(name, config, seed) for seed, (name, config) in enumerate(CONFIGS.items())}
+
+
+@pytest.fixture(scope="session")
+def pools(folders):
+    return {
+        name: ModelPool.load([str(folders[m]) for m in members], dtype="float32", verbose=False)
+        for name, members in POOLS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_pool(pools):
+    return pools["llama"]
