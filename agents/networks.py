@@ -19,6 +19,9 @@ class RouterNetwork(nn.Module):
         dropout: share of the hidden features dropped in training.
     """
 
+    mean: Tensor  # (width,)
+    scale: Tensor  # (width,)
+
     def __init__(self, width: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.width = width
@@ -33,6 +36,11 @@ class RouterNetwork(nn.Module):
             nn.ReLU(),
             nn.Linear(width, 1),
         )
+
+    def standardise(self, features: Tensor) -> None:
+        """Take the statistics of `features`, (n, width), as those to standardise by."""
+        self.mean.copy_(features.mean(0))
+        self.scale.copy_(features.std(0).clamp(min=1e-4))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (n,) of features (n, width)."""

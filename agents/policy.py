@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from envs.models import ModelPool
 from envs.session import Observation
 from envs.tasks.task import Task
 
+POLICY_FILE = "policy.json"
 Track = Callable[[Mapping[str, Any]], None]
 """Where a learner reports what it measures: a row of named numbers."""
 
@@ -37,10 +40,34 @@ class Policy(Protocol):
 
 @runtime_checkable
 class SavedPolicy(Policy, Protocol):
-    """A policy that can be written to a folder, to be read again by `agents.saving.load_policy`."""
+    """A policy that can be written to a folder and read again by `load_policy`."""
 
     def save(self, folder: Path) -> None:
-        """Write weights as safetensors and settings as JSON."""
+        """Write weights as safetensors, and `policy.json`, which names the class and its settings."""
+
+    @classmethod
+    def load(cls, folder: Path, pool: ModelPool) -> Policy:
+        """Read what `save` wrote, for use with `pool`."""
+
+
+def load_policy(folder: Path, pool: ModelPool) -> Policy:
+    """Read a saved policy of any class of `agents`.
+
+    Raises:
+        ValueError: there is none in `folder`, it names a class elsewhere, or it was made for other models.
+    """
+    try:
+        name = str(json.loads((folder / POLICY_FILE).read_text())["class"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} holds no readable {POLICY_FILE}; give the policy folder of a training run"
+        ) from error
+    module, _, kind = name.rpartition(".")
+    # a file must not choose what is imported: policies live in this package
+    if not module.startswith("agents."):
+        raise ValueError(f"{folder}: {name} is not a policy of agents; load it with the class's own load")
+    saved: type[SavedPolicy] = getattr(importlib.import_module(module), kind)
+    return saved.load(folder, pool)
 
 
 class Learner(Protocol):
@@ -89,7 +116,7 @@ class Random:
 
     def score(self, observation: Observation) -> Tensor:
         with np.errstate(over="ignore"):
-            key = np.uint64(self.seed) * np.uint64(0x9E3779B97F4A7C15)
+            key = np.full(len(observation.positions), self.seed, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             for part in (observation.episodes, observation.positions):
                 key = mixed(key ^ part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
         return torch.from_numpy((key >> np.uint64(11)).astype(np.float64) / 2**53)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -129,7 +130,7 @@ class Collector:
         with tqdm(total=int(where.sum()), desc="rollouts", leave=False, mininterval=0.5) as progress:
             for batch in self._batches(None, [e for e, tokens in enumerate(wanted) if len(tokens)]):
                 self._load(batch)
-                queue = [(slot, token) for slot, e in enumerate(batch) for token in wanted[e]]
+                queue = [(slot, int(token)) for slot, e in enumerate(batch) for token in wanted[e]]
                 self._roll(preferences, batch, queue, forks, policy, threshold, progress)
 
     def _roll(
@@ -140,7 +141,7 @@ class Collector:
         forks: IntArray,
         policy: Policy,
         threshold: float,
-        progress: tqdm[None],
+        progress: tqdm[Any],
     ) -> None:
         serving = np.zeros(self._session.rows, dtype=np.int64)
 

@@ -14,7 +14,8 @@ from agents.policy import Policy
 from envs.cache import IntArray
 from envs.costs import FloatArray
 from envs.models import ModelPool
-from envs.session import Sampling, Session
+from envs.sampling import Sampling
+from envs.session import Session
 from envs.tasks.task import Example, Task
 
 UNDECIDED = -1

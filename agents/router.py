@@ -1,4 +1,4 @@
-"""A router trained on labelled tokens: its policy, its loss and its training, shared by all learners that label tokens."""
+"""A router trained on labelled tokens: its policy, its loss and its training, for all learners that label tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.networks import RouterNetwork
-from agents.policy import Track
+from agents.policy import POLICY_FILE, Track
 from envs.cache import IntArray
 from envs.models import ModelPool
 from envs.session import Observation
@@ -45,9 +45,10 @@ class RouterPolicy:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.network.state_dict(), folder / "router.partial")
         os.replace(folder / "router.partial", folder / "router.safetensors")
-        settings = {"policy": "router", "slm": self.slm, "width": self.network.width}
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        settings = {"class": name, "slm": self.slm, "width": self.network.width}
         (folder / "policy.partial").write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(folder / "policy.partial", folder / "policy.json")
+        os.replace(folder / "policy.partial", folder / POLICY_FILE)
 
     @classmethod
     def load(cls, folder: Path, pool: ModelPool) -> RouterPolicy:
@@ -57,7 +58,7 @@ class RouterPolicy:
             ValueError: there is no router in `folder`, or it reads another model than the pool's SLM.
         """
         try:
-            settings = json.loads((folder / "policy.json").read_text())
+            settings = json.loads((folder / POLICY_FILE).read_text())
             weights = load_file(folder / "router.safetensors")
         except OSError as error:
             raise ValueError(f"{folder} holds no saved router; train one with experiments.train") from error
@@ -149,8 +150,7 @@ def fit_router(
         network = RouterNetwork(hidden.shape[1], settings.dropout).to(device)
         train_rows = torch.from_numpy(np.flatnonzero(~held_out))
         sample = hidden[train_rows].float()
-        network.mean.copy_(sample.mean(0))
-        network.scale.copy_(sample.std(0).clamp(min=1e-4))
+        network.standardise(sample)
         optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         per_epoch = max(1, len(train_rows) // settings.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * per_epoch)

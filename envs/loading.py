@@ -145,9 +145,10 @@ class _Source:
             config = AutoConfig.from_pretrained(location, **options)
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
         except (OSError, ValueError, ImportError) as error:
+            reason = next(iter(str(error).splitlines()), "")
             raise ValueError(
                 f"unknown model {spec.name!r}: neither an embedded model ({', '.join(EMBEDDED)}), nor a local "
-                f"folder or GGUF file, nor a hub id that can be reached ({type(error).__name__}: {str(error).splitlines()[0]})"
+                f"folder or GGUF file, nor a hub id that can be reached ({type(error).__name__}: {reason})"
             ) from error
         if spec.layers is not None:
             text = text_config(config)

@@ -305,6 +305,19 @@ class ModelPool:
             check_fits(str(device), size, rows, capacity)
         return [model.new_cache(rows, capacity) for model in self.models]
 
+    def greedy(self, model: int, logits: Tensor) -> IntArray:
+        """The most likely tokens under logits (..., vocab) of model number `model`, as (...).
+
+        Raises:
+            FloatingPointError: the logits hold NaN.
+        """
+        best, tokens = logits.max(-1)
+        # the maximum of logits that hold a NaN is NaN
+        if bool(best.isnan().any()):
+            name = self.names[model]
+            raise FloatingPointError(f"the logits of {name} are NaN; load it with another dtype or check its weights")
+        return np.asarray(tokens.cpu().numpy())
+
     def encode(self, text: str, special: bool = True) -> IntArray:
         """Token ids of `text`, (n,); `special` adds what the tokenizer puts around a prompt."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=special), dtype=np.int64)

@@ -29,7 +29,7 @@ def runs(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> It
 def ansi(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> str:
     """The response for a terminal; tokens of other models than the SLM are coloured."""
     return "".join(
-        text if writer == 0 else f"{ANSI_COLOURS[1 + (writer - 1) % (len(ANSI_COLOURS) - 1)]}{text}{ANSI_COLOURS[0]}"
+        text if writer == 0 else f"{_of(ANSI_COLOURS, writer)}{text}{ANSI_COLOURS[0]}"
         for writer, text in runs(pool, tokens, writers)
     )
 
@@ -37,8 +37,11 @@ def ansi(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> st
 def html(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> str:
     """The response as HTML; tokens of other models than the SLM are marked."""
     return "".join(
-        escape(text)
-        if writer == 0
-        else f'<mark style="background:{HTML_COLOURS[1 + (writer - 1) % (len(HTML_COLOURS) - 1)]}">{escape(text)}</mark>'
+        escape(text) if writer == 0 else f'<mark style="background:{_of(HTML_COLOURS, writer)}">{escape(text)}</mark>'
         for writer, text in runs(pool, tokens, writers)
     )
+
+
+def _of(colours: tuple[str, ...], writer: int) -> str:
+    """The colour of a model other than the SLM."""
+    return colours[1 + (writer - 1) % (len(colours) - 1)]

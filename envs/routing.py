@@ -17,7 +17,8 @@ from envs.embedded import embedded_pool
 from envs.models import ModelPool
 from envs.render import ansi
 from envs.rewards import OutcomeReward, Reward, Transition
-from envs.session import BoolArray, Sampling, Session, Step
+from envs.sampling import Sampling
+from envs.session import BoolArray, Session, Step
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, Split, Task, check_split
 
@@ -150,15 +151,15 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
 
     ## Reward
     `reward`, by default `OutcomeReward`: -cost_weight x cost at every step, + 1 at the end if the answer is right. The
-    cost of a step is what its action made run (an LLM pass, with the tokens the LLM had missed) and the SLM's reading of
-    the new token, in the unit of `cost`, over the cost of one LLM token on an empty cache. Reading the prompt is not
+    cost of a step is what its action made run (an LLM pass, with the tokens the LLM had missed) and the SLM's reading
+    of the new token, in the unit of `cost`, over the cost of one LLM token on an empty cache. Reading the prompt is not
     charged: it does not depend on any action.
 
     ## Starting state
     A prompt of the task's `split`, drawn with the environment's generator, or `options={"example": Example}`.
 
     ## Episode end
-    `terminated`: an end-of-sequence token was written. `truncated`: `max_new_tokens` were written without one. Never both.
+    `terminated`: an end-of-sequence token was written. `truncated`: `max_new_tokens` were written without. Never both.
 
     ## Info
     At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`, `model`,
@@ -217,7 +218,7 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
         info = _scalars(info) | (finals[0] if finals else {})
         return observation, float(rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         return self.routing.render(0) if self.render_mode == "ansi" else None
 
 
@@ -302,7 +303,7 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         infos = _masked(started, ended, self.num_envs, infos)
         return self.routing.observe(self._rows), rewards, step.terminated, step.truncated, infos
 
-    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]
+    def render(self) -> tuple[str, ...] | None:
         return tuple(self.routing.render(row) for row in range(self.num_envs)) if self.render_mode == "ansi" else None
 
 
@@ -324,7 +325,7 @@ def _all_masked(info: Info) -> Info:
 
 
 def _masked(info: Info, rows: IntArray, num_envs: int, infos: Info | None = None) -> Info:
-    """Vector infos, added to `infos`: values of `rows`, each key with its mask, as Gymnasium's vector environments do."""
+    """Vector infos, added to `infos`: values of `rows`, each key with its mask, as Gymnasium has them."""
     infos = {} if infos is None else infos
     for key, value in info.items():
         empty = np.full(num_envs, None if value.dtype == object else 0, dtype=value.dtype)

@@ -14,43 +14,11 @@ from torch import Tensor
 from envs.cache import IntArray
 from envs.costs import COLUMNS, WRITTEN, FloatArray, pass_entry
 from envs.models import ModelPool
+from envs.sampling import Sampling
 
 # Logits held at once while references are read, in elements (256 MB in float32).
 LOGITS_AT_ONCE = 2**26
 BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from a model's logits.
-
-    Args:
-        temperature: 0 is greedy.
-        top_p: keep the most likely tokens whose probabilities sum to this (nucleus sampling).
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, is {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], is {self.top_p}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    def draw(self, logits: Tensor, uniforms: FloatArray) -> IntArray:
-        """One token a row from logits (n, vocab), by inverting the distribution function at `uniforms`, (n,)."""
-        probabilities, tokens = (logits.double() / self.temperature).softmax(-1).sort(-1, descending=True)
-        cumulative = probabilities.cumsum(-1)
-        # a token stays while those before it do not reach top_p; the first always stays
-        kept = torch.where(cumulative - probabilities < self.top_p, probabilities, 0.0).cumsum(-1)
-        drawn = torch.from_numpy(uniforms).to(kept)[:, None] * kept[:, -1:]
-        choice = (kept <= drawn).sum(-1, keepdim=True).clamp(max=kept.shape[-1] - 1)
-        return np.asarray(tokens.gather(-1, choice)[:, 0].cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -133,6 +101,7 @@ class Session:
         self._writers = np.zeros((rows, capacity), dtype=np.int8)
         self._lengths: IntArray = np.zeros(rows, dtype=np.int64)
         self._prompts: IntArray = np.zeros(rows, dtype=np.int64)
+        self._limits: IntArray = np.full(rows, max_new_tokens, dtype=np.int64)
         self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
         self._slm_tokens: IntArray = np.zeros(rows, dtype=np.int64)
         self._active: BoolArray = np.zeros(rows, dtype=bool)
@@ -150,6 +119,7 @@ class Session:
         prompts: Sequence[IntArray],
         episodes: IntArray | None = None,
         generators: Sequence[np.random.Generator] | None = None,
+        limits: IntArray | None = None,
     ) -> FloatArray:
         """Start a new sequence in each row; the SLM reads the prompt.
 
@@ -158,6 +128,7 @@ class Session:
             prompts: n arrays of token ids.
             episodes: a number for each row's episode, (n,); the rows' own numbers where None.
             generators: the source of chance of each row, needed where tokens are sampled.
+            limits: the longest response of each row, at most `max_new_tokens`, (n,); that where None.
 
         Returns:
             Ledger entries of reading the prompts, (n, models, COLUMNS).
@@ -170,9 +141,9 @@ class Session:
         for row, prompt in zip(rows, prompts, strict=True):
             if not 1 <= len(prompt) <= room:
                 raise ValueError(
-                    f"the prompt of row {row} has {len(prompt)} tokens; the cache of {self.capacity} leaves room for 1 to "
-                    f"{room} beside {self.max_new_tokens} new ones: raise capacity, lower max_new_tokens, or drop the "
-                    "example"
+                    f"the prompt of row {row} has {len(prompt)} tokens; the cache of {self.capacity} leaves room for 1 "
+                    f"to {room} beside {self.max_new_tokens} new ones: raise capacity, lower max_new_tokens, or drop "
+                    "the example"
                 )
         if not self.sampling.greedy and generators is None:
             raise ValueError("sampling needs a generator for each row")
@@ -182,6 +153,7 @@ class Session:
             self._tokens[row, : len(prompt)] = prompt
         self._prompts[rows] = self._lengths[rows] = [len(prompt) for prompt in prompts]
         self._episodes[rows] = rows if episodes is None else episodes
+        self._limits[rows] = self.max_new_tokens if limits is None else np.minimum(limits, self.max_new_tokens)
         for position, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[position]
         self._active[rows] = True
@@ -228,7 +200,7 @@ class Session:
         self._writers[rows, self._lengths[rows]] = actions
         self._lengths[rows] += 1
         terminated = np.isin(tokens, self.pool.end_tokens)
-        truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self.max_new_tokens)
+        truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self._limits[rows])
         self._active[rows] = ~(terminated | truncated)
         # The last state of a truncated row is read too: its value is what a learner bootstraps from.
         going_on = np.flatnonzero(~terminated)
@@ -271,7 +243,16 @@ class Session:
         for model, cache in enumerate(self._caches):
             # a model must have a token to read when it is next asked for one
             cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
-        for state in (self._tokens, self._writers, self._prompts, self._episodes, self._slm_tokens, self.ledger):
+        per_row = (
+            self._tokens,
+            self._writers,
+            self._prompts,
+            self._limits,
+            self._episodes,
+            self._slm_tokens,
+            self.ledger,
+        )
+        for state in per_row:
             state[targets] = state[sources]
         for target, source in zip(targets, sources, strict=True):
             self._generators[target] = self._generators[source]
@@ -300,7 +281,7 @@ class Session:
         rows = self._checked(rows)
         counts = np.array([len(chunk) for chunk in chunks])
         ends = self._lengths[rows] + counts
-        if not self._active[rows].all() or (ends - self._prompts[rows] >= self.max_new_tokens).any():
+        if not self._active[rows].all() or (ends - self._prompts[rows] >= self._limits[rows]).any():
             raise ValueError(f"rows {rows.tolist()} cannot take {counts.tolist()} more tokens and stay in flight")
         for row, chunk, end in zip(rows, chunks, ends, strict=True):
             self._tokens[row, end - len(chunk) : end] = chunk
@@ -341,6 +322,7 @@ class Session:
             self._tokens[row, : len(whole)], self._writers[row, : len(whole)] = whole, 0
             self._prompts[row], self._lengths[row] = len(prompt), len(whole)
         self._active[rows], self._episodes[rows], self.ledger[rows] = False, rows, 0
+        self._limits[rows] = self.max_new_tokens
         hidden: list[Tensor] = [torch.empty(0)] * len(rows)
         choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]
         # logits of every position are large: few rows at a time where the vocabulary is
@@ -352,12 +334,10 @@ class Session:
                 part = rows[first : first + together]
                 chunks = [self._tokens[row, : self._lengths[row] - 1] for row in part]
                 states, logits = self.pool.models[model].feed(cache, part, chunks, every_position=True)
-                best, tokens = logits[..., : self.pool.vocab_size].max(-1)
-                if bool(best.isnan().any()):
-                    raise nan_error(self.pool.names[model])
-                for i, row in enumerate(part):
+                tokens = self.pool.greedy(model, logits[..., : self.pool.vocab_size])
+                for i in range(len(part)):
                     count = len(responses[first + i])
-                    choices[first + i][:, model] = tokens[i, -count:].cpu().numpy()
+                    choices[first + i][:, model] = tokens[i, -count:]
                     if model == 0:
                         hidden[first + i] = states[i, -count:].float()
         return hidden, choices
@@ -400,11 +380,7 @@ class Session:
         started = time.perf_counter()
         hidden, logits = self.pool.models[model].feed(cache, rows, chunks)
         logits = logits[:, : self.pool.vocab_size]
-        best, tokens = logits.max(-1)
-        # the maximum of logits that hold a NaN is NaN
-        if bool(best.isnan().any()):
-            raise nan_error(self.pool.names[model])
-        greedy = tokens.cpu().numpy()  # waits for the device, so that the time below is the pass's
+        greedy = self.pool.greedy(model, logits)  # waits for the device, so that the time below is the pass's
         work[entries, model] += pass_entry(after - before, before, time.perf_counter() - started)
         return hidden, logits, greedy
 
@@ -423,8 +399,3 @@ class Session:
         if not len(rows) or rows.min() < 0 or rows.max() >= self.rows or len(np.unique(rows)) != len(rows):
             raise ValueError(f"rows must be distinct and in 0..{self.rows - 1}; they are {rows.tolist()}")
         return rows
-
-
-def nan_error(name: str) -> FloatingPointError:
-    """The error for a model whose logits are not numbers."""
-    return FloatingPointError(f"the logits of {name} are NaN; load it with another dtype or check its weights")

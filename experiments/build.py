@@ -18,6 +18,7 @@ import hydra
 import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra_zen import builds
 from hydra_zen import instantiate as zen_instantiate
@@ -71,7 +72,7 @@ def program(name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable
 
     def decorate(run: Callable[[DictConfig, Path], Any]) -> Callable[[], None]:
         def hydra_run(config: DictConfig) -> Any:
-            folder = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+            folder = Path(HydraConfig.get().runtime.output_dir)
             write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
             if config.get("threads"):
                 torch.set_num_threads(config.threads)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policy import Always, Policy
+from agents.policy import POLICY_FILE, Always, Policy, load_policy
 from agents.rollout import Episode, Scheduling, decode
-from agents.router import RouterPolicy
 from envs.costs import ALL_COSTS, WRITTEN, FloatArray, Price
 from envs.models import ModelPool
 from envs.session import Observation
@@ -143,8 +143,7 @@ def summarize(evaluation: Evaluation, sweeps: Mapping[str, list[list[Episode]]],
         policies[name] = {
             "cost_at": by_unit[config.cost],
             "cost_at_interval": {
-                f"{q:.2f}": bootstrap(lambda w, q=q, f=cost_for: f(q, w), count, config.bootstrap, config.seed)
-                for q in LEVELS
+                f"{q:.2f}": bootstrap(partial(cost_for, q), count, config.bootstrap, config.seed) for q in LEVELS
             },
             "cost_at_by_unit": by_unit,
             "accuracy_at": {f"{c:.2f}": finite(accuracy_at(hull, c)) for c in (0.25, 0.5)},
@@ -177,7 +176,7 @@ def pick_transcripts(evaluation: Evaluation, runs: Sequence[list[Episode]], cost
 def evaluate(config: DictConfig, folder: Path, track: Tracker, agents: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Fit or load the policies, sweep their thresholds, and write everything into `folder`."""
     pool = build(config, "models")
-    policies: dict[str, Policy] = {name: RouterPolicy.load(Path(path), pool) for name, path in config.saved.items()}
+    policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
     policies |= {name: agent.fit(pool, task, seed=config.seed, track=track) for name, agent in agents.items()}
     scheduling = build(config, "scheduling")
     thresholds = choose_thresholds(pool, task, policies, config, scheduling)
@@ -229,8 +228,8 @@ def main(config: DictConfig, folder: Path) -> None:
     if not all(0 < share < 1 for share in config.llm_shares):
         raise ValueError(f"llm_shares must lie between 0 and 1, are {list(config.llm_shares)}")
     for name, path in config.saved.items():
-        if not (Path(path) / "policy.json").is_file():
-            raise ValueError(f"saved.{name}: {path} holds no policy.json; give the policy folder of a training run")
+        if not (Path(path) / POLICY_FILE).is_file():
+            raise ValueError(f"saved.{name}: {path} holds no {POLICY_FILE}; give the policy folder of a training run")
     agents = {name: build(config.agents, name) for name in config.agents}
     task, tracking = build(config, "task"), build(config, "track")
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:

@@ -121,7 +121,7 @@ footer {{ color: #666; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p>Plain tokens were written by the small model, <mark style="background:#ffb3a7">marked</mark> ones by the large one.</p>
+<p>The small model wrote the plain tokens, the large one the <mark style="background:#ffb3a7">marked</mark> ones.</p>
 {body}
 </body>
 </html>

@@ -1,7 +1,7 @@
 """Train the embedded pair from scratch: the recipe behind `envs/weights`.
 
     python -m experiments.pretrain                    # all models of the pair, about 35 minutes on 2 cores
-    python -m experiments.pretrain models=[slm]       # one of them
+    python -m experiments.pretrain only=[slm]       # one of them
 
 Everything is drawn from `seed`; steps, not minutes, are fixed, so that the result does not depend on the machine.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import hydra
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -154,7 +154,8 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if x.shape[0] <= x.shape[1] else wide.T
+    result: Tensor = wide if x.shape[0] <= x.shape[1] else wide.T
+    return result
 
 
 def pretrain(
@@ -237,14 +238,15 @@ def _write_text(path: Path, text: str) -> None:
 
 @hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
 def main(config: DictConfig) -> None:
+    """Train the models of `config.recipes`."""
     torch.set_num_threads(config.threads)
-    recipes = {name: Recipe(**OmegaConf.to_container(node)) for name, node in config.recipes.items()}
+    recipes = {str(name): Recipe(**node) for name, node in config.recipes.items()}
     task = ArithmeticTask()
     texts = (f"{e.prompt}{e.reference}" for e in (task.example("train", i) for i in range(config.tokenizer_examples)))
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    for name in config.models or recipes:
+    for name in config.only or recipes:
         if name not in recipes:
-            raise ValueError(f"models: unknown model {name!r}; the recipes are {', '.join(recipes)}")
+            raise ValueError(f"only: unknown model {name!r}; the recipes are {', '.join(recipes)}")
         print(name, pretrain(name, recipes[name], task, tokenizer, config.seed, Path(config.folder)))
 
 

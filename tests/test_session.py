@@ -10,7 +10,8 @@ import torch
 from envs.costs import CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
 from envs.embedded import embedded_pool
 from envs.models import LanguageModel, ModelPool
-from envs.session import Sampling, Session
+from envs.sampling import Sampling
+from envs.session import Session
 from envs.tasks.arithmetic import ArithmeticTask
 
 FAMILIES = ["llama", "qwen2", "gpt2", "three"]

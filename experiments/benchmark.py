@@ -1,0 +1,363 @@
+"""Measure speed, as ratios in one run against something real.
+
+    python -m experiments.benchmark suite=decode
+    python -m experiments.benchmark suite=env
+
+The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
+turn (A B A B ...) in one process, and medians are compared, since machines are noisy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from agents.policy import Policy, Random
+from agents.rollout import UNDECIDED, drive
+from envs.cache import IntArray
+from envs.models import LanguageModel, ModelPool
+from envs.routing import RoutingVectorEnv
+from envs.session import Session
+from experiments.build import program
+
+Numbers = dict[str, float]
+
+
+class _NoTokenizer:
+    """Stands in for a tokenizer: random weights have no text. No token ends a response."""
+
+    eos_token_id = -1
+
+
+def random_pool(config: DictConfig) -> ModelPool:
+    """A pair of random-weight Llamas of the configured sizes."""
+    tokenizer: Any = _NoTokenizer()
+    models = []
+    for name in ("slm", "llm"):
+        shape = config[name]
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=shape.hidden_size,
+                intermediate_size=shape.mlp_size,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                max_position_embeddings=2048,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=None,
+                attn_implementation="sdpa",
+            )
+        )
+        size = sum(p.numel() for p in network.parameters())
+        print(f"{name}: {size / 1e6:.1f} M parameters")
+        models.append(LanguageModel(name, network, tokenizer))
+    return ModelPool(models)
+
+
+def alternate(actions: dict[str, Callable[[], float]], repeats: int, label: str) -> Numbers:
+    """Run each action in turn, `repeats` times; medians of what they return."""
+    values: dict[str, list[float]] = {name: [] for name in actions}
+    with tqdm(total=repeats * len(actions), desc=label, leave=False) as progress:
+        for _ in range(repeats):
+            for name, action in actions.items():
+                values[name].append(action())
+                progress.update()
+    return {name: float(np.median(found)) for name, found in values.items()}
+
+
+def random_prompts(count: int, config: DictConfig) -> list[IntArray]:
+    """Prompts of random tokens, of ragged lengths."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3 * config.prompt_tokens // 4, 5 * config.prompt_tokens // 4 + 1, size=count)
+    return [rng.integers(0, config.vocab_size, size=length) for length in lengths]
+
+
+def routed_seconds(
+    pool: ModelPool,
+    prompts: list[IntArray],
+    limits: IntArray,
+    rows: int,
+    policy: Policy,
+    threshold: float,
+    gather: float,
+) -> float:
+    """Seconds to decode `limits[i]` tokens for each prompt through a session, finished rows refilled at once."""
+    session = Session(pool, rows, int(limits.max()), capacity=int(limits.max()) + max(map(len, prompts)))
+    waiting = list(range(len(prompts)))
+    serving = np.zeros(rows, dtype=np.int64)
+
+    def refill(free: IntArray) -> tuple[IntArray, IntArray]:
+        taken = [waiting.pop(0) for _ in range(min(len(free), len(waiting)))]
+        started = free[: len(taken)]
+        if taken:
+            session.start(started, [prompts[i] for i in taken], np.array(taken), limits=limits[taken])
+            serving[started] = taken
+        return started, np.full(len(started), UNDECIDED)
+
+    begun = time.perf_counter()
+    drive(session, np.arange(rows), policy, threshold, gather, refill, lambda row, terminated: None)
+    return time.perf_counter() - begun
+
+
+class _ReadyLayer(CacheLayerMixin):
+    """Keys and values that are there already: what attention costs without any cache to keep."""
+
+    is_sliding = False
+
+    def __init__(self, owner: _ReadyCache) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, length = self._owner.rows, self._owner.longest
+        self.keys = torch.randn(rows, length, key_states.shape[1], key_states.shape[3])
+        self.values = torch.randn(rows, length, value_states.shape[1], value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        rows, length = key_states.shape[0], self._owner.length
+        return self.keys[:rows, :length].transpose(1, 2), self.values[:rows, :length].transpose(1, 2)
+
+    def get_seq_length(self) -> int:
+        return self._owner.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._owner.length, 0
+
+    def get_max_length(self) -> int:
+        return self._owner.longest
+
+
+class _ReadyCache(Cache):
+    def __init__(self, layers: int, rows: int, longest: int) -> None:
+        self.rows, self.longest, self.length = rows, longest, 0
+        super().__init__(layers=[_ReadyLayer(self) for _ in range(layers)])
+
+
+@contextmanager
+def recorded_passes(pool: ModelPool) -> Iterator[list[tuple[LanguageModel, dict[str, Any]]]]:
+    """Every forward pass made inside, as the model and its arguments."""
+    passes: list[tuple[LanguageModel, dict[str, Any]]] = []
+
+    def recorder(model: LanguageModel) -> Callable[..., None]:
+        def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            passes.append((model, {key: value for key, value in kwargs.items() if key != "past_key_values"}))
+
+        return record
+
+    hooks = [m.network.register_forward_pre_hook(recorder(m), with_kwargs=True) for m in pool.models]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def bare_seconds(passes: list[tuple[LanguageModel, dict[str, Any]]], caches: dict[str, _ReadyCache]) -> float:
+    """Seconds of the same forward passes with nothing around them."""
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        for model, arguments in passes:
+            cache = caches[model.name]
+            cache.length = arguments["attention_mask"].shape[-1]
+            model.network(past_key_values=cache, **arguments)
+    return time.perf_counter() - begun
+
+
+def reread_seconds(pool: ModelPool, prompts: list[IntArray], limits: IntArray, llm_share: float, samples: int) -> float:
+    """Seconds of a loop that re-reads the whole prefix at every LLM call and keeps finished rows going.
+
+    The rows of a batch start together and go on until the last has ended. The SLM keeps its cache. Steps are timed at
+    `samples` evenly spaced lengths and weighted by their spacing, since all of them would take a quarter of an hour.
+    """
+    batch, length = len(prompts), int(limits.max())
+    prompt = max(map(len, prompts))
+    rng = np.random.default_rng(1)
+    slm, llm = (model.network for model in (pool.models[0], pool.models[-1]))
+    total = 0.0
+    edges = np.linspace(0, length, samples + 1)
+    for position in ((edges[1:] + edges[:-1]) / 2).astype(int):
+        ids = torch.from_numpy(rng.integers(0, slm.config.vocab_size, size=(batch, prompt + position)))
+        cache = DynamicCache(config=slm.config)
+        with torch.inference_mode():
+            slm(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            to_llm = np.flatnonzero(rng.random(batch) < llm_share)
+            begun = time.perf_counter()
+            slm(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            if len(to_llm):
+                llm(input_ids=ids[to_llm], use_cache=False, logits_to_keep=1).logits.argmax(-1)
+            total += (time.perf_counter() - begun) * length / samples
+    return total
+
+
+def decode_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
+    """How the engine compares with the bare passes, with published code, with LLM-only decoding and with `generate`."""
+    pool = random_pool(config)
+    share, repeats, policy = config.llm_share, config.repeats, Random(seed=0)
+    ratios: Numbers = {}
+    rates: Numbers = {}
+    batch = config.batch
+
+    prompts = random_prompts(batch, config)
+    limits = np.full(batch, config.new_tokens)
+    with recorded_passes(pool) as passes:
+        routed_seconds(pool, prompts, limits, batch, policy, share, config.gather)
+    longest = int(limits.max()) + max(map(len, prompts))
+    caches = {m.name: _ReadyCache(m.network.config.num_hidden_layers, batch, longest) for m in pool.models}
+    found = alternate(
+        {
+            "bare": lambda: bare_seconds(passes, caches),
+            "wall": lambda: routed_seconds(pool, prompts, limits, batch, policy, share, config.gather),
+        },
+        repeats,
+        "bare passes",
+    )
+    ratios["bare_forward_over_wall"] = found["bare"] / found["wall"]
+
+    for rows in config.rows_in_flight:
+        some = random_prompts(rows, config)
+        ends = np.full(rows, config.rate_tokens)
+        found = alternate(
+            {
+                "routed": lambda: routed_seconds(pool, some, ends, rows, policy, share, config.gather),  # noqa: B023
+                "llm": lambda: llm_only_seconds(pool, some, config.rate_tokens),  # noqa: B023
+            },
+            repeats,
+            f"{rows} rows",
+        )
+        ratios[f"routed_over_llm_only_{rows}"] = found["llm"] / found["routed"]
+        rates[f"routed_tokens_per_second_{rows}"] = rows * config.rate_tokens / found["routed"]
+        rates[f"llm_only_tokens_per_second_{rows}"] = rows * config.rate_tokens / found["llm"]
+
+    same = [prompt[: min(map(len, prompts))] for prompt in prompts]
+    found = alternate(
+        {
+            "ours": lambda: llm_only_seconds(pool, same, config.rate_tokens),
+            "generate": lambda: generate_seconds(pool, same, config.rate_tokens),
+        },
+        repeats,
+        "generate",
+    )
+    ratios["llm_only_over_generate"] = found["generate"] / found["ours"]
+
+    # twice as many problems as rows, of which most end early
+    many = random_prompts(2 * batch, config)
+    rng = np.random.default_rng(2)
+    ends = rng.integers(config.long_tokens // 8, config.long_tokens + 1, size=2 * batch)
+    ends[0] = ends[batch] = config.long_tokens
+
+    def reread() -> float:
+        halves = (slice(0, batch), slice(batch, 2 * batch))
+        return sum(reread_seconds(pool, many[h], ends[h], share, config.samples) for h in halves)
+
+    found = alternate(
+        {"reread": reread, "ours": lambda: routed_seconds(pool, many, ends, batch, policy, share, config.gather)},
+        1,
+        "re-reading loop",
+    )
+    ratios["reread_loop_over_ours"] = found["reread"] / found["ours"]
+    return ratios, rates
+
+
+def llm_only_seconds(pool: ModelPool, prompts: list[IntArray], new_tokens: int) -> float:
+    """Seconds to decode with the LLM alone through the same engine, rows together."""
+    llm = pool.models[-1]
+    rows = np.arange(len(prompts))
+    begun = time.perf_counter()
+    cache = llm.new_cache(len(rows), max(map(len, prompts)) + new_tokens)
+    chunks = list(prompts)
+    for _ in range(new_tokens):
+        _, logits = llm.feed(cache, rows, chunks)
+        chunks = list(logits.argmax(-1)[:, None].numpy())
+    return time.perf_counter() - begun
+
+
+def generate_seconds(pool: ModelPool, prompts: list[IntArray], new_tokens: int) -> float:
+    """Seconds of Hugging Face `generate` on prompts of one length."""
+    network = pool.models[-1].network
+    ids = torch.from_numpy(np.stack(prompts))
+    begun = time.perf_counter()
+    network.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return time.perf_counter() - begun
+
+
+def env_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
+    """Steps per second of the vector environment on the embedded pair, actions drawn at random."""
+    environment = RoutingVectorEnv(num_envs=config.envs)
+    environment.action_space.seed(0)
+    environment.reset(seed=0)
+
+    def steps(count: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(count):
+            environment.step(environment.action_space.sample())
+        return count * environment.num_envs / (time.perf_counter() - begun)
+
+    steps(config.env_steps)  # past the start, when all rows read prompts together
+    rate = alternate({"steps": lambda: steps(int(config.env_steps))}, config.env_repeats, "env")["steps"]
+    return {}, {"vector_steps_per_second": rate}
+
+
+SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {"decode": decode_suite, "env": env_suite}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@program("benchmark")
+def main(config: DictConfig, folder: Path) -> None:
+    """Run one suite."""
+    if config.suite not in SUITES:
+        raise ValueError(f"unknown suite {config.suite!r}; choose one of {', '.join(SUITES)}")
+    ratios, rates = SUITES[config.suite](config)
+    report = {
+        "suite": config.suite,
+        "ratios": {name: round(value, 4) for name, value in ratios.items()},
+        "rates": {name: round(value, 2) for name, value in rates.items()},
+        "machine": machine(),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agents.citer import Citer, label
+from agents.networks import RouterNetwork
+from agents.policy import Always, Random, load_policy
+from agents.preferences import NOT_ROLLED_OUT, Collector
+from agents.rollout import Scheduling, decode
+from agents.router import RouterPolicy, RouterTraining, fit_router, preference_loss
+from agents.uncertainty import Uncertainty
+from envs.costs import READ, WRITTEN
+from envs.embedded import embedded_pool
+from envs.session import Observation
+from envs.tasks.arithmetic import ArithmeticTask
+from envs.tasks.task import Example
+from experiments.build import CONF, build, register_schemas
+
+AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
+QUICK = {"examples": 24, "training.epochs": 2, "training.batch_size": 64, "scheduling.rows": 16}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return embedded_pool()
+
+
+@pytest.fixture(scope="module")
+def task():
+    return ArithmeticTask()
+
+
+def agent(name):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", overrides=[f"agent={name}"])
+    for key, value in QUICK.items():
+        if OmegaConf.select(config.agent, key) is not None:
+            OmegaConf.update(config.agent, key, value)
+    return build(config, "agent")
+
+
+def same(first, second):
+    return all(
+        np.array_equal(a.tokens, b.tokens) and np.array_equal(a.writers, b.writers)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_every_agent_fits_and_decodes(name, pool, task, tmp_path):
+    rows = []
+    policy = agent(name).fit(pool, task, seed=3, track=rows.append)
+    examples = task.examples("validation", 6)
+    episodes = decode(pool, task, examples, policy, threshold=0.5, scheduling=Scheduling(rows=4))
+    assert [episode.example for episode in episodes] == examples
+    for episode in episodes:
+        assert ((episode.scores >= 0) & (episode.scores <= 1)).all()
+        np.testing.assert_array_equal(episode.writers == 0, episode.scores >= 0.5)
+        assert episode.correct == task.is_correct(episode.example, episode.text)
+        assert episode.ledger[:, WRITTEN].sum() == len(episode.tokens)
+    assert all(json.dumps(row) for row in rows)
+    again = agent(name).fit(pool, task, seed=3)
+    assert same(episodes, decode(pool, task, examples, again, threshold=0.5, scheduling=Scheduling(rows=4)))
+    if hasattr(policy, "save"):
+        policy.save(tmp_path / "policy")
+        loaded = load_policy(tmp_path / "policy", pool)
+        assert same(episodes, decode(pool, task, examples, loaded, threshold=0.5))
+
+
+@pytest.mark.parametrize("policy", [Random(seed=5), Uncertainty("margin")])
+def test_scheduling_changes_no_token(policy, pool, task):
+    examples = task.examples("test", 14)
+    expected = decode(pool, task, examples, policy, 0.6, scheduling=Scheduling(rows=1, gather=0))
+    for scheduling in (Scheduling(rows=5, gather=0), Scheduling(rows=5, gather=1), Scheduling(rows=14, gather=0.5)):
+        assert same(expected, decode(pool, task, examples, policy, 0.6, scheduling=scheduling))
+
+
+def test_gathering_saves_llm_passes_and_reads_the_same_tokens(pool, task):
+    examples = task.examples("test", 8)
+    runs = [decode(pool, task, examples, Random(1), 0.2, scheduling=Scheduling(8, gather)) for gather in (0, 1)]
+    for one, other in zip(*runs, strict=True):
+        np.testing.assert_array_equal(one.ledger[:, : READ + 1], other.ledger[:, : READ + 1])
+
+
+def test_random_is_uniform_and_nested():
+    positions = np.tile(np.arange(100), 100)
+    observation = Observation(torch.zeros(10_000, 2), torch.zeros(10_000, 2), positions, np.repeat(np.arange(100), 100))
+    scores = Random(seed=1).score(observation).numpy()
+    assert abs(scores.mean() - 0.5) < 0.01
+    assert np.abs(np.histogram(scores, bins=10, range=(0, 1))[0] - 1000).max() < 150
+    assert len(np.unique(scores)) == 10_000
+    assert not np.array_equal(scores, Random(seed=2).score(observation).numpy())
+
+
+@pytest.mark.parametrize("measure", ["max_probability", "margin", "entropy"])
+def test_uncertainty_orders_sure_before_unsure(measure):
+    logits = torch.tensor([[9.0, 0, 0, 0], [2.0, 1, 0, 0], [0.0, 0, 0, 0]])
+    scores = Uncertainty(measure).score(Observation(torch.zeros(3, 2), logits, np.zeros(3), np.zeros(3))).numpy()
+    assert scores[0] > scores[1] > scores[2]
+    assert scores.min() >= -1e-6
+    assert scores.max() <= 1
+
+
+def plain_preferences(pool, task, example, policy, threshold, limit):
+    """The algorithm as the paper writes it: one token of each model at a time, one routed loop per case 3; no cache."""
+
+    def next_token(model, tokens):
+        output = model.network(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
+        return int(output.logits[0, -1].argmax()), output.hidden_states[-1][0, -1], output.logits[0, -1]
+
+    def finish(tokens, count):
+        while count < limit and tokens[-1] not in pool.end_tokens:
+            slm_token, hidden, logits = next_token(pool.models[0], tokens)
+            score = policy.score(Observation(hidden[None], logits[None], np.array([count]), np.array([0])))
+            tokens = [*tokens, slm_token if score >= threshold else next_token(pool.models[1], tokens)[0]]
+            count += 1
+        return tokens
+
+    prompt = pool.encode(example.prompt).tolist()
+    reference = [*pool.encode(example.reference, special=False).tolist(), int(pool.end_tokens[0])]
+    cases, outcomes = [], []
+    for position, target in enumerate(reference):
+        prefix = prompt + reference[:position]
+        slm, llm = (next_token(model, prefix)[0] for model in pool.models)
+        cases.append(1 if slm == target else 2 if llm == target else 3)
+        if cases[-1] == 3:
+            whole = finish([*prefix, slm], position + 1)
+            outcomes.append(int(task.is_correct(example, pool.decode(np.array(whole[len(prompt) :])))))
+        else:
+            outcomes.append(NOT_ROLLED_OUT)
+    return cases, outcomes
+
+
+@pytest.mark.parametrize("policy", [Always(slm=True), Uncertainty("max_probability")])
+@torch.no_grad()
+def test_preferences_equal_the_plain_algorithm(policy, pool, task):
+    examples = task.examples("train", 4, start=50)
+    collector = Collector(pool, task, examples, max_new_tokens=100, scheduling=Scheduling(rows=3))
+    preferences = collector.shortcut()
+    collector.rollouts(preferences, preferences.cases == 3, policy, 0.8)
+    assert (preferences.cases == 3).any()
+    for number, example in enumerate(examples):
+        cases, outcomes = plain_preferences(pool, task, example, policy, 0.8, limit=100)
+        rows = preferences.examples == number
+        assert preferences.cases[rows].tolist() == cases
+        assert preferences.outcomes[rows].tolist() == outcomes
+
+
+def test_labels_of_case_3_follow_the_setting(pool, task):
+    collector = Collector(pool, task, task.examples("train", 6), scheduling=Scheduling(rows=4))
+    preferences = collector.shortcut()
+    third = preferences.cases == 3
+    preferences.outcomes[third] = np.arange(third.sum()) % 2
+    for setting in ("rollout", "slm", "llm", "agreement", "drop"):
+        prefers_slm, kept = label(preferences, setting)
+        np.testing.assert_array_equal(prefers_slm[~third], preferences.cases[~third] == 1)
+        assert kept[~third].all()
+    assert label(preferences, "slm")[0][third].all()
+    assert not label(preferences, "llm")[0][third].any()
+    np.testing.assert_array_equal(label(preferences, "agreement")[0][third], preferences.agree[third])
+    np.testing.assert_array_equal(label(preferences, "rollout")[0][third], preferences.outcomes[third] == 1)
+    assert not label(preferences, "drop")[1][third].any()
+
+
+def toy_data(examples=60, each=50):
+    """Two states: in one the SLM should write, in the other it should not."""
+    rng = np.random.default_rng(0)
+    state = rng.integers(0, 2, size=examples * each)
+    hidden = np.stack([2.0 * state - 1, rng.normal(size=len(state))], axis=-1)
+    return torch.from_numpy(hidden).half(), torch.from_numpy(state == 1), np.repeat(np.arange(examples), each)
+
+
+def train(hidden, labels, examples, track=lambda row: None, **settings):
+    chosen = RouterTraining(**{"epochs": 4, "batch_size": 256} | settings)
+    return fit_router(hidden, labels, examples, chosen, 0, track, torch.device("cpu"), "toy")
+
+
+def test_the_router_learns_a_two_state_problem():
+    hidden, labels, examples = toy_data()
+    rows = []
+    network = train(hidden, labels, examples, rows.append)
+    policy = RouterPolicy(network, "toy")
+    scores = policy.score(Observation(hidden, torch.zeros(len(hidden), 2), examples, examples))
+    regret = (scores.round().bool() != labels).float().mean()
+    assert regret < 0.01
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
+
+
+def test_training_repeats_and_survives_any_last_batch():
+    hidden, labels, examples = toy_data()
+    first, second = (train(hidden, labels, examples).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    # 45 training examples of 50 tokens: 2250 rows, which leaves a batch of one behind 173 of 13
+    train(hidden[:2500], labels[:2500], examples[:2500], batch_size=13, epochs=1)
+
+
+def test_the_best_epoch_is_kept_not_the_last(monkeypatch):
+    losses = iter([0.5, 0.1, 0.9])
+    snapshots = []
+
+    def fake(network, *args):
+        snapshots.append({key: value.clone() for key, value in network.state_dict().items()})
+        return next(losses)
+
+    monkeypatch.setattr("agents.router.evaluate_loss", fake)
+    network = train(*toy_data(), epochs=3)
+    assert all(torch.equal(value, snapshots[1][key]) for key, value in network.state_dict().items())
+    assert not all(torch.equal(snapshots[2][key], snapshots[1][key]) for key in snapshots[1])
+
+
+def test_no_example_is_on_both_sides_of_the_split(monkeypatch):
+    import agents.router
+
+    seen = {}
+    held_out = agents.router._held_out
+    monkeypatch.setattr("agents.router._held_out", lambda *args: seen.setdefault("mask", held_out(*args)))
+    hidden, labels, examples = toy_data()
+    train(hidden, labels, examples, epochs=1)
+    assert not set(examples[seen["mask"]]) & set(examples[~seen["mask"]])
+    assert len(set(examples[seen["mask"]])) == 6
+
+
+def test_preference_loss_by_hand():
+    loss = preference_loss(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0]))
+    assert loss.item() == pytest.approx((np.log(2) + np.log(1 + np.exp(2))) / 2, rel=1e-6)
+
+
+def test_bad_labels_and_settings_are_named(pool, task):
+    hidden, labels, examples = toy_data()
+    with pytest.raises(ValueError, match="nothing to learn"):
+        train(hidden, torch.ones_like(labels), examples)
+    with pytest.raises(ValueError, match="two examples"):
+        train(hidden, labels, np.zeros_like(examples))
+    with pytest.raises(FloatingPointError, match="batch of examples"):
+        train(hidden * float("nan"), labels, examples)
+    for settings, message in (
+        ({"rounds": 0}, "rounds"),
+        ({"case_3": "maybe"}, "maybe"),
+        ({"threshold": 2}, "threshold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Citer(**settings)
+    with pytest.raises(ValueError, match="gather"):
+        Scheduling(gather=2)
+    with pytest.raises(ValueError, match="no examples"):
+        decode(pool, task, [], Always())
+    long = Example("task/long", "1 " * 600, "1", "1")
+    with pytest.raises(ValueError, match="task/long"):
+        Collector(pool, task, [long])
+
+
+def test_a_saved_policy_for_other_models_is_refused(pool, tmp_path):
+    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), "another/model")
+    policy.save(tmp_path)
+    with pytest.raises(ValueError, match="another/model"):
+        load_policy(tmp_path, pool)
+    with pytest.raises(ValueError, match="holds no readable"):
+        load_policy(tmp_path / "nowhere", pool)
+    (tmp_path / "policy.json").write_text('{"class": "os.path.join"}')
+    with pytest.raises(ValueError, match=r"os\.path\.join is not a policy"):
+        load_policy(tmp_path, pool)
+    assert not list(Path(tmp_path).glob("*.partial"))

@@ -1,0 +1,196 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from experiments.build import CONF, build, register_schemas
+from experiments.metrics import Sweep, accuracy_at, bootstrap, cost_at, monotone_hull
+from experiments.track import Tracker
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("train", "evaluate", "benchmark", "pretrain")
+QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def config_of(script, *overrides):
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(script, overrides=list(overrides))
+
+
+def run(script, *overrides, check=True):
+    command = [sys.executable, "-m", f"experiments.{script}", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_composes(script):
+    assert config_of(script)
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in ("agent", "task", "models", "track") for n in options(g)])
+def test_every_option_composes_and_names_its_target(group, name):
+    assert config_of("train", f"{group}={name}")[group]._target_
+
+
+@pytest.mark.parametrize("name", [n for n in options("task") if n.startswith("arithmetic")])
+def test_generated_tasks_build(name):
+    task = build(config_of("train", f"task={name}"), "task")
+    example = task.example("test", 0)
+    assert task.is_correct(example, example.reference)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("agent.ronds=3", "ronds"),
+        ("agent.rounds=many", "rounds"),
+        ("agent.training.epoch=3", "epoch"),
+        ("task.levle=easy", "levle"),
+        ("agent=citter", "citter"),
+        ("models.dtyp=float32", "dtyp"),
+        ("sed=1", "sed"),
+    ],
+)
+def test_a_misspelt_key_or_a_wrong_type_is_named(override, message):
+    with pytest.raises(HydraException, match=message):
+        config_of("train", override)
+
+
+@pytest.mark.parametrize(
+    ("key", "override", "message"),
+    [
+        ("agent", "agent.rounds=0", "rounds"),
+        ("agent", "agent.case_3=perhaps", "perhaps"),
+        ("task", "task.level=medium", "medium"),
+        ("track", "track=jsonl", None),
+        ("models", "models.names=[embedded/slm]", "at least two"),
+        ("models", "models.names=[embedded/slm,embedded/xl]", "embedded/xl"),
+        ("models", "models.dtype=float8", "float8"),
+        ("models", "models.device=cuda", "device"),
+        ("models", "models.rows=1000000000", "lower rows"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(key, override, message):
+    config = config_of("train", override)
+    if message is None:
+        assert build(config, key)
+    else:
+        with pytest.raises(ValueError, match=f"{key}: .*{message}"):
+            build(config, key)
+
+
+def test_hull_costs_and_accuracies_by_hand():
+    points = np.array([[0.5, 0.8], [0.1, 0.3], [0.2, 0.25], [0.3, 0.6], [0.4, 0.6], [1.0, 1.0]])
+    hull = monotone_hull(points)
+    np.testing.assert_allclose(hull, [[0.1, 0.3], [0.3, 0.6], [0.5, 0.8], [1.0, 1.0]])
+    assert cost_at(hull, 0.7) == pytest.approx(0.4)
+    assert cost_at(hull, 0.2) == 0.1
+    assert cost_at(hull, 1.01) == np.inf
+    assert accuracy_at(hull, 0.2) == pytest.approx(0.45)
+    assert accuracy_at(hull, 2.0) == 1.0
+    assert np.isnan(accuracy_at(hull, 0.05))
+
+
+def test_points_are_relative_to_llm_only_decoding():
+    sweep = Sweep(correct=np.array([[True, False], [True, True]]), costs=np.array([[1.0, 2.0], [4.0, 2.0]]))
+    points = sweep.points(np.array([0.5, 0.5]), llm_costs=np.array([6.0, 4.0]))
+    np.testing.assert_allclose(points, [[0.3, 0.5], [0.6, 1.0]])
+
+
+def test_bootstrap_covers_a_mean_and_reports_what_cannot_be_reached():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap(lambda weights: float(weights @ values), 400, 2000, seed=0)
+    assert low == pytest.approx(values.mean() - 1.96 * values.std() / 20, abs=0.01)
+    assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.01)
+    assert bootstrap(lambda weights: float("inf"), 4, 10, seed=0) == (None, None)
+
+
+def test_rows_are_on_disk_before_the_run_ends(tmp_path):
+    with Tracker(tmp_path) as track:
+        track({"loss": 1.5})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"loss": 1.5}
+
+
+def test_train_then_evaluate_writes_what_is_promised(tmp_path):
+    trained, evaluated = tmp_path / "train", tmp_path / "evaluate"
+    small = ["agent.examples=20", "agent.training.epochs=2", "agent.training.batch_size=64", "threads=1"]
+    run("train", "agent=citer", *small, f"hydra.run.dir={trained}", "track=wandb")
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "policy", "wandb"} <= {p.name for p in trained.iterdir()}
+    run("evaluate", f"saved.citer={trained / 'policy'}", *QUICK, f"hydra.run.dir={evaluated}")
+    names = {path.name for path in evaluated.iterdir()}
+    assert {"config.yaml", "results.jsonl", "summary.json", "curve.png", "table.md", "transcripts.html"} <= names
+    rows = [json.loads(line) for line in (evaluated / "results.jsonl").read_text().splitlines()]
+    assert {row["policy"] for row in rows} == {"slm", "llm", "citer", "random", "entropy"}
+    assert all(
+        {"accuracy", "threshold", "seed", "cost_bytes", "cost_seconds", "llm_share"} <= row.keys() for row in rows
+    )
+    summary = json.loads((evaluated / "summary.json").read_text())
+    assert summary["models"]["llm"]["cost"] == 1.0
+    assert summary["models"]["slm"]["accuracy"] == rows[0]["accuracy"]
+    for policy in summary["policies"].values():
+        assert policy["cost_at"].keys() == {"0.90", "0.95", "0.99"}
+        costs, accuracies = zip(*policy["curve"], strict=True)
+        assert list(costs) == sorted(costs)
+        assert list(accuracies) == sorted(accuracies)
+    assert (evaluated / "transcripts.html").read_text().count("<article") == 2
+    assert (evaluated / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "message"),
+    [
+        ("evaluate", ["saved.citer=nowhere"], "nowhere"),
+        ("evaluate", ["cost=euros"], "euros"),
+        ("benchmark", ["suite=speed"], "speed"),
+    ],
+)
+def test_a_mistake_ends_a_program_with_one_line_and_no_traceback(script, overrides, message, tmp_path):
+    done = run(script, *overrides, f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 2
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("suite", ["decode", "env"])
+def test_benchmarks_print_their_report_last(suite, tmp_path):
+    tiny = "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, mlp_size: 32}"
+    sizes = [f"slm={tiny}", f"llm={tiny}", "vocab_size=64", "prompt_tokens=8", "new_tokens=8", "rate_tokens=4"]
+    sizes += [
+        "long_tokens=16",
+        "samples=2",
+        "repeats=1",
+        "rows_in_flight=[1,2]",
+        "envs=2",
+        "env_steps=3",
+        "env_repeats=1",
+    ]
+    done = run("benchmark", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    assert report["suite"] == suite
+    assert report["machine"]["cores"] >= 1
+    names = {
+        "decode": {
+            "bare_forward_over_wall",
+            "reread_loop_over_ours",
+            "routed_over_llm_only_1",
+            "routed_over_llm_only_2",
+            "llm_only_over_generate",
+        },
+        "env": set(),
+    }[suite]
+    assert report["ratios"].keys() == names
+    assert all(value > 0 for value in [*report["ratios"].values(), *report["rates"].values()])
+    assert suite == "decode" or report["rates"]["vector_steps_per_second"] > 0

@@ -1,0 +1,242 @@
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import RecordEpisodeStatistics
+from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpisodeStatistics
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import envs
+from envs.costs import Bytes
+from envs.embedded import embedded_pool
+from envs.rewards import OutcomeReward, ShortcutReward, Transition
+from envs.routing import RoutingEnv, RoutingVectorEnv
+from envs.sampling import Sampling
+from envs.tasks.arithmetic import ArithmeticTask
+
+ID = "citer/TokenRouting-v0"
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return embedded_pool()
+
+
+def play(environment, seed, choose, episodes=1):
+    """Observations, rewards and infos of whole episodes; later ones follow without a seed."""
+    history = []
+    for number in range(episodes):
+        observation, info = environment.reset(seed=seed if number == 0 else None)
+        steps, done = [(observation, info)], False
+        while not done:
+            observation, reward, terminated, truncated, info = environment.step(choose(len(steps) - 1))
+            steps.append((observation, reward, terminated, truncated, info))
+            done = terminated or truncated
+        history.append(steps)
+    return history
+
+
+def without_seconds(info):
+    return {key: value for key, value in info.items() if "seconds" not in key}
+
+
+def test_make_works_without_arguments_and_passes_both_checkers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        environment = gym.make(ID)
+        check_env(environment.unwrapped)
+        sb3_check_env(environment.unwrapped)
+    assert environment.unwrapped.observation_space.shape == (64,)
+    assert environment.unwrapped.action_space == gym.spaces.Discrete(2)
+
+
+def test_make_vec_works_without_arguments():
+    environment = gym.make_vec(ID, num_envs=3)
+    assert environment.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    observations, _ = environment.reset(seed=0)
+    assert observations.shape == (3, 64)
+    assert observations in environment.observation_space
+
+
+def test_registration_imports_nothing_heavy():
+    import subprocess
+    import sys
+
+    code = "import sys, envs; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert envs.__file__ is not None
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_p=0.9)])
+@pytest.mark.parametrize("reward", [OutcomeReward(cost_weight=0.1), ShortcutReward()])
+def test_vector_environment_goes_through_the_episodes_of_single_ones(pool, sampling, reward):
+    settings = {"pool": pool, "sampling": sampling, "reward": reward, "cost": Bytes(), "max_new_tokens": 60}
+    count, horizon, seed = 5, 130, 11
+    actions = np.random.default_rng(0).integers(0, 2, size=(horizon, count))
+    vector = RoutingVectorEnv(num_envs=count, **settings)
+    observations, infos = vector.reset(seed=seed)
+    singles = [RoutingEnv(**settings) for _ in range(count)]
+    for row, single in enumerate(singles):
+        observation, info = single.reset(seed=seed + row)
+        np.testing.assert_allclose(observation, observations[row], atol=1e-4)
+        assert info["example"] == infos["example"][row]
+    ended = 0
+    for step in range(horizon):
+        observations, rewards, terminated, truncated, infos = vector.step(actions[step])
+        for row, single in enumerate(singles):
+            observation, reward_, terminated_, truncated_, info = single.step(int(actions[step, row]))
+            assert rewards[row] == pytest.approx(reward_, rel=1e-6)
+            assert (terminated[row], truncated[row]) == (terminated_, truncated_)
+            seen = infos
+            if terminated_ or truncated_:
+                ended += 1
+                seen = infos["final_info"]
+                np.testing.assert_allclose(infos["final_obs"][row], observation, atol=1e-4)
+                observation, start = single.reset()
+                assert infos["example"][row] == start["example"]
+            np.testing.assert_allclose(observations[row], observation, atol=1e-4)
+            for key, value in without_seconds(info).items():
+                assert seen[f"_{key}"][row]
+                assert seen[key][row] == pytest.approx(value) if isinstance(value, float) else seen[key][row] == value
+    assert ended > count
+
+
+def test_the_same_seed_gives_the_same_episodes(pool):
+    def choose(step):
+        return step % 3 == 0
+
+    first, second = (play(RoutingEnv(pool=pool), 7, choose, episodes=2) for _ in range(2))
+    other = play(RoutingEnv(pool=pool), 8, choose)
+    for a, b in zip(first, second, strict=True):
+        assert [step[-1].get("token") for step in a] == [step[-1].get("token") for step in b]
+        assert a[-1][-1]["text"] == b[-1][-1]["text"]
+        assert all(np.array_equal(x[0], y[0]) for x, y in zip(a, b, strict=True))
+    assert first[0][0][1]["example"] != first[1][0][1]["example"]
+    assert first[0][0][1]["example"] != other[0][0][1]["example"]
+
+
+def test_the_info_of_an_episode_adds_up(pool):
+    (steps,) = play(RoutingEnv(pool=pool, reward=OutcomeReward(cost_weight=0.25)), 3, lambda step: step % 2)
+    last = steps[-1][-1]
+    assert last["slm_tokens"] + last["llm_tokens"] == len(steps) - 1
+    assert last["llm_tokens"] == sum(step[-1]["model"] for step in steps[1:])
+    for unit in ("bytes", "flops", "llm_tokens", "dollars"):
+        total = sum(step[-1][f"cost_{unit}"] for step in steps)
+        assert last[f"total_cost_{unit}"] == pytest.approx(total)
+    assert last["total_cost_seconds"] > 0
+    returned = sum(step[1] for step in steps[1:])
+    assert returned == pytest.approx(last["correct"] - 0.25 * last["llm_tokens"])
+    task, tokens = ArithmeticTask(), np.array([step[-1]["token"] for step in steps[1:]])
+    assert pool.decode(tokens) == last["text"]
+    example = task.example("train", int(steps[0][1]["example"].rsplit("/", 1)[1]))
+    assert task.is_correct(example, last["text"]) == last["correct"]
+
+
+def test_truncation_and_termination_stay_apart(pool):
+    cut = play(RoutingEnv(pool=pool, max_new_tokens=5), 0, lambda step: 0)[0][-1]
+    whole = play(RoutingEnv(pool=pool), 0, lambda step: 0)[0][-1]
+    assert (cut[2], cut[3]) == (False, True)
+    assert (whole[2], whole[3]) == (True, False)
+    assert not whole[0].any()
+    assert cut[0].any()
+
+
+def test_a_given_example_is_the_one_asked(pool):
+    example = ArithmeticTask("easy").example("test", 5)
+    environment = RoutingEnv(pool=pool, render_mode="ansi")
+    _, info = environment.reset(seed=0, options={"example": example})
+    assert info["example"] == example.id
+    assert environment.render() == example.prompt
+
+
+def test_render_colours_the_tokens_of_the_llm_alone(pool):
+    environment = RoutingEnv(pool=pool, render_mode="ansi")
+    environment.reset(seed=1)
+    environment.step(0)
+    plain = environment.render()
+    environment.step(1)
+    assert "\033[" not in plain
+    assert environment.render().startswith(plain + "\033[1;31m")
+
+
+def test_record_episode_statistics_count_what_happened(pool):
+    environment = RecordEpisodeStatistics(RoutingEnv(pool=pool))
+    (steps,) = play(environment, 2, lambda step: 1)
+    assert steps[-1][-1]["episode"]["l"] == len(steps) - 1
+    vector = VectorRecordEpisodeStatistics(RoutingVectorEnv(num_envs=2, pool=pool))
+    vector.reset(seed=2)
+    for count in range(1, 129):
+        *_, infos = vector.step(np.ones(2, dtype=int))
+        if "episode" in infos and infos["_episode"][0]:
+            assert infos["episode"]["l"][0] == count == len(steps) - 1
+            assert infos["episode"]["r"][0] == pytest.approx(steps[-1][-1]["episode"]["r"])
+            break
+    else:
+        pytest.fail("the first row never ended")
+
+
+def test_shortcut_reward_pays_for_agreement_along_the_reference_alone():
+    def one(**changes):
+        values = {"actions": 0, "tokens": 5, "slm_tokens": 5, "reference_tokens": 5} | changes
+        arrays = {key: np.array([value]) for key, value in values.items()}
+        return ShortcutReward()(
+            Transition(
+                **arrays,
+                reference_lengths=np.array([4]),
+                costs=np.array([1.0]),
+                ended=np.array([False]),
+                correct=np.array([False]),
+            )
+        )[0]
+
+    assert one() == 0.25
+    assert one(actions=1) == 0, "the SLM would have written it too"
+    assert one(actions=1, slm_tokens=3) == 0.25
+    assert one(tokens=3, slm_tokens=3) == 0
+    assert one(reference_tokens=-1, tokens=-1, slm_tokens=-1) == 0, "off the reference"
+
+
+def test_shortcut_reward_along_a_reference_equals_the_share_of_agreements(pool):
+    environment = RoutingEnv(pool=pool, reward=ShortcutReward(cost_weight=0.0))
+    environment.reset(seed=4)
+    reference = pool.encode(environment.routing.examples[0].reference, special=False)
+    total, agreed = 0.0, 0
+    for target in reference:
+        _, reward, terminated, truncated, info = environment.step(0)
+        total += reward
+        if info["token"] != target or terminated or truncated:
+            break
+        agreed += 1
+    assert total == pytest.approx(agreed / (len(reference) + 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "training"}, "unknown split 'training'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"render_mode": "human"}, "unknown render_mode 'human'"),
+        ({"capacity": 10_000}, "capacity 10000"),
+    ],
+)
+def test_bad_settings_are_named(pool, settings, message):
+    with pytest.raises(ValueError, match=message):
+        RoutingEnv(pool=pool, **settings)
+    with pytest.raises(ValueError, match=message):
+        RoutingVectorEnv(num_envs=2, pool=pool, **settings)
+
+
+def test_bad_actions_seeds_and_weights_are_named(pool):
+    environment = RoutingEnv(pool=pool)
+    environment.reset(seed=0)
+    with pytest.raises(ValueError, match=r"actions must be 1 integers in 0\.\.1"):
+        environment.step(2)
+    with pytest.raises(ValueError, match="2 seeds for 3 environments"):
+        RoutingVectorEnv(num_envs=3, pool=pool).reset(seed=[1, 2])
+    with pytest.raises(ValueError, match="num_envs"):
+        RoutingVectorEnv(num_envs=0, pool=pool)
+    with pytest.raises(ValueError, match="cost_weight"):
+        OutcomeReward(cost_weight=float("nan"))
