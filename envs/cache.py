@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from envs.attention import Slot, in_place, worth_reading_in_place
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -34,11 +36,16 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         owner = self._owner
+        assert self.keys is not None
+        one_by_one = bool(owner.slots) and worth_reading_in_place(self.keys, owner.read_length)
         found = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             assert store is not None
             store[owner.write_rows, owner.write_columns] = new.transpose(1, 2)
-            found.append(store[owner.read_rows, : owner.read_length].transpose(1, 2))
+            if one_by_one:
+                found.append(in_place(store, owner.slots))
+            else:
+                found.append(store[owner.read_rows, : owner.read_length].transpose(1, 2))
         return found[0], found[1]
 
     def get_seq_length(self) -> int:
@@ -58,12 +65,22 @@ class SlotCache(Cache):
 
     Attributes:
         lengths: tokens each row holds, (rows,).
+
+    Args:
+        layers: of the model.
+        rows: sequences.
+        capacity: tokens a row can hold.
+        device: where keys and values lie.
+        read_in_place: the model attends with `envs.attention.slot_attention`, which needs no copy of scattered rows.
     """
 
-    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
-        self.rows, self.capacity, self.device = rows, capacity, device
+    def __init__(
+        self, layers: int, rows: int, capacity: int, device: torch.device, read_in_place: bool = False
+    ) -> None:
+        self.rows, self.capacity, self.device, self.read_in_place = rows, capacity, device, read_in_place
         self.lengths: IntArray = np.zeros(rows, dtype=np.int64)
         self.read_length = 0
+        self.slots: list[Slot] = []
         self.read_rows: slice | Tensor = slice(0, 0)
         self.write_rows: Tensor
         self.write_columns: Tensor
@@ -91,7 +108,10 @@ class SlotCache(Cache):
         self.write_rows = torch.from_numpy(rows).to(self.device)[:, None]
         first, last = int(rows[0]), int(rows[-1])
         consecutive = last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all())
-        # consecutive rows are read in place; others are copied together
+        # consecutive rows are a view; others are copied together, or attended one by one
+        self.slots = []
+        if self.read_in_place and not consecutive:
+            self.slots = list(zip(rows.tolist(), (before + counts).tolist(), counts.tolist(), strict=True))
         self.read_rows = slice(first, last + 1) if consecutive else self.write_rows[:, 0]
         self.read_length = longest
         visible = torch.arange(longest, device=self.device) <= positions[:, :, None]

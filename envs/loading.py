@@ -82,6 +82,8 @@ def load_pool(
         ValueError: any of the above fails; the error names the model and the setting to change.
     """
     specs = [ModelSpec(s) if isinstance(s, str) else ModelSpec(**s) if isinstance(s, dict) else s for s in names]
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, is {rows}")
     specs = [replace(s, device=s.device or device, dtype=s.dtype or dtype) for s in specs]
     if len(specs) < 2:
         raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from envs.attention import SLOT_ATTENTION
 from envs.cache import IntArray, SlotCache
 from envs.costs import ModelProfile
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # How many padded tokens one more forward pass is worth; a pass is cheap on a CPU and dear on an accelerator.
 PASS_TOKENS = {"cpu": 24, "cuda": 256}
+# Architectures whose attention takes what the cache returns as it is, so that scattered rows need not be copied.
+READ_IN_PLACE = ("gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 
 
 class LanguageModel:
@@ -41,6 +44,9 @@ class LanguageModel:
         self.name, self.network, self.tokenizer = name, network.eval().requires_grad_(False), tokenizer
         self.device: torch.device = network.get_input_embeddings().weight.device
         self.width: int = network.get_output_embeddings().weight.shape[1]
+        self._slot_attention = text_config(network.config).model_type in READ_IN_PLACE
+        if self._slot_attention:
+            network.set_attn_implementation(SLOT_ATTENTION)
         self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
         self._hidden: Tensor
         # The head's input is the last hidden state after the final norm, whatever the architecture calls it.
@@ -88,7 +94,8 @@ class LanguageModel:
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
-        return SlotCache(text_config(self.network.config).num_hidden_layers, rows, capacity, self.device)
+        layers = text_config(self.network.config).num_hidden_layers
+        return SlotCache(layers, rows, capacity, self.device, read_in_place=self._slot_attention)
 
     @torch.inference_mode()
     def feed(

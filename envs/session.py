@@ -111,8 +111,6 @@ class Session:
         self.ledger: FloatArray = np.zeros((rows, len(pool), COLUMNS))
         """What was done for each row since it started, (rows, models, COLUMNS)."""
 
-    # -- life of a row ------------------------------------------------------------------------------------------------
-
     def start(
         self,
         rows: IntArray,
@@ -346,8 +344,6 @@ class Session:
         """Take rows out of flight."""
         self._active[rows] = False
 
-    # -- what a row holds ---------------------------------------------------------------------------------------------
-
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self._hidden.device)
@@ -365,8 +361,6 @@ class Session:
     def lengths(self, rows: IntArray) -> IntArray:
         """Tokens of each row, prompt included, (n,)."""
         return self._lengths[rows].copy()
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     def _read(self, model: int, rows: IntArray, work: FloatArray, entries: IntArray) -> tuple[Tensor, Tensor, IntArray]:
         """Let a model read what it has missed; enters the passes at `work[entries, model]`.

@@ -51,9 +51,12 @@ def test_end_tokens_are_those_of_every_model(save_model):
     assert load(*folders).end_tokens.tolist() == [0, 7, 9]
 
 
-def test_equal_specs_are_loaded_once_and_unequal_ones_apart(folders):
+def test_equal_specs_are_loaded_once_and_unequal_ones_apart(folders, monkeypatch):
+    loaded, original = [], _Source.load
+    monkeypatch.setattr(_Source, "load", lambda self: loaded.append(self.name) or original(self))
     same = load(folders["llama_small"], folders["llama_small"])
     assert same.models[0] is same.models[1]
+    assert loaded == same.names[:1]
     spec = {"name": str(folders["llama_small"])}
     apart = load(spec, spec | {"layers": 1})
     assert apart.models[0] is not apart.models[1]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from envs.attention import COPY_BYTES
 from envs.costs import CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
 from envs.embedded import embedded_pool
 from envs.models import LanguageModel, ModelPool
@@ -166,9 +167,11 @@ class Script:
 # -- routed decoding --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("copied", [True, False], ids=["rows copied", "rows read in place"])
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_routed_decoding_equals_uncached_decoding(pools, family, seed):
+def test_routed_decoding_equals_uncached_decoding(pools, family, seed, copied, monkeypatch):
+    monkeypatch.setitem(COPY_BYTES, "cpu", 2**40 if copied else 0)
     script = Script(pools[family], seed)
     script.start()
     for operation in script.rng.permutation(np.repeat(script.OPERATIONS, script.TIMES)):
@@ -383,6 +386,23 @@ def test_an_end_token_terminates_even_at_the_limit(tiny_pool):
             step = session.step(array(0), array(1))
         assert (step.terminated[0], step.truncated[0]) == (ending == "terminated", ending == "truncated")
         assert session.response(0).tolist() == tokens[:limit]
+
+
+def test_a_row_may_have_a_limit_of_its_own(tiny_pool):
+    session = unending(tiny_pool)
+    rows = np.arange(3)
+    session.start(rows, [array(5, 6, 7)] * 3, limits=array(2, 4, MAX_NEW + 9))
+    session.step(rows, array(0, 1, 0))
+    session.fork(array(0), array(3))
+    assert session.step(array(0, 1, 2, 3), array(0, 0, 0, 1)).truncated.tolist() == [True, False, False, True]
+    session.start(array(0), [array(5, 6, 7)])
+    going, written = [0, 1, 2], 0
+    while going:
+        step = session.step(array(*going), array(*[0] * len(going)))
+        going = [row for row, truncated in zip(going, step.truncated, strict=True) if not truncated]
+        written += 1
+    assert [len(session.response(row)) for row in rows] == [MAX_NEW, 4, MAX_NEW]
+    assert written == MAX_NEW
 
 
 # -- the ledger -------------------------------------------------------------------------------------------------------
