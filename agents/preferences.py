@@ -94,18 +94,21 @@ class Collector:
 
     def shortcut(self) -> Preferences:
         """Cases 1, 2 and 3 of every token, from one teacher-forced pass of each model over each solution."""
-        hidden: list[Tensor] = []
-        choices: list[IntArray] = []
-        for batch in self._batches("shortcut"):
-            states, tokens = self._load(batch)
-            hidden += [state.to(torch.float16).cpu() for state in states]
-            choices += tokens
+        hidden: dict[int, Tensor] = {}
+        choices: dict[int, IntArray] = {}
+        everything = range(len(self.examples))
+        with tqdm(total=len(self.examples), desc="shortcut", leave=False, mininterval=0.5) as progress:
+            for batch in self._batches(everything):
+                states, tokens = self._load(batch)
+                hidden |= {e: state.to(torch.float16).cpu() for e, state in zip(batch, states, strict=True)}
+                choices |= dict(zip(batch, tokens, strict=True))
+                progress.update(len(batch))
         counts = [len(reference) for reference in self._references]
-        target, chosen = np.concatenate(self._references), np.concatenate(choices)
+        target, chosen = np.concatenate(self._references), np.concatenate([choices[e] for e in everything])
         slm, llm = chosen[:, 0], chosen[:, -1]
         cases = np.where(slm == target, 1, np.where(llm == target, 2, 3)).astype(np.int8)
         return Preferences(
-            hidden=torch.cat(hidden),
+            hidden=torch.cat([hidden[e] for e in everything]),
             cases=cases,
             agree=slm == llm,
             examples=np.repeat(np.arange(len(counts)), counts),
@@ -128,7 +131,7 @@ class Collector:
         wanted = [np.flatnonzero(where & (preferences.examples == e)) for e in range(len(self.examples))]
         forks = np.arange(self.scheduling.rows, 2 * self.scheduling.rows)
         with tqdm(total=int(where.sum()), desc="rollouts", leave=False, mininterval=0.5) as progress:
-            for batch in self._batches(None, [e for e, tokens in enumerate(wanted) if len(tokens)]):
+            for batch in self._batches([e for e, tokens in enumerate(wanted) if len(tokens)]):
                 self._load(batch)
                 queue = [(slot, int(token)) for slot, e in enumerate(batch) for token in wanted[e]]
                 self._roll(preferences, batch, queue, forks, policy, threshold, progress)
@@ -165,13 +168,11 @@ class Collector:
 
         drive(self._session, forks, policy, threshold, self.scheduling.gather, refill, finish)
 
-    def _batches(self, label: str | None, chosen: Sequence[int] | None = None) -> list[list[int]]:
+    def _batches(self, chosen: Sequence[int]) -> list[list[int]]:
         """Examples in groups that fit the rows for references, of like length so that little is padded."""
-        chosen = list(range(len(self.examples))) if chosen is None else list(chosen)
-        if label is None:
-            chosen.sort(key=lambda e: len(self._prompts[e]) + len(self._references[e]))
+        ordered = sorted(chosen, key=lambda e: len(self._prompts[e]) + len(self._references[e]))
         size = self.scheduling.rows
-        return [chosen[first : first + size] for first in range(0, len(chosen), size)]
+        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
     def _load(self, batch: Sequence[int]) -> tuple[list[Tensor], list[IntArray]]:
         rows = np.arange(len(batch))

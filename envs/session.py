@@ -241,19 +241,13 @@ class Session:
         for model, cache in enumerate(self._caches):
             # a model must have a token to read when it is next asked for one
             cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
-        per_row = (
-            self._tokens,
-            self._writers,
-            self._prompts,
-            self._limits,
-            self._episodes,
-            self._slm_tokens,
-            self.ledger,
-        )
-        for state in per_row:
+        rowwise = (self._tokens, self._writers, self._prompts, self._limits, self._episodes, self._slm_tokens)
+        for state in (*rowwise, self.ledger):
             state[targets] = state[sources]
         for target, source in zip(targets, sources, strict=True):
-            self._generators[target] = self._generators[source]
+            generator = self._generators[source]
+            # a copy draws from a stream of its own, so that what others draw changes nothing
+            self._generators[target] = generator if generator is None or target == source else generator.spawn(1)[0]
         self._lengths[targets] = lengths
         self._active[targets] = self._active[sources] | shortened  # the copy of a finished row is finished
         device = self._hidden.device
@@ -286,6 +280,7 @@ class Session:
             self._writers[row, end - len(chunk) : end] = 0
         self._lengths[rows] = ends
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        work[:, 0, WRITTEN] = counts
         self._read_by_slm(rows, work, np.arange(len(rows)))
         self.ledger[rows] += work
 

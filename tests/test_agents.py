@@ -252,6 +252,8 @@ def test_bad_labels_and_settings_are_named(pool, task):
     with pytest.raises(ValueError, match="no examples"):
         decode(pool, task, [], Always())
     long = Example("task/long", "1 " * 600, "1", "1")
+    with pytest.raises(ValueError, match="example task/long has a prompt"):
+        decode(pool, task, [*task.examples("test", 2), long], Always())
     with pytest.raises(ValueError, match="task/long"):
         Collector(pool, task, [long])
 
