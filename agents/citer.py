@@ -79,7 +79,7 @@ class Citer:
                 pool.slm.device,
                 label=f"round {number}",
             )
-            policy = RouterPolicy(network, pool.slm.name)
+            policy = RouterPolicy(network, pool.names)
         assert isinstance(policy, RouterPolicy)
         return policy
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.costs import ModelProfile
 from envs.models import ModelPool
 from envs.session import Observation
 from envs.tasks.task import Task
@@ -36,6 +37,12 @@ class Policy(Protocol):
 
     def score(self, observation: Observation) -> Tensor:
         """The probability that the SLM should write, in [0, 1], for each of n decisions: (n,)."""
+
+
+def decision_profile(policy: Policy) -> ModelProfile:
+    """What one decision costs: a policy with a network says so by an attribute `parameters`; others are free."""
+    parameters = int(getattr(policy, "parameters", 0))
+    return ModelProfile("policy", 0, parameters, bytes_per_parameter=4, kv_bytes_per_token=0, attention_width=0)
 
 
 @runtime_checkable
@@ -66,7 +73,10 @@ def load_policy(folder: Path, pool: ModelPool) -> Policy:
     # a file must not choose what is imported: policies live in this package
     if not module.startswith("agents."):
         raise ValueError(f"{folder}: {name} is not a policy of agents; load it with the class's own load")
-    saved: type[SavedPolicy] = getattr(importlib.import_module(module), kind)
+    try:
+        saved: type[SavedPolicy] = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{folder}: there is no policy {name}; was it renamed since?") from error
     return saved.load(folder, pool)
 
 

@@ -81,10 +81,10 @@ class Collector:
         self.pool, self.task, self.examples = pool, task, examples
         self.scheduling = scheduling or Scheduling()
         self._prompts = [pool.encode(example.prompt) for example in examples]
-        end = pool.end_tokens[:1]
-        self._references = [np.concatenate([pool.encode(e.reference, special=False), end]) for e in examples]
+        self._references = [pool.encode_response(example.reference) for example in examples]
         # half of the rows hold references, the others are forked from them
-        self._session = Session(pool, 2 * self.scheduling.rows, max_new_tokens)
+        self._rows = max(1, self.scheduling.rows_for(pool) // 2)
+        self._session = Session(pool, 2 * self._rows, max_new_tokens)
         for example, prompt, reference in zip(examples, self._prompts, self._references, strict=True):
             if len(reference) > max_new_tokens or len(prompt) + max_new_tokens > self._session.capacity:
                 raise ValueError(
@@ -129,7 +129,7 @@ class Collector:
             threshold: the policy's SLM threshold.
         """
         wanted = [np.flatnonzero(where & (preferences.examples == e)) for e in range(len(self.examples))]
-        forks = np.arange(self.scheduling.rows, 2 * self.scheduling.rows)
+        forks = np.arange(self._rows, 2 * self._rows)
         with tqdm(total=int(where.sum()), desc="rollouts", leave=False, mininterval=0.5) as progress:
             for batch in self._batches([e for e, tokens in enumerate(wanted) if len(tokens)]):
                 self._load(batch)
@@ -171,8 +171,7 @@ class Collector:
     def _batches(self, chosen: Sequence[int]) -> list[list[int]]:
         """Examples in groups that fit the rows for references, of like length so that little is padded."""
         ordered = sorted(chosen, key=lambda e: len(self._prompts[e]) + len(self._references[e]))
-        size = self.scheduling.rows
-        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        return [ordered[first : first + self._rows] for first in range(0, len(ordered), self._rows)]
 
     def _load(self, batch: Sequence[int]) -> tuple[list[Tensor], list[IntArray]]:
         rows = np.arange(len(batch))

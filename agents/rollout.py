@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from agents.policy import Policy
 from envs.cache import IntArray
-from envs.costs import FloatArray
+from envs.costs import COLUMNS, PASSES, SECONDS, FloatArray
 from envs.models import ModelPool
 from envs.sampling import Sampling
 from envs.session import Session
@@ -32,7 +33,8 @@ class Episode:
         text: the response.
         correct: whether it answers the example.
         terminated: whether it came to an end by itself.
-        ledger: what was done for it, (models, COLUMNS).
+        ledger: what the models did for it, (models, COLUMNS).
+        decisions: what the policy did for it: its scores as passes, and their seconds, (COLUMNS,).
         scores: the policy's score at each decision, (n,).
     """
 
@@ -43,6 +45,7 @@ class Episode:
     correct: bool
     terminated: bool
     ledger: FloatArray
+    decisions: FloatArray
     scores: npt.NDArray[np.float32]
 
 
@@ -51,19 +54,23 @@ class Scheduling:
     """How rows share passes; it changes speed alone, never a token.
 
     Args:
-        rows: sequences in flight.
+        rows: sequences in flight; those memory was planned for (`models.rows`) where None.
         gather: rows that wait for the LLM step once they are this share of the rows in flight, so that one LLM pass
             serves many while the others go on; 0 makes none wait.
     """
 
-    rows: int = 64
+    rows: int | None = None
     gather: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
+        if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows must be at least 1, is {self.rows}")
         if not 0 <= self.gather <= 1:
             raise ValueError(f"gather must be in [0, 1], is {self.gather}")
+
+    def rows_for(self, pool: ModelPool) -> int:
+        """The rows to open over `pool`."""
+        return self.rows or pool.rows or 64
 
 
 def decode(
@@ -101,7 +108,7 @@ def decode(
     if not examples:
         raise ValueError("there are no examples to decode")
     scheduling = scheduling or Scheduling()
-    session = Session(pool, min(scheduling.rows, len(examples)), max_new_tokens, sampling=sampling)
+    session = Session(pool, min(scheduling.rows_for(pool), len(examples)), max_new_tokens, sampling=sampling)
     prompts = [pool.encode(example.prompt) for example in examples]
     room = session.capacity - max_new_tokens
     for example, prompt in zip(examples, prompts, strict=True):
@@ -113,6 +120,7 @@ def decode(
     episodes: list[Episode | None] = [None] * len(examples)
     serving = np.zeros(session.rows, dtype=np.int64)
     scores = np.zeros((session.rows, max_new_tokens), dtype=np.float32)
+    decisions = np.zeros((session.rows, COLUMNS))
     started = 0
 
     def refill(free: IntArray) -> tuple[IntArray, IntArray]:
@@ -122,7 +130,7 @@ def decode(
             numbers = np.arange(started, started + len(rows))
             generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
             session.start(rows, [prompts[n] for n in numbers], numbers, generators)
-            serving[rows] = numbers
+            serving[rows], decisions[rows] = numbers, 0
             started += len(rows)
         return rows, np.full(len(rows), UNDECIDED)
 
@@ -131,12 +139,12 @@ def decode(
         text = pool.decode(tokens)
         episodes[serving[row]] = Episode(
             example, tokens, session.writers(row), text, task.is_correct(example, text), terminated,
-            session.ledger[row].copy(), scores[row, : len(tokens)].copy(),
+            session.ledger[row].copy(), decisions[row].copy(), scores[row, : len(tokens)].copy(),
         )  # fmt: skip
         progress.update()
 
     with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
-        drive(session, np.arange(session.rows), policy, threshold, scheduling.gather, refill, finish, scores)
+        drive(session, np.arange(session.rows), policy, threshold, scheduling.gather, refill, finish, scores, decisions)
     return [episode for episode in episodes if episode is not None]
 
 
@@ -149,6 +157,7 @@ def drive(
     refill: Callable[[IntArray], tuple[IntArray, IntArray]],
     finish: Callable[[int, bool], None],
     scores: npt.NDArray[np.float32] | None = None,
+    decisions: FloatArray | None = None,
 ) -> None:
     """Keep `rows` of a session busy until `refill` starts no more of them.
 
@@ -161,6 +170,10 @@ def drive(
         refill: given free rows, starts some and returns them with the action each must take first, or UNDECIDED.
         finish: called with a row that has ended, and whether it terminated.
         scores: filled with each row's scores by position, (session.rows, max_new_tokens).
+        decisions: gains what the policy did for each row, (session.rows, COLUMNS).
+
+    Raises:
+        FloatingPointError: a score is not a number.
     """
     llm = len(session.pool) - 1
     actions = np.full(session.rows, UNDECIDED)
@@ -176,8 +189,14 @@ def drive(
         undecided = busy[actions[busy] == UNDECIDED]
         if len(undecided):
             observation = session.observe(undecided)
+            begun = time.perf_counter()
             with torch.no_grad():
                 score = policy.score(observation).float().cpu().numpy()
+            if np.isnan(score).any():
+                raise FloatingPointError(f"{type(policy).__name__} scored NaN; check its weights and its inputs")
+            if decisions is not None:
+                decisions[undecided, PASSES] += 1
+                decisions[undecided, SECONDS] += (time.perf_counter() - begun) / len(undecided)
             if scores is not None:
                 scores[undecided, observation.positions] = score
             actions[undecided] = np.where(score >= threshold, 0, llm)

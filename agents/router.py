@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -30,11 +31,16 @@ class RouterPolicy:
 
     Attributes:
         network: in evaluation mode.
-        slm: the name of the model whose hidden states it reads.
+        models: names of the pool it was trained for; it reads the first one's hidden states.
     """
 
     network: RouterNetwork
-    slm: str
+    models: list[str]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters read at every decision; they are part of the cost."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
     def score(self, observation: Observation) -> Tensor:
         logits = self.network(observation.hidden.float())
@@ -46,7 +52,7 @@ class RouterPolicy:
         save_file(self.network.state_dict(), folder / "router.partial")
         os.replace(folder / "router.partial", folder / "router.safetensors")
         name = f"{type(self).__module__}.{type(self).__qualname__}"
-        settings = {"class": name, "slm": self.slm, "width": self.network.width}
+        settings = {"class": name, "models": self.models, "width": self.network.width}
         (folder / "policy.partial").write_text(json.dumps(settings, indent=1) + "\n")
         os.replace(folder / "policy.partial", folder / POLICY_FILE)
 
@@ -60,16 +66,16 @@ class RouterPolicy:
         try:
             settings = json.loads((folder / POLICY_FILE).read_text())
             weights = load_file(folder / "router.safetensors")
-        except OSError as error:
-            raise ValueError(f"{folder} holds no saved router; train one with experiments.train") from error
-        if settings["width"] != pool.slm.width or settings["slm"] != pool.slm.name:
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no readable router; train one with experiments.train") from error
+        if settings["width"] != pool.slm.width or settings["models"] != pool.names:
             raise ValueError(
-                f"{folder}: the router reads {settings['slm']} ({settings['width']} wide); the pool's SLM is "
-                f"{pool.slm.name} ({pool.slm.width} wide): load that pool, or train a router for this one"
+                f"{folder}: the router was trained for {', '.join(settings['models'])} ({settings['width']} wide); the "
+                f"pool is {', '.join(pool.names)} ({pool.slm.width} wide): load that pool, or train for this one"
             )
         network = RouterNetwork(settings["width"])
         network.load_state_dict(weights)
-        return cls(network.eval().to(pool.slm.device), settings["slm"])
+        return cls(network.eval().to(pool.slm.device), settings["models"])
 
 
 @dataclass(frozen=True)
@@ -140,10 +146,9 @@ def fit_router(
     """
     rng = np.random.default_rng(seed)
     held_out = _held_out(examples, settings.validation_share, rng)
-    for name, part in (("training", ~held_out), ("validation", held_out)):
-        classes = prefers_slm[torch.from_numpy(part)].unique().tolist()
-        if name == "training" and len(classes) < 2:
-            raise ValueError(f"all {name} labels are {classes}: there is nothing to learn; collect on more examples")
+    classes = prefers_slm[torch.from_numpy(~held_out)].unique().tolist()
+    if len(classes) < 2:
+        raise ValueError(f"all training labels are {classes}: there is nothing to learn; collect on more examples")
     torch_rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -154,7 +159,7 @@ def fit_router(
         optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         per_epoch = max(1, len(train_rows) // settings.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * per_epoch)
-        best_loss, best = math.inf, network.state_dict()
+        best_loss, best = math.inf, copy.deepcopy(network.state_dict())
         for epoch in tqdm(range(settings.epochs), desc=f"router {label}", leave=False):
             network.train()
             total = 0.0
@@ -170,6 +175,8 @@ def fit_router(
                 total += loss.item()
             validation = evaluate_loss(network, hidden, prefers_slm, held_out, device)
             track({"run": label, "epoch": epoch, "loss": total / per_epoch, "validation_loss": validation})
+            if not math.isfinite(validation):
+                raise FloatingPointError(f"router {label}: the validation loss is {validation} after epoch {epoch}")
             if validation < best_loss:
                 best_loss, best = validation, copy.deepcopy(network.state_dict())
     network.load_state_dict(best)

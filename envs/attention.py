@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 SLOT_ATTENTION = "slot_sdpa"
 # Rows are attended one by one where copying a row's keys and values of one layer would move more bytes than this: about
 # what a call costs on a CPU. An accelerator's memory is so much faster than its launches that it always copies.
-COPY_BYTES = {"cpu": 256 * 1024}
+COPY_BYTES = {"cpu": 64 * 1024}
 
 Slot = tuple[int, int, int]
 """A row of the cache, the tokens it holds, and how many of them are new."""

@@ -41,11 +41,14 @@ class _SlotLayer(CacheLayerMixin):
         found = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             assert store is not None
-            store[owner.write_rows, owner.write_columns] = new.transpose(1, 2)
+            # layers of a model spread over devices keep their stores where they are
+            place = store.device
+            store[owner.write_rows.to(place), owner.write_columns.to(place)] = new.transpose(1, 2)
             if one_by_one:
                 found.append(in_place(store, owner.slots))
             else:
-                found.append(store[owner.read_rows, : owner.read_length].transpose(1, 2))
+                read = owner.read_rows if isinstance(owner.read_rows, slice) else owner.read_rows.to(place)
+                found.append(store[read, : owner.read_length].transpose(1, 2))
         return found[0], found[1]
 
     def get_seq_length(self) -> int:
@@ -129,7 +132,8 @@ class SlotCache(Cache):
             for layer in self.layers:
                 for store in (layer.keys, layer.values):
                     if store is not None:
-                        store[target, :longest] = store[source, :longest]
+                        place = store.device
+                        store[target.to(place), :longest] = store[source.to(place), :longest]
         self.lengths[targets] = lengths
 
     def rewind(self, rows: IntArray, lengths: IntArray) -> None:

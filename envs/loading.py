@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class ModelSpec:
 
 
 def load_pool(
-    names: Sequence[str | ModelSpec],
+    names: Sequence[str | ModelSpec | Mapping[str, Any]],
     device: str = "cpu",
     dtype: str = "auto",
     rows: int = 8,
@@ -81,7 +81,7 @@ def load_pool(
     Raises:
         ValueError: any of the above fails; the error names the model and the setting to change.
     """
-    specs = [ModelSpec(s) if isinstance(s, str) else ModelSpec(**s) if isinstance(s, dict) else s for s in names]
+    specs = [ModelSpec(s) if isinstance(s, str) else s if isinstance(s, ModelSpec) else ModelSpec(**s) for s in names]
     if rows < 1:
         raise ValueError(f"rows must be at least 1, is {rows}")
     specs = [replace(s, device=s.device or device, dtype=s.dtype or dtype) for s in specs]
@@ -95,8 +95,10 @@ def load_pool(
     limit = min(int(getattr(text_config(s.config), "max_position_embeddings", 4096)) for s in sources)
     if capacity is None:
         capacity = min(limit, 4096)
-    if capacity > limit:
-        raise ValueError(f"capacity {capacity} exceeds the models' {limit} positions; lower capacity")
+    if not 1 <= capacity <= limit:
+        raise ValueError(f"capacity must be in 1..{limit}, the models' positions; it is {capacity}")
+    for source in sources:
+        _check_dtype(source)
     _plan_memory(sources, rows, capacity, verbose)
     loaded: dict[ModelSpec, LanguageModel] = {}
     for source in sources:
@@ -195,10 +197,16 @@ def _check_device(spec: ModelSpec) -> None:
         raise ValueError(
             f"{spec.name}: device {spec.device} is not there ({torch.cuda.device_count()} CUDA devices); say device=cpu"
         )
-    if device.type == "cuda" and spec.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"{spec.name}: {spec.device} lacks bfloat16; say dtype=float16")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"{spec.name}: device mps is not there; say device=cpu")
+    if spec.device_map and not is_accelerate_available():
+        raise ValueError(f"{spec.name}: device_map needs the package accelerate; install it, or say device_map=null")
+
+
+def _check_dtype(source: _Source) -> None:
+    device = torch.device(str(source.spec.device))
+    if device.type == "cuda" and source.dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"{source.name}: {source.spec.device} lacks bfloat16; say dtype=float16")
 
 
 def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, verbose: bool) -> None:
@@ -210,7 +218,7 @@ def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, verbose: 
         cache = source.cache_bytes(rows, capacity)
         # a model that stands twice in the pool is loaded once
         weights = weights_of.pop(source.spec, 0)
-        place = source.spec.device_map or str(source.spec.device)
+        place = source.spec.device_map or str(torch.device(str(source.spec.device)))
         needed[place] = needed.get(place, 0) + weights + cache
         lines.append(
             f"{source.name}: weights {gigabytes(weights)}, cache {gigabytes(cache)} "

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from envs.loading import ModelSpec
 
-# How many padded tokens one more forward pass is worth; a pass is cheap on a CPU and dear on an accelerator.
-PASS_TOKENS = {"cpu": 24, "cuda": 256}
+# What a forward pass costs, roughly: seconds of Python and launches, bytes of weights read a second, and operations a
+# second. Only how ragged chunks are split into passes depends on it.
+MACHINES = {"cpu": (1e-3, 2e10, 1e11), "cuda": (1e-3, 1e12, 1e14)}
 # Architectures whose attention takes what the cache returns as it is, so that scattered rows need not be copied.
-READ_IN_PLACE = ("gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+READ_IN_PLACE = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
 
 class LanguageModel:
@@ -47,7 +48,7 @@ class LanguageModel:
         self._slot_attention = text_config(network.config).model_type in READ_IN_PLACE
         if self._slot_attention:
             network.set_attn_implementation(SLOT_ATTENTION)
-        self.pass_tokens = PASS_TOKENS.get(self.device.type, 256)
+        self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
         self._hidden: Tensor
         # The head's input is the last hidden state after the final norm, whatever the architecture calls it.
         network.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
@@ -127,9 +128,9 @@ class LanguageModel:
         if len(groups) == 1:
             hidden, logits = self._pass(cache, rows, chunks, counts, keep=1)
             return hidden[:, 0], logits[:, 0]
-        order = torch.from_numpy(np.argsort(np.concatenate(groups))).to(self.device)
+        order = torch.from_numpy(np.argsort(np.concatenate(groups)))
         parts = [self._pass(cache, rows[g], [chunks[i] for i in g], counts[g], keep=1) for g in groups]
-        hidden, logits = (torch.cat(part)[order, 0] for part in zip(*parts, strict=True))
+        hidden, logits = (torch.cat(part)[order.to(part[0].device), 0] for part in zip(*parts, strict=True))
         return hidden, logits
 
     def _pass(
@@ -152,6 +153,14 @@ class LanguageModel:
         cache.lengths[rows] += counts
         hidden, self._hidden = self._hidden, self._hidden[:0]
         return hidden, output.logits
+
+
+def padded_tokens_per_pass(network: PreTrainedModel, device_type: str) -> int:
+    """How many padded tokens cost as much as one more forward pass."""
+    host_seconds, bytes_per_second, flops = MACHINES.get(device_type, MACHINES["cuda"])
+    parameters = sum(p.numel() for p in network.parameters())
+    stored = sum(p.numel() * p.element_size() for p in network.parameters())
+    return int((host_seconds + stored / bytes_per_second) / (2 * parameters / flops))
 
 
 def split_by_length(counts: IntArray, pass_tokens: int) -> list[IntArray]:
@@ -214,6 +223,12 @@ def check_attention(name: str, config: Any, network: Any) -> None:
         found = ", ".join(sorted(kinds - {"full_attention"})) or "sliding-window attention"
         raise ValueError(
             f"{name} uses {found}, which the cache does not support; choose a model with full attention in every layer"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{name} turns its positions by the longest sequence in a pass (rope_type {rope}), so that rows would "
+            "depend on each other; choose a model with another rope_type"
         )
     if not getattr(network, "_supports_sdpa", False):
         raise ValueError(f"{name} has no attention that takes a 4-D boolean mask (sdpa); choose another model")
@@ -289,8 +304,14 @@ class ModelPool:
 
     @cached_property
     def end_tokens(self) -> IntArray:
-        """Token ids that end a response: those of every model of the pool."""
+        """Token ids that end a response, whoever writes it: those of every model of the pool."""
         return np.unique(np.concatenate([np.array(model.end_tokens) for model in self.models]))
+
+    @cached_property
+    def end_token(self) -> int:
+        """The token that ends a reference: the tokenizer's own, where it is one that ends responses."""
+        own = self.tokenizer.eos_token_id
+        return int(own if own in self.end_tokens else self.end_tokens[0])
 
     @cached_property
     def max_positions(self) -> int:
@@ -328,6 +349,10 @@ class ModelPool:
     def encode(self, text: str, special: bool = True) -> IntArray:
         """Token ids of `text`, (n,); `special` adds what the tokenizer puts around a prompt."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=special), dtype=np.int64)
+
+    def encode_response(self, text: str) -> IntArray:
+        """Token ids of a whole response, (n,), its end included."""
+        return np.append(self.encode(text, special=False), self.end_token)
 
     def decode(self, tokens: IntArray) -> str:
         """The text of `tokens`, special tokens left out."""

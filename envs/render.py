@@ -22,8 +22,13 @@ HTML_COLOURS = ("transparent", "#ffb3a7", "#a7c7ff", "#e3b3ff", "#ffe08a", "#a7f
 
 def runs(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> Iterator[tuple[int, str]]:
     """Stretches of a response by one writer, each decoded as a whole: (model, text)."""
-    for writer, group in groupby(zip(writers.tolist(), tokens.tolist(), strict=True), key=lambda pair: pair[0]):
-        yield writer, pool.decode(np.array([token for _, token in group]))
+    end, written = 0, ""
+    for writer, group in groupby(writers.tolist()):
+        end += len(list(group))
+        # what the whole text gains: tokens decoded apart may lose spaces or split a character
+        text = pool.decode(tokens[:end])
+        yield writer, text[len(written) :]
+        written = text
 
 
 def ansi(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> str:

@@ -49,8 +49,13 @@ class _Routing:
         self.session = Session(self.pool, rows, max_new_tokens, capacity, sampling)
         self.cost = cost or LlmTokens()
         self._cost_unit = self.cost.per_llm_token(self.pool.profiles)
-        self._price = Price(self.pool.profiles)
-        self._step_price = Price(self.pool.profiles, [c for c in ALL_COSTS if c.reproducible])
+        if self._cost_unit <= 0:
+            raise ValueError(
+                f"cost {self.cost.name}: an LLM token costs {self._cost_unit}; rewards need a price above 0"
+            )
+        costs = {cost.name: cost for cost in (*ALL_COSTS, self.cost)}.values()
+        self._price = Price(self.pool.profiles, list(costs))
+        self._step_price = Price(self.pool.profiles, [cost for cost in costs if cost.reproducible])
         self.examples: list[Example | None] = [None] * rows
         self._references: list[IntArray] = [np.zeros(0, dtype=np.int64)] * rows
         self._on_reference = np.zeros(rows, dtype=bool)
@@ -67,8 +72,7 @@ class _Routing:
         for row, example in zip(rows, examples, strict=True):
             self.examples[row] = example
             if self.reward.uses_reference:
-                body = self.pool.encode(example.reference, special=False)
-                self._references[row] = np.append(body, self.pool.end_tokens[0])
+                self._references[row] = self.pool.encode_response(example.reference)
         self._on_reference[rows] = self.reward.uses_reference
         info: Info = {
             "example": np.array([example.id for example in examples], dtype=object),
@@ -90,7 +94,9 @@ class _Routing:
         rewards = self.reward(
             Transition(actions, step.tokens, step.slm_tokens, references, lengths, costs, ended, correct)
         )
-        info: Info = {"token": step.tokens, "model": actions} | self._costs(self._step_price, step.work, "cost")
+        info: Info = {"token": step.tokens, "model": np.array(actions)} | self._costs(
+            self._step_price, step.work, "cost"
+        )
         return step, rewards, info, finals
 
     def observe(self, rows: IntArray, terminated: BoolArray | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -227,7 +233,8 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Autoreset mode: same step. A row that ends is given its next prompt at once; the last observation and info stand
     in `final_obs` and `final_info`, the infos of the new episode's reset in their place. Row i, seeded with `seed + i`
-    (or `seed[i]`), goes through the same episodes as a `RoutingEnv` seeded so and given the same actions.
+    (or `seed[i]`), goes through the same episodes as a `RoutingEnv` seeded so and given the same actions. The first
+    episodes may be given: `options={"examples": [...]}`, one for each row.
 
     Args:
         num_envs: rows.
@@ -285,6 +292,8 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 raise ValueError(f"seed holds {len(seeds)} seeds for {self.num_envs} environments")
             self._generators = [seeding.np_random(row_seed)[0] for row_seed in seeds]
         examples = (options or {}).get("examples") or [None] * self.num_envs
+        if len(examples) != self.num_envs:
+            raise ValueError(f"options['examples'] holds {len(examples)} examples for {self.num_envs} environments")
         info = self.routing.start(self._rows, self._generators, examples)
         return self.routing.observe(self._rows), _masked(info, self._rows, self.num_envs)
 

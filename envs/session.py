@@ -236,6 +236,10 @@ class Session:
             raise ValueError(
                 f"lengths {lengths.tolist()} must lie between the prompts and the {whole.tolist()} tokens written"
             )
+        if slm_tokens is not None and not (self.sampling.greedy and shortened.all()):
+            raise ValueError(
+                "slm_tokens spare the re-reading of shortened rows under greedy decoding, and nothing else"
+            )
         if np.isin(targets[sources != targets], sources).any():
             raise ValueError("a fork's target is another fork's source; fork them one after the other")
         for model, cache in enumerate(self._caches):
@@ -253,6 +257,9 @@ class Session:
         device = self._hidden.device
         to, of = torch.from_numpy(targets).to(device), torch.from_numpy(sources).to(device)
         self._hidden[to], self._logits[to] = self._hidden[of], self._logits[of]
+        for target in targets[shortened]:
+            # tokens that are gone were not written
+            self.ledger[target, :, WRITTEN] = np.bincount(self.writers(target), minlength=len(self.pool))
         if slm_tokens is not None:
             self._slm_tokens[targets] = slm_tokens
         elif shortened.any():
@@ -326,8 +333,11 @@ class Session:
             for first in range(0, len(rows), together):
                 part = rows[first : first + together]
                 chunks = [self._tokens[row, : self._lengths[row] - 1] for row in part]
+                started = time.perf_counter()
                 states, logits = self.pool.models[model].feed(cache, part, chunks, every_position=True)
                 tokens = self.pool.greedy(model, logits[..., : self.pool.vocab_size])
+                read, nothing = self._lengths[part] - 1, np.zeros(len(part), dtype=np.int64)
+                self.ledger[part, model] = pass_entry(read, nothing, time.perf_counter() - started)
                 for i in range(len(part)):
                     count = len(responses[first + i])
                     choices[first + i][:, model] = tokens[i, -count:]
@@ -376,7 +386,7 @@ class Session:
     def _read_by_slm(self, rows: IntArray, work: FloatArray, entries: IntArray) -> None:
         hidden, logits, self._slm_tokens[rows] = self._read(0, rows, work, entries)
         index = torch.from_numpy(rows).to(self._hidden.device)
-        self._hidden[index], self._logits[index] = hidden.to(self._hidden.dtype), logits.to(self._logits.dtype)
+        self._hidden[index], self._logits[index] = hidden.to(self._hidden), logits.to(self._logits)
 
     def _uniform(self, row: int) -> float:
         generator = self._generators[row]

@@ -99,6 +99,7 @@ def routed_seconds(
     gather: float,
 ) -> float:
     """Seconds to decode `limits[i]` tokens for each prompt through a session, finished rows refilled at once."""
+    begun = time.perf_counter()
     session = Session(pool, rows, int(limits.max()), capacity=int(limits.max()) + max(map(len, prompts)))
     waiting = list(range(len(prompts)))
     serving = np.zeros(rows, dtype=np.int64)
@@ -111,7 +112,6 @@ def routed_seconds(
             serving[started] = taken
         return started, np.full(len(started), UNDECIDED)
 
-    begun = time.perf_counter()
     drive(session, np.arange(rows), policy, threshold, gather, refill, lambda row, terminated: None)
     return time.perf_counter() - begun
 
@@ -273,7 +273,7 @@ def decode_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
 
     found = alternate(
         {"reread": reread, "ours": lambda: routed_seconds(pool, many, ends, batch, policy, share, config.gather)},
-        1,
+        config.reread_repeats,
         "re-reading loop",
     )
     ratios["reread_loop_over_ours"] = found["reread"] / found["ours"]
@@ -296,6 +296,8 @@ def llm_only_seconds(pool: ModelPool, prompts: list[IntArray], new_tokens: int) 
 def generate_seconds(pool: ModelPool, prompts: list[IntArray], new_tokens: int) -> float:
     """Seconds of Hugging Face `generate` on prompts of one length."""
     network = pool.models[-1].network
+    ours = network.config._attn_implementation
+    network.set_attn_implementation("sdpa")  # as users of `generate` have it
     ids = torch.from_numpy(np.stack(prompts))
     begun = time.perf_counter()
     network.generate(
@@ -305,7 +307,9 @@ def generate_seconds(pool: ModelPool, prompts: list[IntArray], new_tokens: int) 
         do_sample=False,
         pad_token_id=0,
     )
-    return time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
+    network.set_attn_implementation(ours)
+    return seconds
 
 
 def env_suite(config: DictConfig) -> tuple[Numbers, Numbers]:

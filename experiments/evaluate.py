@@ -10,8 +10,8 @@ The run's folder receives `config.yaml`, `results.jsonl` (a row per policy and t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policy import POLICY_FILE, Always, Policy, load_policy
+from agents.policy import POLICY_FILE, Always, Policy, decision_profile, load_policy
 from agents.rollout import Episode, Scheduling, decode
 from envs.costs import ALL_COSTS, WRITTEN, FloatArray, Price
 from envs.models import ModelPool
@@ -33,8 +33,6 @@ from experiments.build import build, program, write_text
 from experiments.metrics import LEVELS, Sweep, accuracy_at, bootstrap, cost_at, finite, monotone_hull
 from experiments.present import markdown, plot_curves, table, transcripts
 from experiments.track import Tracker
-
-ABOVE_ALL = 2.0  # a threshold no score reaches: the LLM writes everything
 
 
 @dataclass
@@ -58,25 +56,33 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.price = Price(self.pool.profiles)
         self.slm = self.run(Always(slm=True), 0.5, "slm only")
-        self.llm = self.run(Always(slm=False), 0.5, "llm only")
         # LLM-only decoding runs no SLM: of the routed run in which the LLM wrote everything, only its own work counts
-        ledger = np.stack([episode.ledger for episode in self.llm])
-        ledger[:, :-1] = 0
-        self.llm_costs = self.price.of(ledger)
+        self.llm = [_by_llm_alone(episode) for episode in self.run(Always(slm=False), 0.5, "llm only")]
+        self.llm_correct = np.array([episode.correct for episode in self.llm])
+        self.llm_costs = self.costs(self.llm)
 
     def run(self, policy: Policy, threshold: float, label: str) -> list[Episode]:
+        """Answer every example."""
         return decode(
             self.pool, self.task, self.examples, policy, threshold, self.max_new_tokens, self.scheduling, label=label
         )
 
-    def row(self, episodes: Sequence[Episode]) -> dict[str, Any]:
+    def costs(self, episodes: Sequence[Episode], policy: Policy | None = None) -> dict[str, FloatArray]:
+        """Cost of each episode in every unit, the policy's own decisions included; each value is (examples,)."""
+        models = self.price.of(np.stack([episode.ledger for episode in episodes]))
+        if policy is None:
+            return dict(models)
+        decisions = np.stack([episode.decisions for episode in episodes])[:, None]
+        own = Price([decision_profile(policy)]).of(decisions)
+        return {unit: models[unit] + own[unit] for unit in models}
+
+    def row(self, episodes: Sequence[Episode], policy: Policy | None = None) -> dict[str, Any]:
         """Accuracy, relative cost in every unit, and token shares of one run."""
-        ledger = np.stack([episode.ledger for episode in episodes])
         costs = {
             f"cost_{unit}": round(float(cost.sum() / self.llm_costs[unit].sum()), 6)
-            for unit, cost in self.price.of(ledger).items()
+            for unit, cost in self.costs(episodes, policy).items()
         }
-        written = ledger[..., WRITTEN].sum(0)
+        written = np.sum([episode.ledger[:, WRITTEN] for episode in episodes], axis=0)
         return {
             "accuracy": float(np.mean([episode.correct for episode in episodes])),
             "llm_share": round(float(written[1:].sum() / written.sum()), 6),
@@ -84,11 +90,22 @@ class Evaluation:
             **costs,
         }
 
-    def sweep(self, runs: Sequence[Sequence[Episode]], unit: str) -> Sweep:
-        """Runs of one policy, with the two ends every policy has: the SLM alone, and LLM-only decoding."""
+    def sweep(self, runs: Sequence[Sequence[Episode]], policy: Policy, unit: str) -> Sweep:
+        """Runs of one policy, between the two ends every policy has: the SLM alone, and LLM-only decoding."""
         correct = [[episode.correct for episode in run] for run in (self.slm, *runs, self.llm)]
-        costs = [self.price.of(np.stack([episode.ledger for episode in run]))[unit] for run in (self.slm, *runs)]
-        return Sweep(np.array(correct), np.stack([*costs, self.llm_costs[unit]]))
+        between = [self.costs(run, policy)[unit] for run in runs]
+        return Sweep(np.array(correct), np.stack([self.costs(self.slm)[unit], *between, self.llm_costs[unit]]))
+
+    def cost_at(self, sweep: Sweep, unit: str, level: float, weights: FloatArray) -> float:
+        """The cost at which a sweep reaches `level` times the LLM's accuracy, examples weighted by `weights`."""
+        hull = monotone_hull(sweep.points(weights, self.llm_costs[unit]))
+        return cost_at(hull, level * float(self.llm_correct @ weights))
+
+
+def _by_llm_alone(episode: Episode) -> Episode:
+    ledger = episode.ledger.copy()
+    ledger[:-1] = 0
+    return replace(episode, ledger=ledger)
 
 
 class _Recorder:
@@ -105,11 +122,15 @@ class _Recorder:
 
 
 def choose_thresholds(
-    pool: ModelPool, task: Task, policies: Mapping[str, Policy], config: DictConfig, scheduling: Scheduling
+    pool: ModelPool,
+    task: Task,
+    examples: Sequence[Example],
+    policies: Mapping[str, Policy],
+    config: DictConfig,
+    scheduling: Scheduling,
 ) -> dict[str, FloatArray]:
     """Thresholds at quantiles of each policy's score on validation problems, so that curves are evenly covered."""
     recorder = _Recorder(policies)
-    examples = task.examples("validation", config.threshold_examples)
     decode(pool, task, examples, recorder, 0.5, config.max_new_tokens, scheduling, label="thresholds")
     quantiles = np.array(list(config.llm_shares))
     return {
@@ -117,56 +138,68 @@ def choose_thresholds(
     }
 
 
-def summarize(evaluation: Evaluation, sweeps: Mapping[str, list[list[Episode]]], config: DictConfig) -> dict[str, Any]:
-    """The contents of `summary.json`."""
-    count = len(evaluation.examples)
+def summarize(
+    evaluation: Evaluation,
+    policies: Mapping[str, Policy],
+    runs: Mapping[str, list[list[Episode]]],
+    config: DictConfig,
+) -> dict[str, Any]:
+    """The contents of `summary.json`; differences are to the first policy."""
+    count, unit = len(evaluation.examples), config.cost
     even = np.full(count, 1 / count)
-    llm_correct = np.array([episode.correct for episode in evaluation.llm])
     slm, llm = evaluation.row(evaluation.slm), evaluation.row(evaluation.llm)
-    llm |= {"cost_" + unit: 1.0 for unit in evaluation.llm_costs}
-    policies: dict[str, Any] = {}
-    for name, runs in sweeps.items():
-        by_unit: dict[str, Any] = {}
-        for unit in evaluation.llm_costs:
-            sweep = evaluation.sweep(runs, unit)
-            hull = monotone_hull(sweep.points(even, evaluation.llm_costs[unit]))
-            by_unit[unit] = {f"{q:.2f}": finite(cost_at(hull, q * llm["accuracy"])) for q in LEVELS}
-        sweep = evaluation.sweep(runs, config.cost)
-        llm_costs = evaluation.llm_costs[config.cost]
+    sweeps = {
+        name: {other: evaluation.sweep(runs[name], policy, other) for other in evaluation.llm_costs}
+        for name, policy in policies.items()
+    }
+    first = next(iter(policies))
 
-        def cost_for(
-            level: float, weights: FloatArray, sweep: Sweep = sweep, llm_costs: FloatArray = llm_costs
+    def interval(statistic: Callable[[FloatArray], float]) -> tuple[float | None, float | None]:
+        return bootstrap(statistic, count, config.bootstrap, config.seed)
+
+    summaries: dict[str, Any] = {}
+    for name, of_unit in sweeps.items():
+        cost_for = partial(evaluation.cost_at, of_unit[unit], unit)
+        first_cost_for = partial(evaluation.cost_at, sweeps[first][unit], unit)
+
+        def difference(
+            weights: FloatArray,
+            ours: Callable[[float, FloatArray], float] = cost_for,
+            theirs: Callable[[float, FloatArray], float] = first_cost_for,
         ) -> float:
-            return cost_at(monotone_hull(sweep.points(weights, llm_costs)), level * float(llm_correct @ weights))
+            return ours(0.95, weights) - theirs(0.95, weights)
 
-        hull = monotone_hull(sweep.points(even, llm_costs))
-        policies[name] = {
-            "cost_at": by_unit[config.cost],
-            "cost_at_interval": {
-                f"{q:.2f}": bootstrap(partial(cost_for, q), count, config.bootstrap, config.seed) for q in LEVELS
+        hull = monotone_hull(of_unit[unit].points(even, evaluation.llm_costs[unit]))
+        summaries[name] = {
+            "trained": name in config.saved,
+            "cost_at": {f"{level:.2f}": finite(cost_for(level, even)) for level in LEVELS},
+            "cost_at_interval": {f"{level:.2f}": interval(partial(cost_for, level)) for level in LEVELS},
+            "cost_at_by_unit": {
+                other: {f"{level:.2f}": finite(evaluation.cost_at(sweep, other, level, even)) for level in LEVELS}
+                for other, sweep in of_unit.items()
             },
-            "cost_at_by_unit": by_unit,
+            "difference_at_0.95": {"to": first, "cost": finite(difference(even)), "interval": interval(difference)},
             "accuracy_at": {f"{c:.2f}": finite(accuracy_at(hull, c)) for c in (0.25, 0.5)},
             "curve": [[round(float(c), 6), round(float(a), 6)] for c, a in hull],
         }
     return {
         "task": evaluation.task.name,
         "pool": evaluation.pool.names,
-        "cost": config.cost,
+        "cost": unit,
         "examples": count,
         "seed": config.seed,
         "models": {
-            "slm": {"accuracy": slm["accuracy"], "cost": slm[f"cost_{config.cost}"]},
-            "llm": {"accuracy": llm["accuracy"], "cost": 1.0},
+            "slm": {"accuracy": slm["accuracy"], "cost": slm[f"cost_{unit}"]},
+            "llm": {"accuracy": llm["accuracy"], "cost": llm[f"cost_{unit}"]},
         },
-        "policies": policies,
+        "policies": summaries,
     }
 
 
-def pick_transcripts(evaluation: Evaluation, runs: Sequence[list[Episode]], cost: str) -> list[Episode]:
+def pick_transcripts(evaluation: Evaluation, runs: Sequence[list[Episode]], policy: Policy, cost: str) -> list[Episode]:
     """The cheapest run that reaches 95 % of the LLM's accuracy, or the most accurate one."""
-    rows = [evaluation.row(run) for run in runs]
-    target = 0.95 * evaluation.row(evaluation.llm)["accuracy"]
+    rows = [evaluation.row(run, policy) for run in runs]
+    target = 0.95 * float(evaluation.llm_correct.mean())
     reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= target]
     if reaching:
         return runs[min(reaching, key=lambda i: rows[i][f"cost_{cost}"])]
@@ -175,61 +208,69 @@ def pick_transcripts(evaluation: Evaluation, runs: Sequence[list[Episode]], cost
 
 def evaluate(config: DictConfig, folder: Path, track: Tracker, agents: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Fit or load the policies, sweep their thresholds, and write everything into `folder`."""
+    examples = task.examples(check_split(config.split), config.examples)
+    for_thresholds = task.examples("validation", config.threshold_examples)
+    scheduling = build(config, "scheduling")
     pool = build(config, "models")
     policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
     policies |= {name: agent.fit(pool, task, seed=config.seed, track=track) for name, agent in agents.items()}
-    scheduling = build(config, "scheduling")
-    thresholds = choose_thresholds(pool, task, policies, config, scheduling)
-    examples = task.examples(check_split(config.split), config.examples)
+    thresholds = choose_thresholds(pool, task, for_thresholds, policies, config, scheduling)
     evaluation = Evaluation(pool, task, examples, config.max_new_tokens, scheduling)
-    sweeps: dict[str, list[list[Episode]]] = {}
+    runs: dict[str, list[list[Episode]]] = {}
     with (
         (folder / "results.jsonl").open("w") as results,
         tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress,
     ):
 
-        def record(policy: str, threshold: float | None, episodes: list[Episode]) -> None:
-            row = {"policy": policy, "threshold": threshold, "seed": config.seed, **evaluation.row(episodes)}
+        def record(name: str, threshold: float | None, row: Mapping[str, Any]) -> None:
+            row = {"policy": name, "threshold": threshold, "seed": config.seed, **row}
             results.write(json.dumps(row) + "\n")
             results.flush()
-            track({"run": policy, **{key: value for key, value in row.items() if key != "policy"}})
+            track({"run": name, **{key: value for key, value in row.items() if key != "policy"}})
 
-        record("slm", None, evaluation.slm)
-        record("llm", None, evaluation.llm)
+        record("slm", None, evaluation.row(evaluation.slm))
+        record("llm", None, evaluation.row(evaluation.llm))
         for name, policy in policies.items():
-            sweeps[name] = []
+            runs[name] = []
             for threshold in thresholds[name]:
-                sweeps[name].append(evaluation.run(policy, float(threshold), name))
-                record(name, float(threshold), sweeps[name][-1])
+                runs[name].append(evaluation.run(policy, float(threshold), name))
+                record(name, float(threshold), evaluation.row(runs[name][-1], policy))
                 progress.update()
-    summary = summarize(evaluation, sweeps, config)
+    summary = summarize(evaluation, policies, runs, config)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_curves(summary, folder / "curve.png")
     comparison = table(summary)
     write_text(folder / "table.md", markdown(comparison))
     Console().print(comparison)
     if config.transcripts:
-        name = next(iter(sweeps))
-        chosen = pick_transcripts(evaluation, sweeps[name], config.cost)[: config.transcripts]
+        name = next(iter(policies))
+        chosen = pick_transcripts(evaluation, runs[name], policies[name], config.cost)[: config.transcripts]
         write_text(folder / "transcripts.html", transcripts(pool, chosen, f"{task.name}, routed by {name}"))
     print(f"wrote {folder}")
     return summary
 
 
-@program("evaluate")
-def main(config: DictConfig, folder: Path) -> None:
-    """Evaluate `config.saved` policies and `config.agents`."""
+def check(config: DictConfig) -> None:
+    """Refuse settings that would fail later, before any model is loaded."""
     if not config.saved and not config.agents:
-        raise ValueError(
-            "nothing to evaluate: name saved policies (saved.NAME=FOLDER) or agents (+agent@agents.NAME=...)"
-        )
+        raise ValueError("nothing to evaluate: name policies (saved.NAME=FOLDER) or agents (+agent@agents.NAME=...)")
     if config.cost not in [cost.name for cost in ALL_COSTS]:
         raise ValueError(f"unknown cost {config.cost!r}; choose one of {', '.join(cost.name for cost in ALL_COSTS)}")
-    if not all(0 < share < 1 for share in config.llm_shares):
-        raise ValueError(f"llm_shares must lie between 0 and 1, are {list(config.llm_shares)}")
+    if not config.llm_shares or not all(0 < share < 1 for share in config.llm_shares):
+        raise ValueError(f"llm_shares must lie between 0 and 1, at least one; they are {list(config.llm_shares)}")
+    for key, least in (("examples", 1), ("threshold_examples", 1), ("bootstrap", 1), ("max_new_tokens", 1)):
+        if config[key] < least:
+            raise ValueError(f"{key} must be at least {least}, is {config[key]}")
+    check_split(config.split)
     for name, path in config.saved.items():
         if not (Path(path) / POLICY_FILE).is_file():
             raise ValueError(f"saved.{name}: {path} holds no {POLICY_FILE}; give the policy folder of a training run")
+
+
+@program("evaluate")
+def main(config: DictConfig, folder: Path) -> None:
+    """Evaluate `config.saved` policies and `config.agents`."""
+    check(config)
     agents = {name: build(config.agents, name) for name in config.agents}
     task, tracking = build(config, "task"), build(config, "track")
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:

@@ -33,7 +33,7 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for number, (name, policy) in enumerate(summary["policies"].items()):
         costs, accuracies = zip(*policy["curve"], strict=True)
-        style = "--" if name in ("random", "entropy") else "-"
+        style = "-" if policy["trained"] else "--"
         axes.plot(costs, accuracies, style, marker=".", color=colours[number % 10], label=name)
     for name in ("slm", "llm"):
         model = summary["models"][name]
@@ -61,14 +61,18 @@ def table(summary: Mapping[str, Any]) -> Table:
     result.add_column("accuracy", justify="right")
     result.add_column("cost", justify="right")
     for level in next(iter(summary["policies"].values()))["cost_at"]:
-        result.add_column(f"cost at {float(level):.0%}\nof the LLM", justify="right")
-    result.add_column("LLM tokens\nat 95%", justify="right")
+        result.add_column(f"cost at {float(level):.0%} of\nthe LLM's accuracy", justify="right")
+    first = next(iter(summary["policies"]))
+    result.add_column(f"at 95%: cost\nabove {first}", justify="right")
+    result.add_column("LLM tokens at 95%\n(own hull)", justify="right")
     for name in ("slm", "llm"):
         model = summary["models"][name]
         result.add_row(f"{name} only", f"{model['accuracy']:.1%}", f"{model['cost']:.3f}")
     for name, policy in summary["policies"].items():
         cells = [_with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()]
-        result.add_row(name, "", "", *cells, _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]))
+        above = policy["difference_at_0.95"]
+        difference = "" if name == first else _with_interval(above["cost"], above["interval"])
+        result.add_row(name, "", "", *cells, difference, _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]))
     return result
 
 

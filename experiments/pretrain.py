@@ -1,6 +1,6 @@
 """Train the embedded pair from scratch: the recipe behind `envs/weights`.
 
-    python -m experiments.pretrain                    # all models of the pair, about 35 minutes on 2 cores
+    python -m experiments.pretrain                    # all models of the pair, about 25 minutes on 2 idle cores
     python -m experiments.pretrain only=[slm]       # one of them
 
 Everything is drawn from `seed`; steps, not minutes, are fixed, so that the result does not depend on the machine.
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
@@ -26,6 +24,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
+from experiments.build import program, write_text
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -226,27 +225,21 @@ def pretrain(
         "loss": round(loss_mean, 5),
     }
     record = {"recipe": asdict(recipe), "seed": seed, "result": report, "log": log}
-    _write_text(target / "training.json", json.dumps(record, indent=1) + "\n")
+    write_text(target / "training.json", json.dumps(record, indent=1) + "\n")
     return report
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-@hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
-def main(config: DictConfig) -> None:
+@program("pretrain")
+def main(config: DictConfig, folder: Path) -> None:
     """Train the models of `config.recipes`."""
-    torch.set_num_threads(config.threads)
     recipes = {str(name): Recipe(**node) for name, node in config.recipes.items()}
     task = ArithmeticTask()
     texts = (f"{e.prompt}{e.reference}" for e in (task.example("train", i) for i in range(config.tokenizer_examples)))
     tokenizer = train_tokenizer(texts, config.vocab_size)
+    unknown = set(config.only or []) - set(recipes)
+    if unknown:
+        raise ValueError(f"only: unknown models {', '.join(sorted(unknown))}; the recipes are {', '.join(recipes)}")
     for name in config.only or recipes:
-        if name not in recipes:
-            raise ValueError(f"only: unknown model {name!r}; the recipes are {', '.join(recipes)}")
         print(name, pretrain(name, recipes[name], task, tokenizer, config.seed, Path(config.folder)))
 
 

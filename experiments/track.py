@@ -15,7 +15,7 @@ class Tracker:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a")
+        self._file = (folder / "metrics.jsonl").open("w")
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Record one row of named numbers; visible on disk at once."""

@@ -186,7 +186,7 @@ def test_the_router_learns_a_two_state_problem():
     hidden, labels, examples = toy_data()
     rows = []
     network = train(hidden, labels, examples, rows.append)
-    policy = RouterPolicy(network, "toy")
+    policy = RouterPolicy(network, ["toy"])
     scores = policy.score(Observation(hidden, torch.zeros(len(hidden), 2), examples, examples))
     regret = (scores.round().bool() != labels).float().mean()
     assert regret < 0.01
@@ -259,7 +259,7 @@ def test_bad_labels_and_settings_are_named(pool, task):
 
 
 def test_a_saved_policy_for_other_models_is_refused(pool, tmp_path):
-    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), "another/model")
+    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), ["another/model", "embedded/llm"])
     policy.save(tmp_path)
     with pytest.raises(ValueError, match="another/model"):
         load_policy(tmp_path, pool)

@@ -8,7 +8,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from agents.networks import RouterNetwork
+from agents.rollout import Scheduling
+from agents.router import RouterPolicy
+from envs.costs import READ
+from envs.embedded import embedded_pool
+from envs.tasks.arithmetic import ArithmeticTask
 from experiments.build import CONF, build, register_schemas
+from experiments.evaluate import Evaluation
 from experiments.metrics import Sweep, accuracy_at, bootstrap, cost_at, monotone_hull
 from experiments.track import Tracker
 
@@ -91,6 +98,40 @@ def test_a_setting_out_of_range_is_named(key, override, message):
             build(config, key)
 
 
+def test_a_pool_given_as_mappings_builds():
+    names = "[{name: embedded/slm, dtype: float32, device_map: null}, {name: embedded/llm, revision: null}]"
+    assert build(config_of("train", f"models.names={names}"), "models").names == ["embedded/slm", "embedded/llm"]
+
+
+def test_a_policy_pays_for_its_own_parameters():
+    pool, task = embedded_pool(), ArithmeticTask()
+    evaluation = Evaluation(pool, task, task.examples("test", 2), 128, Scheduling(rows=2))
+    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), pool.names)
+    run = evaluation.run(policy, 0.5, "router")
+    paid, unpaid = evaluation.costs(run, policy), evaluation.costs(run)
+    decisions = np.array([len(episode.tokens) for episode in run])
+    size = sum(p.numel() for p in policy.network.parameters())
+    np.testing.assert_allclose(paid["bytes"] - unpaid["bytes"], decisions * size * 4)
+    np.testing.assert_allclose(paid["flops"] - unpaid["flops"], decisions * size * 2)
+    np.testing.assert_array_equal(paid["llm_tokens"], unpaid["llm_tokens"])
+    assert (paid["seconds"] > unpaid["seconds"]).all()
+
+
+def test_llm_only_decoding_costs_one_and_the_slm_is_not_free():
+    pool, task = embedded_pool(), ArithmeticTask()
+    evaluation = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4))
+    llm = evaluation.row(evaluation.llm)
+    assert {value for key, value in llm.items() if key.startswith("cost_")} == {1.0}
+    assert llm["llm_share"] == 1.0
+    slm = evaluation.row(evaluation.slm)
+    assert 0 < slm["cost_bytes"] < 0.2
+    assert slm["cost_llm_tokens"] == 0
+    prompt = len(pool.encode(evaluation.examples[0].prompt))
+    tokens = len(evaluation.llm[0].tokens)
+    assert evaluation.llm[0].ledger[:, :READ].tolist() == [[0], [tokens]]
+    assert evaluation.llm[0].ledger[1, READ] == prompt + tokens - 1
+
+
 def test_hull_costs_and_accuracies_by_hand():
     points = np.array([[0.5, 0.8], [0.1, 0.3], [0.2, 0.25], [0.3, 0.6], [0.4, 0.6], [1.0, 1.0]])
     hull = monotone_hull(points)
@@ -154,6 +195,8 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
     [
         ("evaluate", ["saved.citer=nowhere"], "nowhere"),
         ("evaluate", ["cost=euros"], "euros"),
+        ("evaluate", ["llm_shares=[]"], "llm_shares"),
+        ("evaluate", ["split=tests"], "tests"),
         ("benchmark", ["suite=speed"], "speed"),
     ],
 )

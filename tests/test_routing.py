@@ -10,7 +10,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpi
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs
-from envs.costs import Bytes
+from envs.costs import Bytes, Dollars
 from envs.embedded import embedded_pool
 from envs.rewards import OutcomeReward, ShortcutReward, Transition
 from envs.routing import RoutingEnv, RoutingVectorEnv
@@ -49,7 +49,7 @@ def test_make_works_without_arguments_and_passes_both_checkers():
         environment = gym.make(ID)
         check_env(environment.unwrapped)
         sb3_check_env(environment.unwrapped)
-    assert environment.unwrapped.observation_space.shape == (64,)
+    assert environment.unwrapped.observation_space.shape == (embedded_pool().slm.width,)
     assert environment.unwrapped.action_space == gym.spaces.Discrete(2)
 
 
@@ -57,7 +57,7 @@ def test_make_vec_works_without_arguments():
     environment = gym.make_vec(ID, num_envs=3)
     assert environment.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     observations, _ = environment.reset(seed=0)
-    assert observations.shape == (3, 64)
+    assert observations.shape == (3, embedded_pool().slm.width)
     assert observations in environment.observation_space
 
 
@@ -133,6 +133,16 @@ def test_the_info_of_an_episode_adds_up(pool):
     assert pool.decode(tokens) == last["text"]
     example = task.example("train", int(steps[0][1]["example"].rsplit("/", 1)[1]))
     assert task.is_correct(example, last["text"]) == last["correct"]
+
+
+def test_a_cost_of_the_users_own_shows_in_the_info(pool):
+    environment = RoutingEnv(pool=pool, cost=Dollars(read=[0, 0], written=[0, 3e6]))
+    environment.reset(seed=0)
+    _, reward, *_, info = environment.step(1)
+    assert info["cost_dollars"] == pytest.approx(3)
+    assert reward == pytest.approx(-0.01)
+    with pytest.raises(ValueError, match="price above 0"):
+        RoutingEnv(pool=pool, cost=Dollars(read=[0, 0], written=[0, 0]))
 
 
 def test_truncation_and_termination_stay_apart(pool):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from envs.attention import COPY_BYTES
 from envs.costs import CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
@@ -646,3 +647,23 @@ def test_nan_logits_stop_with_the_name_of_the_model(pools, broken):
         session.start(array(0), [array(5, 6, 7)])
     with pytest.raises(FloatingPointError, match="the logits of broken are NaN; load it with another dtype"):
         session.step(array(0), array(1)) if broken == 1 else session.start(array(0), [array(5, 6, 7)])
+
+
+def test_tokens_that_are_rewound_were_not_written(tiny_pool):
+    session = unending(tiny_pool)
+    session.start(array(0), [array(5, 6, 7)])
+    for action in (0, 1, 1, 0):
+        session.step(array(0), array(action))
+    session.rewind(array(0), array(5))
+    assert session.ledger[0, :, WRITTEN].tolist() == [1, 1]
+    session.fork(array(0), array(1))
+    assert session.ledger[1, :, WRITTEN].tolist() == [1, 1]
+
+
+def test_references_end_with_the_tokenizers_own_end(save_model, make_tokenizer):
+    tokenizer = make_tokenizer(end="z")
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    folder = str(save_model("ends", config, tokenizer=tokenizer, ends=[0, tokenizer.eos_token_id]))
+    pool = ModelPool.load([folder, folder], dtype="float32", verbose=False)
+    assert pool.end_tokens.min() < pool.end_token == tokenizer.eos_token_id
+    assert pool.encode_response("ab").tolist() == [*pool.encode("ab"), pool.end_token]
