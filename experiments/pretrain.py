@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
 from experiments.build import program, write_text
 
+SECOND_CYCLE_FROM = 500_000
 END, PAD = "<|end|>", "<|pad|>"
 
 
@@ -44,12 +44,14 @@ class Recipe:
     muon_lr: float = 0.02
     adam_lr: float = 0.004
     warmup: float = 0.03  # share of the steps
+    second_cycle: int = 0  # steps of a second cosine cycle, stories alone
+    second_peak: float = 0.3  # its learning rate, over the first one's
     equations_until: float = 0.7  # share of the steps in which bare equations are mixed in
     equations_share: float = 0.9  # of the examples, at the start; falls to 0 linearly
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value <= 0:
+            if value < 0 or (value == 0 and name not in ("second_cycle", "equations_share")):
                 raise ValueError(f"recipe: {name} must be positive, is {value}")
 
 
@@ -74,16 +76,19 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def packed_batches(
-    task: ArithmeticTask, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int
+    task: ArithmeticTask, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, seed: int, cycle: int = 1
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yields input ids, position ids, document ids and labels, each (rows, row_tokens).
 
-    Documents never span rows; a label is -100 on prompts and padding, so that only responses are learned.
+    Documents never span rows; a label is -100 on prompts and padding, so that only responses are learned. The second
+    cycle goes on with problems the first has not reached.
     """
-    rng = np.random.default_rng([seed, 1])
-    index = 0
-    for step in range(recipe.steps):
-        bare = recipe.equations_share * max(0.0, 1 - step / (recipe.equations_until * recipe.steps))
+    rng = np.random.default_rng([seed, cycle])
+    index = SECOND_CYCLE_FROM * (cycle - 1)
+    for step in range(recipe.steps if cycle == 1 else recipe.second_cycle):
+        bare = (recipe.equations_share if cycle == 1 else 0.0) * max(
+            0.0, 1 - step / (recipe.equations_until * recipe.steps)
+        )
         shape = (recipe.rows, recipe.row_tokens)
         ids = np.full(shape, tokenizer.pad_token_id)
         positions, documents = np.zeros(shape, int), np.full(shape, -1)
@@ -158,11 +163,52 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 def pretrain(
-    name: str, recipe: Recipe, task: ArithmeticTask, tokenizer: PreTrainedTokenizerFast, seed: int, folder: Path
+    name: str,
+    recipe: Recipe,
+    task: ArithmeticTask,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    folder: Path,
+    first_cycle: Path | None = None,
 ) -> dict[str, float]:
-    """Train one model and save it in half precision to `folder/name`; returns what was measured."""
+    """Train one model and save it in half precision to `folder/name`; returns what was measured.
+
+    Args:
+        name: of the model.
+        recipe: its shape and training.
+        task: where problems come from.
+        tokenizer: shared by the models.
+        seed: of initialisation and data.
+        folder: where the model is saved.
+        first_cycle: a folder with a model whose first cycle is done; only the second is run then.
+    """
     torch.manual_seed(seed)
-    network = LlamaForCausalLM(
+    log: list[dict[str, float]] = []
+    if first_cycle is None:
+        network = new_network(recipe, tokenizer)
+        log += train_cycle(network, recipe, task, tokenizer, seed, 1, name)
+    else:
+        network = LlamaForCausalLM.from_pretrained(first_cycle / name, dtype=torch.float32)
+        log += json.loads((first_cycle / name / "training.json").read_text())["log"]
+    if recipe.second_cycle:
+        log += train_cycle(network, recipe, task, tokenizer, seed, 2, name)
+    target = folder / name
+    network.to(torch.float16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    steps = recipe.steps + recipe.second_cycle
+    report: dict[str, float] = {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "tokens": steps * recipe.rows * recipe.row_tokens,
+        "loss": log[-1]["loss"],
+    }
+    record = {"recipe": asdict(recipe), "seed": seed, "result": report, "log": log}
+    write_text(target / "training.json", json.dumps(record, indent=1) + "\n")
+    return report
+
+
+def new_network(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of the recipe's shape, initialised from torch's generator."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=recipe.hidden_size,
@@ -178,13 +224,26 @@ def pretrain(
             attn_implementation="sdpa",
         )
     )
+
+
+def train_cycle(
+    network: LlamaForCausalLM,
+    recipe: Recipe,
+    task: ArithmeticTask,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    cycle: int,
+    name: str,
+) -> list[dict[str, float]]:
+    """One cosine cycle with fresh optimizers, in place; returns a log of step and smoothed loss."""
     matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in network.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=recipe.muon_lr),
         torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    peaks = [recipe.muon_lr, recipe.adam_lr]
+    steps, peak = (recipe.steps, 1.0) if cycle == 1 else (recipe.second_cycle, recipe.second_peak)
+    peaks = [peak * recipe.muon_lr, peak * recipe.adam_lr]
 
     def loss_of(ids: Tensor, positions: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         logits = network(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
@@ -192,41 +251,29 @@ def pretrain(
 
     compiled = torch.compile(loss_of)
     causal = torch.tril(torch.ones(recipe.row_tokens, recipe.row_tokens, dtype=torch.bool))
-    started, loss_mean = time.perf_counter(), math.nan
+    loss_mean = math.nan
     log: list[dict[str, float]] = []
-    batches = packed_batches(task, tokenizer, recipe, seed)
-    with tqdm(batches, total=recipe.steps, desc=f"pretrain {name}", mininterval=5) as progress:
+    batches = packed_batches(task, tokenizer, recipe, seed, cycle)
+    with tqdm(batches, total=steps, desc=f"pretrain {name}, cycle {cycle}", mininterval=5) as progress:
         for step, (ids, positions, documents, labels) in enumerate(progress):
             mask = (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
             loss = compiled(ids, positions, mask, labels)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"pretrain {name}: loss is {loss.item()} at step {step}; lower the lr")
             loss.backward()
-            warm = min(1.0, (step + 1) / (recipe.warmup * recipe.steps))
-            scale = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
+            warm = min(1.0, (step + 1) / (recipe.warmup * steps))
+            scale = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            for optimizer, peak_lr in zip(optimizers, peaks, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = peak * scale
+                    group["lr"] = peak_lr * scale
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             value = loss.item()
             loss_mean = value if math.isnan(loss_mean) else 0.98 * loss_mean + 0.02 * value
-            if step % 50 == 49 or step == recipe.steps - 1:
+            if step % 50 == 49 or step == steps - 1:
                 progress.set_postfix(loss=f"{loss_mean:.4f}")
-                log.append({"step": step + 1, "loss": round(loss_mean, 5)})
-    seconds = time.perf_counter() - started
-    target = folder / name
-    network.to(torch.float16).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    report = {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "tokens": recipe.steps * recipe.rows * recipe.row_tokens,
-        "minutes": round(seconds / 60, 1),
-        "loss": round(loss_mean, 5),
-    }
-    record = {"recipe": asdict(recipe), "seed": seed, "result": report, "log": log}
-    write_text(target / "training.json", json.dumps(record, indent=1) + "\n")
-    return report
+                log.append({"cycle": cycle, "step": step + 1, "loss": round(loss_mean, 5)})
+    return log
 
 
 @program("pretrain")
@@ -240,7 +287,8 @@ def main(config: DictConfig, folder: Path) -> None:
     if unknown:
         raise ValueError(f"only: unknown models {', '.join(sorted(unknown))}; the recipes are {', '.join(recipes)}")
     for name in config.only or recipes:
-        print(name, pretrain(name, recipes[name], task, tokenizer, config.seed, Path(config.folder)))
+        first = None if config.first_cycle is None else Path(config.first_cycle)
+        print(name, pretrain(name, recipes[name], task, tokenizer, config.seed, Path(config.folder), first))
 
 
 if __name__ == "__main__":
