@@ -1,6 +1,6 @@
 """Draw the accuracy-cost curves of several policies on problems none of them has seen.
 
-    python -m experiments.evaluate saved.citer=outputs/train/citer-.../policy
+    python -m experiments.evaluate +saved.citer=outputs/train/citer-.../policy
     python -m experiments.evaluate +agent@agents.margin=margin examples=500
 
 The run's folder receives `config.yaml`, `results.jsonl` (a row per policy and threshold, written as each is done),
@@ -253,7 +253,7 @@ def evaluate(config: DictConfig, folder: Path, track: Tracker, agents: Mapping[s
 def check(config: DictConfig) -> None:
     """Refuse settings that would fail later, before any model is loaded."""
     if not config.saved and not config.agents:
-        raise ValueError("nothing to evaluate: name policies (saved.NAME=FOLDER) or agents (+agent@agents.NAME=...)")
+        raise ValueError("nothing to evaluate: name policies (+saved.NAME=FOLDER) or agents (+agent@agents.NAME=...)")
     if config.cost not in [cost.name for cost in ALL_COSTS]:
         raise ValueError(f"unknown cost {config.cost!r}; choose one of {', '.join(cost.name for cost in ALL_COSTS)}")
     if not config.llm_shares or not all(0 < share < 1 for share in config.llm_shares):

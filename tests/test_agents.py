@@ -185,7 +185,7 @@ def train(hidden, labels, examples, track=lambda row: None, **settings):
 def test_the_router_learns_a_two_state_problem():
     hidden, labels, examples = toy_data()
     rows = []
-    network = train(hidden, labels, examples, rows.append)
+    network = train(hidden, labels, examples, rows.append, epochs=30)
     policy = RouterPolicy(network, ["toy"])
     scores = policy.score(Observation(hidden, torch.zeros(len(hidden), 2), examples, examples))
     regret = (scores.round().bool() != labels).float().mean()

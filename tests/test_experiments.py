@@ -169,7 +169,7 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
     small = ["agent.examples=20", "agent.training.epochs=2", "agent.training.batch_size=64", "threads=1"]
     run("train", "agent=citer", *small, f"hydra.run.dir={trained}", "track=wandb")
     assert {"config.yaml", "metrics.jsonl", "summary.json", "policy", "wandb"} <= {p.name for p in trained.iterdir()}
-    run("evaluate", f"saved.citer={trained / 'policy'}", *QUICK, f"hydra.run.dir={evaluated}")
+    run("evaluate", f"+saved.citer={trained / 'policy'}", *QUICK, f"hydra.run.dir={evaluated}")
     names = {path.name for path in evaluated.iterdir()}
     assert {"config.yaml", "results.jsonl", "summary.json", "curve.png", "table.md", "transcripts.html"} <= names
     rows = [json.loads(line) for line in (evaluated / "results.jsonl").read_text().splitlines()]
@@ -193,7 +193,7 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
 @pytest.mark.parametrize(
     ("script", "overrides", "message"),
     [
-        ("evaluate", ["saved.citer=nowhere"], "nowhere"),
+        ("evaluate", ["+saved.citer=nowhere"], "nowhere"),
         ("evaluate", ["cost=euros"], "euros"),
         ("evaluate", ["llm_shares=[]"], "llm_shares"),
         ("evaluate", ["split=tests"], "tests"),

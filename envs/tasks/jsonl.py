@@ -7,7 +7,7 @@ import logging
 import re
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class RecordTask(Task):
         test_path: a file of JSON lines: the test split.
         dataset: instead of `path`, the id of a data set on the Hugging Face hub, or a folder `datasets` can load. Only
             then is the network used.
-        config_name: the configuration of `dataset`; several are read one after the other.
+        config_name: the configuration of `dataset`; several, joined by `+`, are read one after the other.
         revision: the commit, branch or tag of `dataset`; its newest where None.
         train_split: what `dataset` calls the split with the train records.
         validation_split: what `dataset` calls the validation split; None where it has none.
@@ -60,7 +60,7 @@ class RecordTask(Task):
     path: str | None = None
     test_path: str | None = None
     dataset: str | None = None
-    config_name: str | Sequence[str] | None = None
+    config_name: str | None = None
     revision: str | None = None
     train_split: str = "train"
     validation_split: str | None = None
@@ -75,8 +75,6 @@ class RecordTask(Task):
         for setting, source in needs.items():
             if getattr(self, setting) is not None and getattr(self, source) is None:
                 raise ValueError(f"{setting}={getattr(self, setting)!r} goes with {source}, which is not given")
-        if self.config_name is not None and not isinstance(self.config_name, str):
-            object.__setattr__(self, "config_name", tuple(self.config_name))
         if not self.name:
             source = Path(self.path).stem if self.path is not None else str(self.dataset).rstrip("/").split("/")[-1]
             object.__setattr__(self, "name", source)
@@ -155,13 +153,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Row]]:
         raise ValueError(f"{file} holds no records; give a file with one JSON object per line")
 
 
-def _read_hub(
-    dataset: str, config_name: str | Sequence[str] | None, revision: str | None, split: str
-) -> Iterator[tuple[str, Row]]:
+def _read_hub(dataset: str, config_name: str | None, revision: str | None, split: str) -> Iterator[tuple[str, Row]]:
     """The records of one split of a data set on the hub, each with its place."""
     from datasets import load_dataset
 
-    configs = [config_name] if config_name is None or isinstance(config_name, str) else list(config_name)
+    configs = [None] if config_name is None else config_name.split("+")
     for config in configs:
         place = f"{dataset}:{split}" if config is None else f"{dataset}/{config}:{split}"
         try:
