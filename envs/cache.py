@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from envs.attention import Slot, in_place, worth_reading_in_place
+from envs.attention import COPY_BYTES, Group, plan, with_groups
 
 IntArray = npt.NDArray[np.int64]
 
@@ -36,16 +36,15 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         owner = self._owner
-        assert self.keys is not None
-        one_by_one = bool(owner.slots) and worth_reading_in_place(self.keys, owner.read_length)
         found = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             assert store is not None
             # layers of a model spread over devices keep their stores where they are
             place = store.device
-            store[owner.write_rows.to(place), owner.write_columns.to(place)] = new.transpose(1, 2)
-            if one_by_one:
-                found.append(in_place(store, owner.slots))
+            entries = new[0].transpose(0, 1) if owner.packed else new.transpose(1, 2)
+            store[owner.write_rows.to(place), owner.write_columns.to(place)] = entries
+            if owner.packed:
+                found.append(with_groups(store, owner.groups))
             else:
                 read = owner.read_rows if isinstance(owner.read_rows, slice) else owner.read_rows.to(place)
                 found.append(store[read, : owner.read_length].transpose(1, 2))
@@ -64,7 +63,7 @@ class _SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A key-value cache in which every row is a sequence of its own length.
 
-    `place` says where the next forward pass writes; the pass itself calls `update`, layer by layer.
+    `pack` or `pad` says where the next forward pass writes; the pass itself calls `update`, layer by layer.
 
     Attributes:
         lengths: tokens each row holds, (rows,).
@@ -74,22 +73,47 @@ class SlotCache(Cache):
         rows: sequences.
         capacity: tokens a row can hold.
         device: where keys and values lie.
-        read_in_place: the model attends with `envs.attention.slot_attention`, which needs no copy of scattered rows.
+        packed: the model attends with `envs.attention.slot_attention`, which takes passes without padding.
+        token_bytes: what one token takes in one layer.
     """
 
     def __init__(
-        self, layers: int, rows: int, capacity: int, device: torch.device, read_in_place: bool = False
+        self, layers: int, rows: int, capacity: int, device: torch.device, packed: bool = False, token_bytes: int = 0
     ) -> None:
-        self.rows, self.capacity, self.device, self.read_in_place = rows, capacity, device, read_in_place
+        self.rows, self.capacity, self.device = rows, capacity, device
+        self.packed, self.token_bytes = packed, token_bytes
         self.lengths: IntArray = np.zeros(rows, dtype=np.int64)
         self.read_length = 0
-        self.slots: list[Slot] = []
+        self.groups: list[Group] = []
         self.read_rows: slice | Tensor = slice(0, 0)
         self.write_rows: Tensor
         self.write_columns: Tensor
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
-    def place(self, rows: IntArray, counts: IntArray, width: int) -> tuple[Tensor, Tensor]:
+    def pack(self, rows: IntArray, counts: IntArray) -> Tensor:
+        """Prepare a pass that appends `counts[i]` tokens to row `rows[i]`, all tokens one after the other.
+
+        Args:
+            rows: (n,), ordered by `counts`.
+            counts: (n,).
+
+        Returns:
+            The position of each token, (1, tokens).
+
+        Raises:
+            ValueError: a row would grow beyond the capacity.
+        """
+        before = self._room(rows, counts)
+        owners = np.repeat(np.arange(len(rows)), counts)
+        columns = np.arange(len(owners)) - (np.cumsum(counts) - counts - before)[owners]
+        self.write_rows = torch.from_numpy(rows[owners]).to(self.device)
+        self.write_columns = torch.from_numpy(columns).to(self.device)
+        limit = COPY_BYTES.get(self.device.type)
+        one_by_one = limit is not None and self.read_length * self.token_bytes > limit
+        self.groups = plan(rows, before, counts, one_by_one, self.device)
+        return self.write_columns[None]
+
+    def pad(self, rows: IntArray, counts: IntArray, width: int) -> tuple[Tensor, Tensor]:
         """Prepare a pass that appends `counts[i]` tokens to row `rows[i]`, right-aligned in `width` columns.
 
         Returns:
@@ -98,27 +122,26 @@ class SlotCache(Cache):
         Raises:
             ValueError: a row would grow beyond the capacity.
         """
-        before = self.lengths[rows]
-        longest = int((before + counts).max())
-        if longest > self.capacity:
-            raise ValueError(
-                f"a sequence of {longest} tokens does not fit the cache of {self.capacity}; raise capacity"
-            )
+        before = self._room(rows, counts)
         columns = np.arange(width) + (before + counts - width)[:, None]
         padding = columns < before[:, None]
         positions = torch.from_numpy(np.where(padding, 0, columns)).to(self.device)
         self.write_columns = torch.from_numpy(np.where(padding, self.capacity, columns)).to(self.device)
         self.write_rows = torch.from_numpy(rows).to(self.device)[:, None]
-        first, last = int(rows[0]), int(rows[-1])
-        consecutive = last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all())
-        # consecutive rows are a view; others are copied together, or attended one by one
-        self.slots = []
-        if self.read_in_place and not consecutive:
-            self.slots = list(zip(rows.tolist(), (before + counts).tolist(), counts.tolist(), strict=True))
-        self.read_rows = slice(first, last + 1) if consecutive else self.write_rows[:, 0]
-        self.read_length = longest
-        visible = torch.arange(longest, device=self.device) <= positions[:, :, None]
+        # consecutive rows are a view; others are copied together
+        neighbours = bool((np.diff(rows) == 1).all())
+        self.read_rows = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else self.write_rows[:, 0]
+        visible = torch.arange(self.read_length, device=self.device) <= positions[:, :, None]
         return positions, visible[:, None]
+
+    def _room(self, rows: IntArray, counts: IntArray) -> IntArray:
+        before = self.lengths[rows]
+        self.read_length = int((before + counts).max())
+        if self.read_length > self.capacity:
+            raise ValueError(
+                f"a sequence of {self.read_length} tokens does not fit the cache of {self.capacity}; raise capacity"
+            )
+        return before
 
     @torch.inference_mode()  # the stores were made in it
     def fork(self, sources: IntArray, targets: IntArray, lengths: IntArray) -> None:

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from envs.attention import SLOT_ATTENTION
+from envs.attention import SLOT_ATTENTION, split_by_length
 from envs.cache import IntArray, SlotCache
 from envs.costs import ModelProfile
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from envs.loading import ModelSpec
 
 # What a forward pass costs, roughly: seconds of Python and launches, bytes of weights read a second, and operations a
-# second. Only how ragged chunks are split into passes depends on it.
+# second. Only how ragged chunks are split into padded passes depends on it.
 MACHINES = {"cpu": (1e-3, 2e10, 1e11), "cuda": (1e-3, 1e12, 1e14)}
-# Architectures whose attention takes what the cache returns as it is, so that scattered rows need not be copied.
-READ_IN_PLACE = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
+# Architectures that hand their attention what the cache returns as it is, so that a pass needs no padding.
+PACKED = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
 
 class LanguageModel:
@@ -45,8 +45,8 @@ class LanguageModel:
         self.name, self.network, self.tokenizer = name, network.eval().requires_grad_(False), tokenizer
         self.device: torch.device = network.get_input_embeddings().weight.device
         self.width: int = network.get_output_embeddings().weight.shape[1]
-        self._slot_attention = text_config(network.config).model_type in READ_IN_PLACE
-        if self._slot_attention:
+        self._packed = text_config(network.config).model_type in PACKED
+        if self._packed:
             network.set_attn_implementation(SLOT_ATTENTION)
         self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
         self._hidden: Tensor
@@ -96,25 +96,27 @@ class LanguageModel:
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
         layers = text_config(self.network.config).num_hidden_layers
-        return SlotCache(layers, rows, capacity, self.device, read_in_place=self._slot_attention)
+        token_bytes = self.profile.kv_bytes_per_token // layers
+        return SlotCache(layers, rows, capacity, self.device, self._packed, token_bytes)
 
     @torch.inference_mode()
     def feed(
         self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], every_position: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Append a chunk of tokens to each row, each in one forward pass.
+        """Append a chunk of tokens to each row, all in one forward pass without padding.
 
-        Chunks of very different lengths go in separate passes where padding would cost more than a pass does.
+        Models that cannot do that read padded chunks, those of very different lengths in separate passes where padding
+        would cost more than a pass does.
 
         Args:
             cache: made by `new_cache`.
             rows: distinct rows, (n,).
             chunks: n arrays of at least one token id.
-            every_position: return all positions of the chunks, which are then right-aligned in dimension 1.
+            every_position: return all positions of the chunks.
 
         Returns:
-            Hidden states after the final norm (n, width) and logits (n, vocab) at each chunk's last token;
-            (n, longest, width) and (n, longest, vocab) with `every_position`.
+            Hidden states after the final norm (n, width) and logits (n, vocab) at each chunk's last token; with
+            `every_position` (tokens, width) and (tokens, vocab), chunk after chunk.
 
         Raises:
             ValueError: a chunk is empty, or does not fit the cache.
@@ -122,18 +124,44 @@ class LanguageModel:
         counts = np.array([len(chunk) for chunk in chunks])
         if counts.min() < 1:
             raise ValueError(f"{self.name}: row {rows[counts.argmin()]} was fed an empty chunk")
+        if self._packed:
+            return self._packed_pass(cache, rows, chunks, counts, every_position)
         if every_position:
-            return self._pass(cache, rows, chunks, counts, keep=0)
-        groups = list(split_by_length(counts, self.pass_tokens))
-        if len(groups) == 1:
-            hidden, logits = self._pass(cache, rows, chunks, counts, keep=1)
-            return hidden[:, 0], logits[:, 0]
+            hidden, logits = self._padded_pass(cache, rows, chunks, counts, keep=0)
+            filled = torch.arange(hidden.shape[1]) >= hidden.shape[1] - torch.from_numpy(counts)[:, None]
+            return hidden[filled.to(hidden.device)], logits[filled.to(logits.device)]
+        groups = split_by_length(counts, self.pass_tokens)
         order = torch.from_numpy(np.argsort(np.concatenate(groups)))
-        parts = [self._pass(cache, rows[g], [chunks[i] for i in g], counts[g], keep=1) for g in groups]
+        parts = [self._padded_pass(cache, rows[g], [chunks[i] for i in g], counts[g], keep=1) for g in groups]
         hidden, logits = (torch.cat(part)[order.to(part[0].device), 0] for part in zip(*parts, strict=True))
         return hidden, logits
 
-    def _pass(
+    def _packed_pass(
+        self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], counts: IntArray, every_position: bool
+    ) -> tuple[Tensor, Tensor]:
+        order = np.argsort(counts, kind="stable")
+        ends = np.cumsum(counts[order])
+        positions = cache.pack(rows[order], counts[order])
+        last = torch.from_numpy(ends[np.argsort(order)] - 1).to(self.device)
+        if every_position:
+            begins = np.empty_like(ends)
+            begins[order] = ends - counts[order]
+            wanted = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+            last = torch.from_numpy(wanted).to(self.device)
+        output = self.network(
+            input_ids=torch.from_numpy(np.concatenate([chunks[i] for i in order]))[None].to(self.device),
+            position_ids=positions,
+            # attention has its own; one of four dimensions keeps transformers from making another
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
+        cache.lengths[rows] += counts
+        hidden, self._hidden = self._hidden[0], self._hidden[:0]
+        return hidden, output.logits[0]
+
+    def _padded_pass(
         self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], counts: IntArray, keep: int
     ) -> tuple[Tensor, Tensor]:
         # Right-aligned: the last token of every chunk stands in the last column, whatever its length.
@@ -141,7 +169,7 @@ class LanguageModel:
         ids = np.zeros((len(rows), width), dtype=np.int64)
         for row, chunk in zip(ids, chunks, strict=True):
             row[width - len(chunk) :] = chunk
-        positions, visible = cache.place(rows, counts, width)
+        positions, visible = cache.pad(rows, counts, width)
         output = self.network(
             input_ids=torch.from_numpy(ids).to(self.device),
             position_ids=positions,
@@ -161,28 +189,6 @@ def padded_tokens_per_pass(network: PreTrainedModel, device_type: str) -> int:
     parameters = sum(p.numel() for p in network.parameters())
     stored = sum(p.numel() * p.element_size() for p in network.parameters())
     return int((host_seconds + stored / bytes_per_second) / (2 * parameters / flops))
-
-
-def split_by_length(counts: IntArray, pass_tokens: int) -> list[IntArray]:
-    """Partition chunks into passes so that padding saved outweighs the passes added.
-
-    Args:
-        counts: chunk lengths, (n,).
-        pass_tokens: padded tokens that one more pass is worth.
-
-    Returns:
-        Index arrays that together hold each of 0..n-1 once, each ascending.
-    """
-    order = np.argsort(counts, kind="stable")
-    ordered = counts[order]
-    n = len(counts)
-    cuts = np.arange(1, n)
-    saved = cuts * (ordered[-1] - ordered[:-1])
-    if n == 1 or saved.max() <= pass_tokens:
-        return [np.arange(n)]
-    cut = int(saved.argmax()) + 1
-    parts = (np.sort(order[:cut]), np.sort(order[cut:]))
-    return [part[group] for part in parts for group in split_by_length(counts[part], pass_tokens)]
 
 
 def text_config(config: Any) -> Any:

@@ -338,11 +338,11 @@ class Session:
                 tokens = self.pool.greedy(model, logits[..., : self.pool.vocab_size])
                 read, nothing = self._lengths[part] - 1, np.zeros(len(part), dtype=np.int64)
                 self.ledger[part, model] = pass_entry(read, nothing, time.perf_counter() - started)
-                for i in range(len(part)):
-                    count = len(responses[first + i])
-                    choices[first + i][:, model] = tokens[i, -count:]
+                for i, end in enumerate(np.cumsum(read), start=first):
+                    positions = slice(int(end) - len(responses[i]), int(end))
+                    choices[i][:, model] = tokens[positions]
                     if model == 0:
-                        hidden[first + i] = states[i, -count:].float()
+                        hidden[i] = states[positions].float()
         return hidden, choices
 
     def free(self, rows: IntArray) -> None:
