@@ -86,11 +86,7 @@ class Collector:
         self._rows = max(1, self.scheduling.rows_for(pool) // 2)
         self._session = Session(pool, 2 * self._rows, max_new_tokens)
         for example, prompt, reference in zip(examples, self._prompts, self._references, strict=True):
-            if len(reference) > max_new_tokens or len(prompt) + max_new_tokens > self._session.capacity:
-                raise ValueError(
-                    f"example {example.id}: {len(prompt)} + {len(reference)} tokens exceed max_new_tokens "
-                    f"{max_new_tokens} or the cache of {self._session.capacity}; raise them or drop the example"
-                )
+            self._session.check_fit(f"example {example.id}", prompt, reference)
 
     def shortcut(self) -> Preferences:
         """Cases 1, 2 and 3 of every token, from one teacher-forced pass of each model over each solution."""

@@ -110,13 +110,8 @@ def decode(
     scheduling = scheduling or Scheduling()
     session = Session(pool, min(scheduling.rows_for(pool), len(examples)), max_new_tokens, sampling=sampling)
     prompts = [pool.encode(example.prompt) for example in examples]
-    room = session.capacity - max_new_tokens
     for example, prompt in zip(examples, prompts, strict=True):
-        if not 1 <= len(prompt) <= room:
-            raise ValueError(
-                f"example {example.id} has a prompt of {len(prompt)} tokens; the cache of {session.capacity} leaves "
-                f"room for {room} beside {max_new_tokens} new ones: raise capacity, lower max_new_tokens, or drop it"
-            )
+        session.check_fit(f"example {example.id}", prompt)
     episodes: list[Episode | None] = [None] * len(examples)
     serving = np.zeros(session.rows, dtype=np.int64)
     scores = np.zeros((session.rows, max_new_tokens), dtype=np.float32)

@@ -1,8 +1,8 @@
 """Attention over rows of a slot cache, each with new tokens of its own number.
 
 A pass holds the new tokens of all its rows one after the other, without padding: all layers but attention work on
-single tokens. Attention goes group by group. Rows of one group share a call; those close together in the cache are read where
-they lie, others are copied together, or form a group each where copying would move more bytes than calls cost.
+single tokens. Attention goes group by group. Rows of one group share a call; those close together in the cache are read
+where they lie, others are copied together, or form a group each where copying would take longer than calls do.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ IntArray = npt.NDArray[np.int64]
 SLOT_ATTENTION = "slot_sdpa"
 # Rows are attended one by one where copying a row's keys and values of one layer would move more bytes than this: about
 # what a call costs on a CPU. An accelerator's memory is so much faster than its launches that it always copies.
-COPY_BYTES = {"cpu": 64 * 1024}
+COPY_BYTES = {"cpu": 256 * 1024}
 # Padded queries of one layer that cost as much as one more call.
-CALL_QUERIES = 16
+CALL_QUERIES = 32
 # Rows are read as a view where they are at least 1 in so many of the rows from the first to the last of them.
 SPARSE = 1.5
 
@@ -64,22 +64,27 @@ def plan(rows: IntArray, before: IntArray, counts: IntArray, one_by_one: bool, d
         one_by_one: rows that lie apart are read where they lie, not copied together.
         device: where masks and indices lie.
     """
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    limit = 0 if one_by_one else CALL_QUERIES
-    parts: list[IntArray] = []
-    for part in split_by_length(counts, limit):
-        sparse = np.ptp(rows[part]) + 1 > SPARSE * len(part)
-        parts.extend(part[:, None] if one_by_one and sparse else [part])
-    return [
-        _group(rows[p], before[p], counts[p], slice(int(starts[p[0]]), int(starts[p[-1] + 1])), device) for p in parts
-    ]
+    ends = np.cumsum(counts).tolist()
+    groups = []
+    for part in split_by_length(counts, 0 if one_by_one else CALL_QUERIES):
+        apart = one_by_one and np.ptp(rows[part]) + 1 > SPARSE * len(part)
+        for p in part[:, None] if apart else [part]:
+            tokens = slice(ends[p[0]] - int(counts[p[0]]), ends[p[-1]])
+            make = _single if len(p) == 1 else _group
+            groups.append(make(rows[p], before[p], counts[p], tokens, device))
+    return groups
+
+
+def _single(rows: IntArray, before: IntArray, counts: IntArray, tokens: slice, device: torch.device) -> Group:
+    row, width, length = int(rows[0]), int(counts[0]), int(before[0] + counts[0])
+    mask = None
+    if 1 < width < length:
+        mask = torch.ones(1, 1, width, length, dtype=torch.bool, device=device).tril_(length - width)
+    return Group(slice(row, row + 1), 1, tokens, width, length, mask, width == length > 1, None)
 
 
 def _group(rows: IntArray, before: IntArray, counts: IntArray, tokens: slice, device: torch.device) -> Group:
     where: slice | Tensor
-    if len(rows) == len(counts) == counts[0] == 1:
-        where = slice(int(rows[0]), int(rows[0]) + 1)
-        return Group(where, 1, tokens, 1, int(before[0]) + 1, None, False, None)
     first, span = int(rows.min()), int(np.ptp(rows)) + 1
     if span <= SPARSE * len(rows):
         where, offsets = slice(first, first + span), rows - first

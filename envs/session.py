@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from envs.cache import IntArray
-from envs.costs import COLUMNS, WRITTEN, FloatArray, pass_entry
+from envs.costs import COLUMNS, SECONDS, WRITTEN, FloatArray, pass_entry
 from envs.models import ModelPool
 from envs.sampling import Sampling
 
@@ -60,9 +60,10 @@ class Step:
 class Session:
     """Up to `rows` sequences in flight over a pool of models; the one place where a routed token is decoded.
 
-    Every model keeps a cache of its own. The SLM reads each token as it is written; another model reads the tokens it
-    has missed when it is chosen, in the same forward pass that gives its token. Rows are independent: which rows step
-    together changes nothing about the tokens written.
+    Every model keeps a cache of its own. The SLM reads prompts and the tokens written when a row is next observed or
+    stepped, so that one pass serves rows that went on and rows that started; another model reads what it has missed when
+    it is chosen, in the same forward pass that gives its token. Rows are independent: which rows step together changes
+    nothing about the tokens written.
 
     Args:
         pool: the models; an action is an index into them.
@@ -105,11 +106,30 @@ class Session:
         self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
         self._slm_tokens: IntArray = np.zeros(rows, dtype=np.int64)
         self._active: BoolArray = np.zeros(rows, dtype=bool)
+        self._unread: BoolArray = np.zeros(rows, dtype=bool)  # the SLM has tokens to read before the next decision
         self._generators: list[np.random.Generator | None] = [None] * rows
         self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
         self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
         self.ledger: FloatArray = np.zeros((rows, len(pool), COLUMNS))
-        """What was done for each row since it started, (rows, models, COLUMNS)."""
+        """What each row took since it started, (rows, models, COLUMNS); seconds come in when passes are made."""
+
+    def check_fit(self, name: str, prompt: IntArray, response: Sequence[int] | IntArray = ()) -> None:
+        """Refuse a prompt that leaves no room for `max_new_tokens`, or a reference response longer than these.
+
+        Raises:
+            ValueError: it does not fit; the error says what `name` is.
+        """
+        room = self.capacity - self.max_new_tokens
+        if not 1 <= len(prompt) <= room:
+            raise ValueError(
+                f"{name} has a prompt of {len(prompt)} tokens; the cache of {self.capacity} leaves room for 1 to "
+                f"{room} beside {self.max_new_tokens} new ones: raise capacity, lower max_new_tokens, or drop the example"
+            )
+        if len(response) > self.max_new_tokens:
+            raise ValueError(
+                f"{name} has a reference of {len(response)} tokens, max_new_tokens is {self.max_new_tokens}; raise it "
+                "or drop the example"
+            )
 
     def start(
         self,
@@ -119,7 +139,7 @@ class Session:
         generators: Sequence[np.random.Generator] | None = None,
         limits: IntArray | None = None,
     ) -> FloatArray:
-        """Start a new sequence in each row; the SLM reads the prompt.
+        """Start a new sequence in each row.
 
         Args:
             rows: distinct rows, (n,); what they held is forgotten.
@@ -129,20 +149,14 @@ class Session:
             limits: the longest response of each row, at most `max_new_tokens`, (n,); that where None.
 
         Returns:
-            Ledger entries of reading the prompts, (n, models, COLUMNS).
+            Ledger entries of the SLM's reading of the prompts, (n, models, COLUMNS).
 
         Raises:
             ValueError: a prompt is empty or leaves no room for `max_new_tokens`.
         """
         rows = self._checked(rows)
-        room = self.capacity - self.max_new_tokens
         for row, prompt in zip(rows, prompts, strict=True):
-            if not 1 <= len(prompt) <= room:
-                raise ValueError(
-                    f"the prompt of row {row} has {len(prompt)} tokens; the cache of {self.capacity} leaves room for 1 "
-                    f"to {room} beside {self.max_new_tokens} new ones: raise capacity, lower max_new_tokens, or drop "
-                    "the example"
-                )
+            self.check_fit(f"row {row}", prompt)
         if not self.sampling.greedy and generators is None:
             raise ValueError("sampling needs a generator for each row")
         for cache in self._caches:
@@ -157,12 +171,12 @@ class Session:
         self._active[rows] = True
         self.ledger[rows] = 0
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
-        self._read_by_slm(rows, work, np.arange(len(rows)))
+        self._leave_unread(rows, work, np.arange(len(rows)))
         self.ledger[rows] = work
         return work
 
     def step(self, rows: IntArray, actions: IntArray) -> Step:
-        """Write one token in each row, by the model its action names; the SLM then reads it.
+        """Write one token in each row, by the model its action names.
 
         Args:
             rows: distinct rows in flight, (n,).
@@ -181,6 +195,7 @@ class Session:
                 f"actions must be {len(rows)} integers in 0..{len(self.pool) - 1}; they are {actions.tolist()}"
             )
         actions = actions.astype(np.int64)  # booleans would index as a mask
+        self._catch_up(rows)
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         slm_tokens = self._slm_tokens[rows]
         tokens = slm_tokens.copy()
@@ -188,7 +203,8 @@ class Session:
         for model in np.unique(actions):
             chosen = np.flatnonzero(actions == model)
             if model > 0:
-                _, logits, tokens[chosen] = self._read(int(model), rows[chosen], work, chosen)
+                entries, _, logits, tokens[chosen] = self._read(int(model), rows[chosen])
+                work[chosen, model] += entries
             elif uniforms is not None:
                 logits = self._logits[torch.from_numpy(rows[chosen]).to(self._logits.device)]
             if uniforms is not None:
@@ -202,9 +218,9 @@ class Session:
         self._active[rows] = ~(terminated | truncated)
         # The last state of a truncated row is read too: its value is what a learner bootstraps from.
         going_on = np.flatnonzero(~terminated)
-        if len(going_on):
-            self._read_by_slm(rows[going_on], work, going_on)
+        self._leave_unread(rows[going_on], work, going_on)
         self.ledger[rows] += work
+        self._catch_up(rows[truncated])
         return Step(tokens, slm_tokens, terminated, truncated, work)
 
     def fork(
@@ -228,7 +244,7 @@ class Session:
             ValueError: lengths out of range, or a target that is another fork's source.
         """
         sources, targets = np.asarray(sources, dtype=np.int64), self._checked(targets)
-        self._checked(np.unique(sources))
+        self._catch_up(self._checked(np.unique(sources)))
         whole = self._lengths[sources]
         lengths = whole if lengths is None else np.asarray(lengths, dtype=np.int64)
         shortened = lengths < whole
@@ -262,9 +278,9 @@ class Session:
             self.ledger[target, :, WRITTEN] = np.bincount(self.writers(target), minlength=len(self.pool))
         if slm_tokens is not None:
             self._slm_tokens[targets] = slm_tokens
-        elif shortened.any():
+        else:
             work = np.zeros((len(targets), len(self.pool), COLUMNS))
-            self._read_by_slm(targets[shortened], work, np.flatnonzero(shortened))
+            self._leave_unread(targets[shortened], work, np.flatnonzero(shortened))
             self.ledger[targets] += work
 
     def rewind(self, rows: IntArray, lengths: IntArray) -> None:
@@ -272,7 +288,7 @@ class Session:
         self.fork(rows, rows, lengths)
 
     def extend(self, rows: IntArray, chunks: Sequence[IntArray]) -> None:
-        """Append given tokens to the responses (teacher forcing), as if the SLM had written them; the SLM reads them.
+        """Append given tokens to the responses (teacher forcing), as if the SLM had written them.
 
         Raises:
             ValueError: a response would pass `max_new_tokens`, or a row is not in flight.
@@ -282,13 +298,14 @@ class Session:
         ends = self._lengths[rows] + counts
         if not self._active[rows].all() or (ends - self._prompts[rows] >= self._limits[rows]).any():
             raise ValueError(f"rows {rows.tolist()} cannot take {counts.tolist()} more tokens and stay in flight")
+        self._catch_up(rows)
         for row, chunk, end in zip(rows, chunks, ends, strict=True):
             self._tokens[row, end - len(chunk) : end] = chunk
             self._writers[row, end - len(chunk) : end] = 0
         self._lengths[rows] = ends
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         work[:, 0, WRITTEN] = counts
-        self._read_by_slm(rows, work, np.arange(len(rows)))
+        self._leave_unread(rows, work, np.arange(len(rows)))
         self.ledger[rows] += work
 
     def start_references(
@@ -311,17 +328,12 @@ class Session:
             ValueError: a prompt or a response does not fit.
         """
         rows = self._checked(rows)
-        for prompt, response in zip(prompts, responses, strict=True):
-            if len(response) > self.max_new_tokens or len(prompt) + len(response) > self.capacity:
-                raise ValueError(
-                    f"a reference of {len(prompt)} + {len(response)} tokens exceeds max_new_tokens "
-                    f"{self.max_new_tokens} or the cache of {self.capacity}; raise them or drop the example"
-                )
         for row, prompt, response in zip(rows, prompts, responses, strict=True):
+            self.check_fit(f"row {row}", prompt, response)
             whole = np.concatenate([prompt, response])
             self._tokens[row, : len(whole)], self._writers[row, : len(whole)] = whole, 0
             self._prompts[row], self._lengths[row] = len(prompt), len(whole)
-        self._active[rows], self._episodes[rows], self.ledger[rows] = False, rows, 0
+        self._active[rows], self._unread[rows], self._episodes[rows], self.ledger[rows] = False, False, rows, 0
         self._limits[rows] = self.max_new_tokens
         hidden: list[Tensor] = [torch.empty(0)] * len(rows)
         choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]
@@ -347,10 +359,11 @@ class Session:
 
     def free(self, rows: IntArray) -> None:
         """Take rows out of flight."""
-        self._active[rows] = False
+        self._active[rows] = self._unread[rows] = False
 
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
+        self._catch_up(np.asarray(rows, dtype=np.int64))
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self._hidden.device)
         positions = self._lengths[rows] - self._prompts[rows]
         return Observation(self._hidden[index], self._logits[index], positions, self._episodes[rows])
@@ -367,11 +380,11 @@ class Session:
         """Tokens of each row, prompt included, (n,)."""
         return self._lengths[rows].copy()
 
-    def _read(self, model: int, rows: IntArray, work: FloatArray, entries: IntArray) -> tuple[Tensor, Tensor, IntArray]:
-        """Let a model read what it has missed; enters the passes at `work[entries, model]`.
+    def _read(self, model: int, rows: IntArray) -> tuple[FloatArray, Tensor, Tensor, IntArray]:
+        """Let a model read what it has missed.
 
         Returns:
-            Hidden states (n, width), logits (n, vocab), and greedy tokens (n,).
+            Ledger entries (n, COLUMNS), hidden states (n, width), logits (n, vocab), and greedy tokens (n,).
         """
         cache = self._caches[model]
         before, after = cache.lengths[rows], self._lengths[rows]
@@ -380,11 +393,24 @@ class Session:
         hidden, logits = self.pool.models[model].feed(cache, rows, chunks)
         logits = logits[:, : self.pool.vocab_size]
         greedy = self.pool.greedy(model, logits)  # waits for the device, so that the time below is the pass's
-        work[entries, model] += pass_entry(after - before, before, time.perf_counter() - started)
-        return hidden, logits, greedy
+        return pass_entry(after - before, before, time.perf_counter() - started), hidden, logits, greedy
 
-    def _read_by_slm(self, rows: IntArray, work: FloatArray, entries: IntArray) -> None:
-        hidden, logits, self._slm_tokens[rows] = self._read(0, rows, work, entries)
+    def _leave_unread(self, rows: IntArray, work: FloatArray, entries: IntArray) -> None:
+        """Enter what the SLM has to read of rows at `work[entries, 0]`; it does so when they are next looked at."""
+        if not len(rows):
+            return
+        before = self._caches[0].lengths[rows]
+        work[entries, 0] += pass_entry(self._lengths[rows] - before, before, 0.0)
+        self._unread[rows] = True
+
+    def _catch_up(self, rows: IntArray) -> None:
+        """Let the SLM read what it has left unread of `rows`."""
+        rows = rows[self._unread[rows]]
+        if not len(rows):
+            return
+        entries, hidden, logits, self._slm_tokens[rows] = self._read(0, rows)
+        self._unread[rows] = False
+        self.ledger[rows, 0, SECONDS] += entries[:, SECONDS]
         index = torch.from_numpy(rows).to(self._hidden.device)
         self._hidden[index], self._logits[index] = hidden.to(self._hidden), logits.to(self._logits)
 

@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from agents.policy import Policy, Random
 from agents.rollout import UNDECIDED, drive
+from envs.attention import Group, with_groups
 from envs.cache import IntArray
 from envs.models import LanguageModel, ModelPool
 from envs.routing import RoutingVectorEnv
@@ -136,14 +138,13 @@ class _ReadyLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        rows, length = key_states.shape[0], self._owner.length
-        return self.keys[:rows, :length].transpose(1, 2), self.values[:rows, :length].transpose(1, 2)
+        return with_groups(self.keys, self._owner.groups), with_groups(self.values, self._owner.groups)
 
     def get_seq_length(self) -> int:
-        return self._owner.length
+        return self._owner.longest
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._owner.length, 0
+        return self._owner.longest, 0
 
     def get_max_length(self) -> int:
         return self._owner.longest
@@ -151,18 +152,29 @@ class _ReadyLayer(CacheLayerMixin):
 
 class _ReadyCache(Cache):
     def __init__(self, layers: int, rows: int, longest: int) -> None:
-        self.rows, self.longest, self.length = rows, longest, 0
+        self.rows, self.longest = rows, longest
+        self.groups: list[Group] = []
         super().__init__(layers=[_ReadyLayer(self) for _ in range(layers)])
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: the model, its arguments without the cache, and the rows that attended together."""
+
+    model: LanguageModel
+    arguments: dict[str, Any]
+    groups: list[Group]
+
+
 @contextmanager
-def recorded_passes(pool: ModelPool) -> Iterator[list[tuple[LanguageModel, dict[str, Any]]]]:
-    """Every forward pass made inside, as the model and its arguments."""
-    passes: list[tuple[LanguageModel, dict[str, Any]]] = []
+def recorded_passes(pool: ModelPool) -> Iterator[list[_Pass]]:
+    """Every forward pass made inside."""
+    passes: list[_Pass] = []
 
     def recorder(model: LanguageModel) -> Callable[..., None]:
         def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            passes.append((model, {key: value for key, value in kwargs.items() if key != "past_key_values"}))
+            cache = kwargs["past_key_values"]
+            passes.append(_Pass(model, {k: v for k, v in kwargs.items() if v is not cache}, cache.groups))
 
         return record
 
@@ -174,14 +186,14 @@ def recorded_passes(pool: ModelPool) -> Iterator[list[tuple[LanguageModel, dict[
             hook.remove()
 
 
-def bare_seconds(passes: list[tuple[LanguageModel, dict[str, Any]]], caches: dict[str, _ReadyCache]) -> float:
+def bare_seconds(passes: list[_Pass], caches: dict[str, _ReadyCache]) -> float:
     """Seconds of the same forward passes with nothing around them."""
     begun = time.perf_counter()
     with torch.inference_mode():
-        for model, arguments in passes:
-            cache = caches[model.name]
-            cache.length = arguments["attention_mask"].shape[-1]
-            model.network(past_key_values=cache, **arguments)
+        for one in passes:
+            cache = caches[one.model.name]
+            cache.groups = one.groups
+            one.model.network(past_key_values=cache, **one.arguments)
     return time.perf_counter() - begun
 
 

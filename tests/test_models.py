@@ -6,16 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from envs.models import LanguageModel, split_by_length
+import envs.attention
+import envs.models
+from envs.attention import split_by_length
+from envs.models import LanguageModel
 from envs.session import Session
 
 MODELS = ["llama_small", "llama_large", "qwen2_small", "qwen2_large", "gpt2_small", "gpt2_large"]
 
 
-@pytest.fixture(params=MODELS)
-def model(request, pools):
-    family, size = request.param.split("_")
-    return pools[family].models[size == "large"]
+def padding(model, monkeypatch):
+    """The same model as one whose attention cannot do without padding."""
+    monkeypatch.setattr(envs.models, "PACKED", ())
+    network = copy.deepcopy(model.network)
+    network.get_output_embeddings()._forward_pre_hooks.clear()
+    network.set_attn_implementation("sdpa")
+    return LanguageModel(model.name, network, model.tokenizer)
+
+
+@pytest.fixture(params=[*MODELS, "llama_large_padded", "gpt2_small_padded"])
+def model(request, pools, monkeypatch):
+    family, size, *padded = request.param.split("_")
+    model = pools[family].models[size == "large"]
+    return padding(model, monkeypatch) if padded else model
 
 
 def whole(model, ids):
@@ -55,20 +68,32 @@ def test_every_position_equals_reading_the_whole_sequence(model):
     model.feed(cache, np.array([1]), [head])
     chunks = [rng.integers(2, 96, count) for count in (2, 7, 5)]
     hidden, logits = model.feed(cache, np.arange(3), chunks, every_position=True)
-    assert hidden.shape[:2] == logits.shape[:2] == (3, 7)
-    for row, chunk in enumerate(chunks):
+    assert len(hidden) == len(logits) == 14
+    for row, chunk, part in zip(range(3), chunks, (slice(0, 2), slice(2, 9), slice(9, 14)), strict=True):
         states, scores = whole(model, [*head, *chunk] if row == 1 else chunk)
-        close(hidden[row, 7 - len(chunk) :], states[-len(chunk) :])
-        close(logits[row, 7 - len(chunk) :], scores[-len(chunk) :])
+        close(hidden[part], states[-len(chunk) :])
+        close(logits[part], scores[-len(chunk) :])
 
 
-def test_split_groups_equal_one_pass_and_one_row_at_a_time(model, monkeypatch):
+@pytest.mark.parametrize("sparse", [1.0, 1.5, 9.0])
+@pytest.mark.parametrize("call_queries", [0, 8, 1000])
+@pytest.mark.parametrize("copy_bytes", [0, 10**9])
+def test_rows_may_attend_in_any_groups(pools, monkeypatch, sparse, call_queries, copy_bytes):
+    monkeypatch.setattr(envs.attention, "SPARSE", sparse)
+    monkeypatch.setattr(envs.attention, "CALL_QUERIES", call_queries)
+    monkeypatch.setitem(envs.attention.COPY_BYTES, "cpu", copy_bytes)
+    for family in ("llama", "gpt2"):
+        test_ragged_chunks_equal_reading_the_whole_sequence(pools[family].slm)
+
+
+def test_split_groups_equal_one_pass_and_one_row_at_a_time(pools, monkeypatch):
+    model = padding(pools["llama"].models[1], monkeypatch)
     rng = np.random.default_rng(2)
     rows, counts = np.array([5, 0, 3, 1, 4]), [3, 17, 1, 3, 9]
     chunks, later = ([rng.integers(2, 96, count) for count in part] for part in (counts, [2] * 5))
     passes = []
-    original = LanguageModel._pass
-    monkeypatch.setattr(LanguageModel, "_pass", lambda *a, **k: passes.append(len(a[2])) or original(*a, **k))
+    original = LanguageModel._padded_pass
+    monkeypatch.setattr(LanguageModel, "_padded_pass", lambda *a, **k: passes.append(len(a[2])) or original(*a, **k))
 
     def fed(pass_tokens, one_by_one=False):
         monkeypatch.setattr(model, "pass_tokens", pass_tokens)
