@@ -2,104 +2,262 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import torch
+from tqdm import tqdm
 
-from agents.policy import Always, Policy, Track, untracked
-from agents.preferences import Collector, Preferences
+from agents.networks import FEATURES, feature_width
+from agents.policy import Policy, Track, untracked
+from agents.preferences import DROPPED, Collector, Labels, continuation_policy, shares
 from agents.rollout import Scheduling
-from agents.router import RouterPolicy, RouterTraining, fit_router
+from agents.router import RouterPolicy
+from agents.store import COLUMNS, Columns, PreferenceStore, check_manifest, models_manifest
+from agents.training import LabelledTokens, RouterTraining, fit_router
 from envs.models import ModelPool
-from envs.session import BoolArray
 from envs.tasks.task import Task
-
-CASE_3 = ("rollout", "slm", "llm", "agreement", "drop")
 
 
 @dataclass(frozen=True)
 class Citer:
-    """CITER, and what it becomes when case 3 is labelled without rollouts.
+    """CITER, and what it becomes when the labels are decided otherwise.
 
     A reference solution is walked token by token. Where the SLM would write the reference's token the SLM is preferred
     (case 1); else, where the LLM would, the LLM (case 2). Where neither would (case 3) the SLM's token is taken and the
     answer finished: by the SLM in round 1, by the router of the round before in later ones. The SLM is preferred iff
-    the answer is right. Cases 1 and 2 need no rollout: the shortcut.
-
-    Class imbalance (most tokens prefer the SLM) is not corrected: the score stays a probability, and the threshold,
-    chosen by quantiles of the score, does the trading.
+    the answer is right. Cases 1 and 2 need no rollout: the shortcut. CITER-S is CITER without rollouts.
 
     Args:
-        examples: training problems to collect preferences on.
-        rounds: of collecting and training; later rounds redo case 3 alone.
+        examples: training problems to collect preferences on; all of the train split where None.
+        rounds: of collecting and training; later rounds redo case 3 alone, and only where the router continues.
+        continuation: who finishes rollouts: `router` as published (the SLM in round 1), or in every round `slm` or `llm`.
         threshold: the SLM threshold of the router that finishes rollouts after round 1 (0.5 in the paper's
             pseudo-code, 0.95 in its released code).
-        case_3: `rollout` (CITER); or without rollouts `slm`, `llm`, `agreement` (SLM iff both models would write the
-            same token, else LLM), `drop` (left out of training).
+        labels: what decides the label in case 3.
+        features: what the router sees: `hidden` as published (the SLM's last hidden state), or `hidden_logits` (also the
+            entropy and the top log-probabilities of the SLM's next token).
         max_new_tokens: the longest response.
+        on_too_long: `error`, or `skip` examples that do not fit; they are counted.
+        shard_examples: examples whose preferences are written at once; an interruption costs at most these.
+        preferences: a folder written by `experiments.collect` to take round 1 from.
         training: how the router is trained.
         scheduling: how rollouts share passes.
     """
 
-    examples: int = 1500
+    examples: int | None = 1500
     rounds: int = 2
+    continuation: Literal["router", "slm", "llm"] = "router"
     threshold: float = 0.5
-    case_3: Literal["rollout", "slm", "llm", "agreement", "drop"] = "rollout"
+    labels: Labels = field(default_factory=Labels)
+    features: Literal["hidden", "hidden_logits"] = "hidden"
     max_new_tokens: int = 128
+    on_too_long: Literal["error", "skip"] = "error"
+    shard_examples: int = 256
+    preferences: str | None = None
     training: RouterTraining = field(default_factory=RouterTraining)
     scheduling: Scheduling = field(default_factory=Scheduling)
 
     def __post_init__(self) -> None:
-        if self.examples < 2 or self.rounds < 1:
-            raise ValueError(f"examples ({self.examples}) must be at least 2 and rounds ({self.rounds}) at least 1")
+        if (self.examples is not None and self.examples < 2) or self.rounds < 1 or self.shard_examples < 1:
+            raise ValueError(
+                f"examples ({self.examples}) must be at least 2, rounds ({self.rounds}) and shard_examples "
+                f"({self.shard_examples}) at least 1"
+            )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], is {self.threshold}")
-        if self.case_3 not in CASE_3:
-            raise ValueError(f"unknown case_3 {self.case_3!r}; choose one of {', '.join(CASE_3)}")
+        known = {"continuation": ("router", "slm", "llm"), "on_too_long": ("error", "skip"), "features": FEATURES}
+        for key, values in known.items():
+            if getattr(self, key) not in values:
+                raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose one of {', '.join(values)}")
 
-    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> RouterPolicy:
-        examples = task.examples("train", self.examples, start=self._first_example(task, seed))
-        collector = Collector(pool, task, examples, self.max_new_tokens, self.scheduling)
-        preferences = collector.shortcut()
-        policy: Policy = Always(slm=True)
-        for number in range(1, (self.rounds if self.case_3 == "rollout" else 1) + 1):
-            if self.case_3 == "rollout":
-                collector.rollouts(preferences, preferences.cases == 3, policy, self.threshold)
-            track({"run": f"round {number}", **preferences.shares()})
-            prefers_slm, kept = label(preferences, self.case_3)
-            network = fit_router(
-                preferences.hidden[torch.from_numpy(kept)],
-                torch.from_numpy(prefers_slm[kept]),
-                preferences.examples[kept],
-                self.training,
-                seed,
-                track,
-                pool.slm.device,
-                label=f"round {number}",
-            )
-            policy = RouterPolicy(network, pool.names)
-        assert isinstance(policy, RouterPolicy)
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> RouterPolicy:
+        if folder is None:
+            with tempfile.TemporaryDirectory(prefix="citer-") as temporary:
+                return self.fit(pool, task, seed, track, Path(temporary))
+        rolls = self.labels.case_3 == "rollout"
+        collection = Collection(self, pool, task, seed)
+        first = collection.given() if self.preferences else collection.collect(folder / "round-1", None)
+        columns = {name: first.column(name) for name in COLUMNS}
+        policy: RouterPolicy | None = None
+        for number in range(1, (self.rounds if rolls and self.continuation == "router" else 1) + 1):
+            if policy is not None:
+                if not self.labels.rolled_out(columns).any():
+                    break  # nothing to redo: no token is in case 3
+                store = collection.collect(folder / f"round-{number}", policy, first, number)
+                redone = np.flatnonzero(self.labels.rolled_out(columns))
+                for name in ("slm_outcome", "llm_outcome"):
+                    columns[name] = columns[name].copy()
+                    columns[name][redone] = store.column(name)
+            columns["label"] = self.labels.of(columns)
+            track({"run": f"round {number}", "skipped": collection.skipped(first), **shares(columns)})
+            policy = self._train(pool, first, columns, seed, number, track, folder)
+        assert policy is not None
         return policy
 
-    def _first_example(self, task: Task, seed: int) -> int:
-        """Another seed collects on other problems where the task generates them without end.
+    def collect(
+        self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = untracked
+    ) -> PreferenceStore:
+        """Collect the preferences of round 1 into `folder`, going on where an earlier run was interrupted."""
+        collection = Collection(self, pool, task, seed)
+        store = collection.collect(folder, None)
+        columns = {name: store.column(name) for name in COLUMNS}
+        track(
+            {"run": "round 1", "skipped": collection.skipped(store), "tokens": len(columns["case"]), **shares(columns)}
+        )
+        return store
 
-        The first million is passed over: the embedded pair was pretrained on problems from there.
+    def _train(
+        self,
+        pool: ModelPool,
+        store: PreferenceStore,
+        columns: Columns,
+        seed: int,
+        number: int,
+        track: Track,
+        folder: Path,
+    ) -> RouterPolicy:
+        data = LabelledTokens(
+            features=store.features,
+            sizes=store.rows(),
+            prefers_slm=columns["label"] == 1,
+            examples=columns["example"],
+            kept=columns["label"] != DROPPED,
+            width=feature_width(self.features, pool.slm.width),
+        )
+        checkpoint = folder / f"round-{number}.safetensors"
+        name = f"round {number}"
+        network, report = fit_router(data, self.training, seed, track, pool.slm.device, name, checkpoint)
+        track({"run": name, **report})
+        return RouterPolicy(network, models_manifest(pool), self.features, report)
+
+
+class Collection:
+    """The preferences of one learner: which examples, in which shards, and what made them.
+
+    Args:
+        settings: the learner.
+        pool: the models.
+        task: where examples come from.
+        seed: another seed collects on other problems where the task generates them without end.
+    """
+
+    def __init__(self, settings: Citer, pool: ModelPool, task: Task, seed: int) -> None:
+        self.settings, self.pool, self.task, self.seed = settings, pool, task, seed
+        # The first million is passed over: the embedded pair was pretrained on problems from there.
+        self.start = 1_000_000 * (seed + 1) if task.size("train") is None else 0
+        self.examples = task.examples("train", settings.examples, start=self.start)
+        size = settings.shard_examples
+        self.parts = [range(i, min(i + size, len(self.examples))) for i in range(0, len(self.examples), size)]
+        self._collector: Collector | None = None
+
+    @property
+    def collector(self) -> Collector:
+        """Made when it is first needed: it opens the models' caches."""
+        if self._collector is None:
+            settings = self.settings
+            self._collector = Collector(
+                self.pool, self.task, self.examples, settings.max_new_tokens, settings.scheduling,
+                skip_too_long=settings.on_too_long == "skip",
+            )  # fmt: skip
+        return self._collector
+
+    def manifest(self, policy: RouterPolicy | None, number: int) -> dict[str, Any]:
+        """What makes the preferences of a round."""
+        settings = self.settings
+        rolls = settings.labels.case_3 == "rollout"
+        return {
+            "models": models_manifest(self.pool),
+            "task": {"name": self.task.name, "start": self.start, "examples": len(self.examples)},
+            "seed": self.seed,
+            "shared": {
+                "max_new_tokens": settings.max_new_tokens,
+                "on_too_long": settings.on_too_long,
+                "shard_examples": settings.shard_examples,
+            },
+            "labels": asdict(settings.labels),
+            # the SLM finishes round 1 of `router` too
+            "continuation": (settings.continuation if number > 1 else settings.continuation.replace("router", "slm"))
+            if rolls
+            else None,
+            "round": number,
+            "router": _digest(policy) if policy else None,
+            "threshold": settings.threshold if policy else None,
+        }
+
+    def given(self) -> PreferenceStore:
+        """The store the user named, once it is known to serve.
+
+        Raises:
+            ValueError: other models, examples or settings made it; it lacks rollouts; or shards are missing or damaged.
         """
-        return 1_000_000 * (seed + 1) if task.size("train") is None else 0
+        assert self.settings.preferences is not None
+        store = PreferenceStore.open(Path(self.settings.preferences))
+        wanted = self.manifest(None, 1)
+        only = ["models", "task", "shared"]
+        if self.settings.labels.case_3 == "rollout":
+            only += ["labels", "continuation"]
+        check_manifest(store.folder, store.manifest, wanted, only)
+        store.require()
+        return store
+
+    def collect(
+        self, folder: Path, policy: RouterPolicy | None, first: PreferenceStore | None = None, number: int = 1
+    ) -> PreferenceStore:
+        """Make the shards of a round that are not there yet.
+
+        Args:
+            folder: of the round.
+            policy: the router that finishes rollouts.
+            first: the store of round 1, whose case 3 a later round redoes.
+            number: of the round.
+        """
+        store = PreferenceStore(folder, self.manifest(policy, number), len(self.parts))
+        for shard in store.check(discard=True):
+            tqdm.write(f"{store.path(shard)} is damaged; making it again")
+        missing = store.missing()
+        with tqdm(total=len(self.examples), desc=f"preferences, round {number}", leave=False) as progress:
+            progress.update(sum(len(part) for shard, part in enumerate(self.parts) if shard not in missing))
+            for shard in missing:
+                columns = self._first_round(shard) if first is None else self._later_round(shard, first, policy)
+                columns["label"] = self.settings.labels.of(columns)
+                columns["round"] = np.full(len(columns["label"]), number, dtype=np.int8)
+                skipped = [self.examples[e].id for e in self.parts[shard] if not self.collector.fits[e]]
+                store.write(shard, columns, {"skipped": skipped})
+                progress.update(len(self.parts[shard]))
+        return store
+
+    def _first_round(self, shard: int) -> Columns:
+        columns = self.collector.shortcut(self.parts[shard])
+        self._roll(columns, self.settings.labels.rolled_out(columns), None)
+        return columns
+
+    def _later_round(self, shard: int, first: PreferenceStore, policy: Policy | None) -> Columns:
+        columns = first.shard(shard)
+        where = self.settings.labels.rolled_out(columns)
+        columns = {name: values[where] for name, values in columns.items()}
+        self._roll(columns, np.ones(len(columns["case"]), dtype=bool), policy)
+        return columns
+
+    def _roll(self, columns: Columns, where: Any, policy: Policy | None) -> None:
+        settings = self.settings
+        finisher = continuation_policy(settings.continuation, policy)
+        self.collector.rollouts(columns, where, settings.labels.branches, finisher, settings.threshold)
+
+    def skipped(self, store: PreferenceStore) -> int:
+        """How many examples were left out because they do not fit."""
+        return sum(len(store.note(shard)["skipped"]) for shard in range(store.shards))
 
 
-def label(preferences: Preferences, case_3: str) -> tuple[BoolArray, BoolArray]:
-    """Whether each token prefers the SLM (n,), and whether it is trained on (n,)."""
-    third = preferences.cases == 3
-    verdicts = {
-        "rollout": preferences.outcomes == 1,
-        "slm": np.ones_like(third),
-        "llm": np.zeros_like(third),
-        "agreement": preferences.agree,
-        "drop": np.zeros_like(third),
-    }
-    prefers_slm = np.where(third, verdicts[case_3], preferences.cases == 1)
-    return prefers_slm, ~third if case_3 == "drop" else np.ones_like(third)
+def _digest(policy: RouterPolicy) -> str:
+    digest = hashlib.sha256()
+    state: Mapping[str, Any] = policy.network.state_dict()
+    for name, value in state.items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

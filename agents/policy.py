@@ -83,7 +83,9 @@ def load_policy(folder: Path, pool: ModelPool) -> Policy:
 class Learner(Protocol):
     """Makes a policy for a pool on a task."""
 
-    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> Policy:
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Policy:
         """Train on the task's train split, and on nothing else of it.
 
         Args:
@@ -91,6 +93,8 @@ class Learner(Protocol):
             task: where examples come from.
             seed: makes the result repeat.
             track: receives rows of measurements.
+            folder: where to keep what it collects and learns, and to go on from after an interruption; a learner that
+                takes long keeps nothing where None.
         """
 
 
@@ -104,7 +108,9 @@ class Always:
 
     slm: bool = True
 
-    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> Always:
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Always:
         return self
 
     def score(self, observation: Observation) -> Tensor:
@@ -121,7 +127,9 @@ class Random:
 
     seed: int = 0
 
-    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> Random:
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Random:
         return Random(seed)
 
     def score(self, observation: Observation) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,46 +12,84 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policy import Policy
+from agents.networks import all_features, feature_width
+from agents.policy import Always, Policy
 from agents.rollout import Scheduling, drive
+from agents.store import FEATURES, Columns
 from envs.cache import IntArray
 from envs.models import ModelPool
 from envs.session import BoolArray, Session
 from envs.tasks.task import Example, Task
 
 NOT_ROLLED_OUT = -1
+DROPPED = -1
+CASE_3 = ("rollout", "slm", "llm", "agreement", "drop")
 
 
-@dataclass
-class Preferences:
-    """One row per token of the reference solutions (Zheng et al. 2025, section 3).
+@dataclass(frozen=True)
+class Labels:
+    """What decides a token's label in case 3, where neither model would write the reference's token.
 
-    Attributes:
-        hidden: the SLM's hidden state before the token, float16, (n, width).
-        cases: 1 the SLM would write the reference's token; 2 it would not, the LLM would; 3 neither would, (n,).
-        agree: both models would write the same token, (n,).
-        examples: index of the example, (n,).
-        positions: index of the token in its solution, (n,).
-        slm_tokens: what the SLM would write, (n,).
-        outcomes: after the SLM's token the continued answer was right (1) or wrong (0), NOT_ROLLED_OUT elsewhere, (n,).
+    Args:
+        case_3: `rollout` (CITER): finish the answer and see. Or without rollouts: `slm`, `llm`, `agreement` (SLM iff both
+            models would write the same token), `drop` (left out of training).
+        on_agreement: where both models would write the same token: `rollout` as published, or `slm`.
+        branches: `slm` as published: roll out the SLM's token, prefer the SLM iff the answer is right. `both`: roll out
+            the LLM's token too, prefer the SLM unless its answer is worse.
     """
 
-    hidden: Tensor
-    cases: npt.NDArray[np.int8]
-    agree: BoolArray
-    examples: IntArray
-    positions: IntArray
-    slm_tokens: IntArray
-    outcomes: npt.NDArray[np.int8]
+    case_3: Literal["rollout", "slm", "llm", "agreement", "drop"] = "rollout"
+    on_agreement: Literal["rollout", "slm"] = "rollout"
+    branches: Literal["slm", "both"] = "slm"
 
-    def shares(self) -> dict[str, float]:
-        """Shares of the cases, of agreement within case 3, and of right outcomes among rollouts."""
-        third = self.cases == 3
-        rolled = self.outcomes != NOT_ROLLED_OUT
-        shares = {f"case_{case}": float((self.cases == case).mean()) for case in (1, 2, 3)}
-        shares["agree_in_case_3"] = float(self.agree[third].mean()) if third.any() else 0.0
-        shares["right_rollouts"] = float(self.outcomes[rolled].mean()) if rolled.any() else 0.0
-        return shares
+    def __post_init__(self) -> None:
+        for key, known in (("case_3", CASE_3), ("on_agreement", ("rollout", "slm")), ("branches", ("slm", "both"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose one of {', '.join(known)}")
+
+    def rolled_out(self, columns: Columns) -> BoolArray:
+        """Which tokens need a rollout, (n,): with both branches or by setting, none where the models agree."""
+        third: BoolArray = columns["case"] == 3
+        if self.case_3 != "rollout":
+            return np.zeros_like(third)
+        agree: BoolArray = columns["slm_token"] == columns["llm_token"]
+        return third & ~agree if self.branches == "both" or self.on_agreement == "slm" else third
+
+    def of(self, columns: Columns) -> npt.NDArray[np.int8]:
+        """1 where the SLM is preferred, 0 where the LLM is, DROPPED where the token is left out; int8, (n,).
+
+        Args:
+            columns: `case`, `slm_token`, `llm_token`, `slm_outcome`, `llm_outcome`.
+        """
+        third = columns["case"] == 3
+        agree = columns["slm_token"] == columns["llm_token"]
+        slm, llm = columns["slm_outcome"], columns["llm_outcome"]
+        rolled = slm >= llm if self.branches == "both" else slm == 1
+        verdicts = {
+            "rollout": np.where(self.rolled_out(columns), rolled, agree),
+            "slm": np.ones_like(third),
+            "llm": np.zeros_like(third),
+            "agreement": agree,
+            "drop": np.full(len(third), DROPPED),
+        }
+        labels: npt.NDArray[Any] = np.where(third, verdicts[self.case_3], columns["case"] == 1)
+        return labels.astype(np.int8)
+
+
+def shares(columns: Columns) -> dict[str, float]:
+    """Shares of the cases, of agreement within case 3, of right outcomes among rollouts, and of SLM labels."""
+    third = columns["case"] == 3
+    agree = columns["slm_token"] == columns["llm_token"]
+    found = {f"case_{case}": float((columns["case"] == case).mean()) for case in (1, 2, 3)}
+    found["agree_in_case_3"] = float(agree[third].mean()) if third.any() else 0.0
+    for model in ("slm", "llm"):
+        outcomes = columns[f"{model}_outcome"]
+        rolled = outcomes != NOT_ROLLED_OUT
+        found[f"{model}_rollouts"] = int(rolled.sum())
+        found[f"{model}_rollouts_right"] = float(outcomes[rolled].mean()) if rolled.any() else 0.0
+    kept = columns["label"] != DROPPED
+    found["prefers_slm"] = float(columns["label"][kept].mean()) if kept.any() else 0.0
+    return found
 
 
 class Collector:
@@ -63,9 +101,13 @@ class Collector:
         examples: problems with their reference solutions.
         max_new_tokens: the longest response; references must fit.
         scheduling: how rollouts share passes.
+        skip_too_long: leave examples out that do not fit, instead of refusing them.
+
+    Attributes:
+        fits: which examples are used, (examples,).
 
     Raises:
-        ValueError: a reference that does not fit; the error names it.
+        ValueError: a reference that does not fit or that ends early; the error names it.
     """
 
     def __init__(
@@ -75,6 +117,7 @@ class Collector:
         examples: Sequence[Example],
         max_new_tokens: int = 128,
         scheduling: Scheduling | None = None,
+        skip_too_long: bool = False,
     ) -> None:
         if not examples:
             raise ValueError("there are no examples to collect preferences on")
@@ -85,92 +128,130 @@ class Collector:
         # half of the rows hold references, the others are forked from them
         self._rows = max(1, self.scheduling.rows_for(pool) // 2)
         self._session = Session(pool, 2 * self._rows, max_new_tokens)
-        for example, prompt, reference in zip(examples, self._prompts, self._references, strict=True):
-            self._session.check_fit(f"example {example.id}", prompt, reference)
+        self._no_features = torch.zeros(0, feature_width("hidden_logits", pool.slm.width), dtype=torch.float16)
+        self.fits = np.ones(len(examples), dtype=bool)
+        for number, (example, prompt) in enumerate(zip(examples, self._prompts, strict=True)):
+            reference = self._references[number]
+            if np.isin(reference[:-1], pool.end_tokens).any():
+                raise ValueError(
+                    f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the task's "
+                    "source or drop the example"
+                )
+            try:
+                self._session.check_fit(f"example {example.id}", prompt, reference)
+            except ValueError:
+                if not skip_too_long:
+                    raise
+                self.fits[number] = False
+        if not self.fits.any():
+            raise ValueError(f"none of the {len(examples)} examples fits; raise max_new_tokens or capacity")
 
-    def shortcut(self) -> Preferences:
-        """Cases 1, 2 and 3 of every token, from one teacher-forced pass of each model over each solution."""
-        hidden: dict[int, Tensor] = {}
+    def shortcut(self, chosen: Sequence[int]) -> Columns:
+        """Cases 1, 2 and 3 of every token of some examples, from one teacher-forced pass of each model.
+
+        Returns:
+            A row per token, in the order of `chosen`: `example` (its index in `examples`), `position`, `case`,
+            `slm_token`, `llm_token`, both outcomes (not rolled out), and `features` (float16).
+        """
+        chosen = [e for e in chosen if self.fits[e]]
+        features: dict[int, Tensor] = {}
         choices: dict[int, IntArray] = {}
-        everything = range(len(self.examples))
-        with tqdm(total=len(self.examples), desc="shortcut", leave=False, mininterval=0.5) as progress:
-            for batch in self._batches(everything):
-                states, tokens = self._load(batch)
-                hidden |= {e: state.to(torch.float16).cpu() for e, state in zip(batch, states, strict=True)}
-                choices |= dict(zip(batch, tokens, strict=True))
-                progress.update(len(batch))
-        counts = [len(reference) for reference in self._references]
-        target, chosen = np.concatenate(self._references), np.concatenate([choices[e] for e in everything])
-        slm, llm = chosen[:, 0], chosen[:, -1]
-        cases = np.where(slm == target, 1, np.where(llm == target, 2, 3)).astype(np.int8)
-        return Preferences(
-            hidden=torch.cat([hidden[e] for e in everything]),
-            cases=cases,
-            agree=slm == llm,
-            examples=np.repeat(np.arange(len(counts)), counts),
-            positions=np.concatenate([np.arange(count) for count in counts]),
-            slm_tokens=slm,
-            outcomes=np.full(len(cases), NOT_ROLLED_OUT, dtype=np.int8),
-        )
+        for batch in self._batches(chosen):
+            views, tokens = self._load(batch)
+            features |= {e: view.to(torch.float16).cpu() for e, view in zip(batch, views, strict=True)}
+            choices |= dict(zip(batch, tokens, strict=True))
+        counts = [len(self._references[e]) for e in chosen]
+        nothing: IntArray = np.zeros(0, dtype=np.int64)
+        target = np.concatenate([nothing, *(self._references[e] for e in chosen)])
+        tokens_by_model = np.concatenate([np.zeros((0, len(self.pool)), dtype=np.int64), *(choices[e] for e in chosen)])
+        slm, llm = tokens_by_model[:, 0], tokens_by_model[:, -1]
+        return {
+            "example": np.repeat(np.array(chosen, dtype=np.int64), counts),
+            "position": np.concatenate([nothing, *(np.arange(count) for count in counts)]),
+            "case": np.where(slm == target, 1, np.where(llm == target, 2, 3)).astype(np.int8),
+            "slm_token": slm,
+            "llm_token": llm,
+            "slm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
+            "llm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
+            FEATURES: torch.cat([self._no_features, *(features[e] for e in chosen)]).numpy(),
+        }
 
-    def rollouts(self, preferences: Preferences, where: BoolArray, policy: Policy, threshold: float) -> None:
-        """Fill in outcomes: take the SLM's token, let the policy finish the answer, and judge it.
+    def rollouts(
+        self, columns: Columns, where: BoolArray, branches: Literal["slm", "both"], policy: Policy, threshold: float
+    ) -> None:
+        """Fill in outcomes: take a model's token, let the policy finish the answer, and judge it.
 
         The prefix a rollout shares with its reference is forked from the models' caches, never read again.
 
         Args:
-            preferences: whose `outcomes` are written.
+            columns: as `shortcut` returns them; the outcomes are written.
             where: the tokens to roll out, (n,).
+            branches: the SLM's token, or both models' tokens.
             policy: finishes the answers.
             threshold: the policy's SLM threshold.
         """
-        wanted = [np.flatnonzero(where & (preferences.examples == e)) for e in range(len(self.examples))]
-        forks = np.arange(self._rows, 2 * self._rows)
-        with tqdm(total=int(where.sum()), desc="rollouts", leave=False, mininterval=0.5) as progress:
-            for batch in self._batches([e for e, tokens in enumerate(wanted) if len(tokens)]):
+        last = len(self.pool) - 1
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for token in np.flatnonzero(where).tolist():
+            branch = [(token, 0), (token, last)] if branches == "both" else [(token, 0)]
+            wanted.setdefault(int(columns["example"][token]), []).extend(branch)
+        total = sum(map(len, wanted.values()))
+        with tqdm(total=total, desc="rollouts", leave=False, mininterval=0.5, disable=total == 0) as progress:
+            for batch in self._batches(list(wanted)):
                 self._load(batch)
-                queue = [(slot, int(token)) for slot, e in enumerate(batch) for token in wanted[e]]
-                self._roll(preferences, batch, queue, forks, policy, threshold, progress)
+                queue = [(slot, *roll) for slot, e in enumerate(batch) for roll in wanted[e]]
+                # the longest first, so that none is left to finish alone
+                queue.sort(key=lambda roll: (-columns["position"][roll[1]], roll))
+                self._roll(columns, batch, queue, policy, threshold, progress)
 
     def _roll(
         self,
-        preferences: Preferences,
+        columns: Columns,
         batch: Sequence[int],
-        queue: list[tuple[int, int]],
-        forks: IntArray,
+        queue: list[tuple[int, int, int]],
         policy: Policy,
         threshold: float,
         progress: tqdm[Any],
     ) -> None:
-        serving = np.zeros(self._session.rows, dtype=np.int64)
+        serving: dict[int, tuple[int, int]] = {}
 
         def refill(free: IntArray) -> tuple[IntArray, IntArray]:
             taken = [queue.pop() for _ in range(min(len(free), len(queue)))]
             rows = free[: len(taken)]
-            if taken:
-                sources, tokens = (np.array(part) for part in zip(*taken, strict=True))
-                prompts = np.array([len(self._prompts[batch[slot]]) for slot in sources])
-                lengths = prompts + preferences.positions[tokens]
-                self._session.fork(sources, rows, lengths, preferences.slm_tokens[tokens])
-                serving[rows] = tokens
-            return rows, np.zeros(len(rows), dtype=np.int64)  # the SLM's token comes first
+            if not taken:
+                return rows, rows
+            slots, tokens, models = (np.array(part) for part in zip(*taken, strict=True))
+            prompts = np.array([len(self._prompts[batch[slot]]) for slot in slots])
+            # the first token is known: where it is the LLM's, the row is taught it instead of asking the LLM again
+            first = np.where(models == 0, columns["slm_token"][tokens], columns["llm_token"][tokens])
+            self._session.fork(slots, rows, prompts + columns["position"][tokens], first)
+            serving.update(zip(rows.tolist(), zip(tokens.tolist(), models.tolist(), strict=True), strict=True))
+            return rows, np.zeros(len(rows), dtype=np.int64)
 
         def finish(row: int, terminated: bool) -> None:
-            token = serving[row]
+            token, model = serving[row]
             text = self.pool.decode(self._session.response(row))
-            example = self.examples[preferences.examples[token]]
-            preferences.outcomes[token] = self.task.is_correct(example, text)
+            example = self.examples[columns["example"][token]]
+            outcome = columns["llm_outcome" if model else "slm_outcome"]
+            outcome[token] = self.task.is_correct(example, text)
             progress.update()
 
+        forks = np.arange(self._rows, 2 * self._rows)
         drive(self._session, forks, policy, threshold, self.scheduling.gather, refill, finish)
 
     def _batches(self, chosen: Sequence[int]) -> list[list[int]]:
-        """Examples in groups that fit the rows for references, of like length so that little is padded."""
+        """Examples in groups that fit the rows for references, of like length."""
         ordered = sorted(chosen, key=lambda e: len(self._prompts[e]) + len(self._references[e]))
         return [ordered[first : first + self._rows] for first in range(0, len(ordered), self._rows)]
 
     def _load(self, batch: Sequence[int]) -> tuple[list[Tensor], list[IntArray]]:
         rows = np.arange(len(batch))
-        return self._session.start_references(
-            rows, [self._prompts[e] for e in batch], [self._references[e] for e in batch]
-        )
+        prompts, references = ([of[e] for e in batch] for of in (self._prompts, self._references))
+        return self._session.start_references(rows, prompts, references, all_features)
+
+
+def continuation_policy(continuation: str, previous: Policy | None) -> Policy:
+    """Who finishes rollouts: the SLM or the LLM alone, or the router of the round before (the SLM in round 1)."""
+    if continuation == "router" and previous is not None:
+        return previous
+    return Always(slm=continuation != "llm")

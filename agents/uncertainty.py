@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -30,7 +31,9 @@ class Uncertainty:
         if self.measure not in MEASURES:
             raise ValueError(f"unknown measure {self.measure!r}; choose one of {', '.join(MEASURES)}")
 
-    def fit(self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked) -> Uncertainty:
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Uncertainty:
         return self
 
     def score(self, observation: Observation) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from torch import Tensor
 from envs.attention import SLOT_ATTENTION, split_by_length
 from envs.cache import IntArray, SlotCache
 from envs.costs import ModelProfile
+from envs.linear import use_onednn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +45,7 @@ class LanguageModel:
     def __init__(self, name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         check_attention(name, network.config, network)
         self.name, self.network, self.tokenizer = name, network.eval().requires_grad_(False), tokenizer
+        use_onednn(network)
         self.device: torch.device = network.get_input_embeddings().weight.device
         self.width: int = network.get_output_embeddings().weight.shape[1]
         self._packed = text_config(network.config).model_type in PACKED
@@ -75,6 +78,15 @@ class LanguageModel:
         if ends is None:
             raise ValueError(f"{self.name} has no end-of-sequence token; name one in its generation_config.json")
         return tuple(ends) if isinstance(ends, list) else (int(ends),)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models with other weights or another precision apart: a digest of a few elements of every tensor."""
+        digest = hashlib.sha256()
+        for name, parameter in self.network.named_parameters():
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.tobytes())
+        return digest.hexdigest()[:16]
 
     @cached_property
     def profile(self) -> ModelProfile:

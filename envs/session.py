@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,9 +61,9 @@ class Session:
     """Up to `rows` sequences in flight over a pool of models; the one place where a routed token is decoded.
 
     Every model keeps a cache of its own. The SLM reads prompts and the tokens written when a row is next observed or
-    stepped, so that one pass serves rows that went on and rows that started; another model reads what it has missed when
-    it is chosen, in the same forward pass that gives its token. Rows are independent: which rows step together changes
-    nothing about the tokens written.
+    stepped, so that one pass serves rows that went on and rows that started; another model reads what it has missed
+    when it is chosen, in the same forward pass that gives its token. Rows are independent: which rows step together
+    changes nothing about the tokens written.
 
     Args:
         pool: the models; an action is an index into them.
@@ -123,7 +123,7 @@ class Session:
         if not 1 <= len(prompt) <= room:
             raise ValueError(
                 f"{name} has a prompt of {len(prompt)} tokens; the cache of {self.capacity} leaves room for 1 to "
-                f"{room} beside {self.max_new_tokens} new ones: raise capacity, lower max_new_tokens, or drop the example"
+                f"{room} beside {self.max_new_tokens} new: raise capacity, lower max_new_tokens or drop the example"
             )
         if len(response) > self.max_new_tokens:
             raise ValueError(
@@ -276,6 +276,7 @@ class Session:
         for target in targets[shortened]:
             # tokens that are gone were not written
             self.ledger[target, :, WRITTEN] = np.bincount(self.writers(target), minlength=len(self.pool))
+        self._unread[targets] = False
         if slm_tokens is not None:
             self._slm_tokens[targets] = slm_tokens
         else:
@@ -309,7 +310,11 @@ class Session:
         self.ledger[rows] += work
 
     def start_references(
-        self, rows: IntArray, prompts: Sequence[IntArray], responses: Sequence[IntArray]
+        self,
+        rows: IntArray,
+        prompts: Sequence[IntArray],
+        responses: Sequence[IntArray],
+        view: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[list[Tensor], list[IntArray]]:
         """Start rows that hold whole reference responses, read by every model in one teacher-forced pass.
 
@@ -319,10 +324,12 @@ class Session:
             rows: distinct rows, (n,).
             prompts: n arrays of token ids.
             responses: n arrays of token ids, the end-of-sequence token included.
+            view: what to make of the SLM's hidden states (tokens, width) and logits (tokens, vocab); the hidden states
+                in float32 where None.
 
         Returns:
-            For each row the SLM's hidden states before each token of the response (length, width), float32, and the
-            tokens each model would write there (length, models).
+            For each row the view before each token of the response (length, ...), and the tokens each model would write
+            there (length, models).
 
         Raises:
             ValueError: a prompt or a response does not fit.
@@ -335,7 +342,7 @@ class Session:
             self._prompts[row], self._lengths[row] = len(prompt), len(whole)
         self._active[rows], self._unread[rows], self._episodes[rows], self.ledger[rows] = False, False, rows, 0
         self._limits[rows] = self.max_new_tokens
-        hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+        views: list[Tensor] = [torch.empty(0)] * len(rows)
         choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]
         # logits of every position are large: few rows at a time where the vocabulary is
         longest = int(self._lengths[rows].max())
@@ -347,15 +354,16 @@ class Session:
                 chunks = [self._tokens[row, : self._lengths[row] - 1] for row in part]
                 started = time.perf_counter()
                 states, logits = self.pool.models[model].feed(cache, part, chunks, every_position=True)
-                tokens = self.pool.greedy(model, logits[..., : self.pool.vocab_size])
+                logits = logits[:, : self.pool.vocab_size]
+                tokens = self.pool.greedy(model, logits)
                 read, nothing = self._lengths[part] - 1, np.zeros(len(part), dtype=np.int64)
                 self.ledger[part, model] = pass_entry(read, nothing, time.perf_counter() - started)
                 for i, end in enumerate(np.cumsum(read), start=first):
                     positions = slice(int(end) - len(responses[i]), int(end))
                     choices[i][:, model] = tokens[positions]
                     if model == 0:
-                        hidden[i] = states[positions].float()
-        return hidden, choices
+                        views[i] = view(states[positions], logits[positions]) if view else states[positions].float()
+        return views, choices
 
     def free(self, rows: IntArray) -> None:
         """Take rows out of flight."""

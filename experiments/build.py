@@ -8,7 +8,6 @@ line, and a misspelt key or a wrong type is an error that names the key before a
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,8 @@ from hydra_zen import builds
 from hydra_zen import instantiate as zen_instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from agents.files import write_text
 
 CONF = Path(__file__).parent.parent / "conf"
 _SCHEMA = re.compile(r"^\s*- /schema@\S+: (\S+)\s*$", re.MULTILINE)
@@ -92,11 +93,3 @@ def program(name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable
         return main
 
     return decorate
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -23,13 +23,14 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
+from agents.files import write_text
 from agents.policy import POLICY_FILE, Always, Policy, decision_profile, load_policy
 from agents.rollout import Episode, Scheduling, decode
 from envs.costs import ALL_COSTS, WRITTEN, FloatArray, Price
 from envs.models import ModelPool
 from envs.session import Observation
 from envs.tasks.task import Example, Task, check_split
-from experiments.build import build, program, write_text
+from experiments.build import build, program
 from experiments.metrics import LEVELS, Sweep, accuracy_at, bootstrap, cost_at, finite, monotone_hull
 from experiments.present import markdown, plot_curves, table, transcripts
 from experiments.track import Tracker

@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from agents.files import write_text
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
-from experiments.build import program, write_text
+from experiments.build import program
 
 SECOND_CYCLE_FROM = 500_000
 END, PAD = "<|end|>", "<|pad|>"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from agents.files import write_text
 from agents.policy import SavedPolicy
-from experiments.build import build, program, write_text
+from experiments.build import build, program
 
 
 @program("train")

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from agents.citer import Citer, label
+from agents.citer import Citer
 from agents.networks import RouterNetwork
 from agents.policy import Always, Random, load_policy
-from agents.preferences import NOT_ROLLED_OUT, Collector
+from agents.preferences import DROPPED, NOT_ROLLED_OUT, Collector, Labels
 from agents.rollout import Scheduling, decode
-from agents.router import RouterPolicy, RouterTraining, fit_router, preference_loss
+from agents.router import RouterPolicy
+from agents.training import LabelledTokens, RouterTraining, fit_router, held_out_rows, preference_loss
 from agents.uncertainty import Uncertainty
 from envs.costs import READ, WRITTEN
 from envs.embedded import embedded_pool
@@ -108,7 +109,7 @@ def test_uncertainty_orders_sure_before_unsure(measure):
     assert scores.max() <= 1
 
 
-def plain_preferences(pool, task, example, policy, threshold, limit):
+def plain_preferences(pool, task, example, policy, threshold, limit, branches=("slm",)):
     """The algorithm as the paper writes it: one token of each model at a time, one routed loop per case 3; no cache."""
 
     def next_token(model, tokens):
@@ -125,48 +126,71 @@ def plain_preferences(pool, task, example, policy, threshold, limit):
 
     prompt = pool.encode(example.prompt).tolist()
     reference = [*pool.encode(example.reference, special=False).tolist(), int(pool.end_tokens[0])]
-    cases, outcomes = [], []
+    cases, outcomes = [], {"slm": [], "llm": []}
     for position, target in enumerate(reference):
         prefix = prompt + reference[:position]
-        slm, llm = (next_token(model, prefix)[0] for model in pool.models)
-        cases.append(1 if slm == target else 2 if llm == target else 3)
-        if cases[-1] == 3:
-            whole = finish([*prefix, slm], position + 1)
-            outcomes.append(int(task.is_correct(example, pool.decode(np.array(whole[len(prompt) :])))))
-        else:
-            outcomes.append(NOT_ROLLED_OUT)
+        written = {name: next_token(model, prefix)[0] for name, model in zip(("slm", "llm"), pool.models, strict=True)}
+        cases.append(1 if written["slm"] == target else 2 if written["llm"] == target else 3)
+        for name, found in outcomes.items():
+            if cases[-1] == 3 and name in branches and (len(branches) == 1 or written["slm"] != written["llm"]):
+                whole = finish([*prefix, written[name]], position + 1)
+                found.append(int(task.is_correct(example, pool.decode(np.array(whole[len(prompt) :])))))
+            else:
+                found.append(NOT_ROLLED_OUT)
     return cases, outcomes
 
 
 @pytest.mark.parametrize("policy", [Always(slm=True), Uncertainty("max_probability")])
+@pytest.mark.parametrize("branches", ["slm", "both"])
 @torch.no_grad()
-def test_preferences_equal_the_plain_algorithm(policy, pool, task):
+def test_preferences_equal_the_plain_algorithm(policy, branches, pool, task):
     examples = task.examples("train", 4, start=50)
     collector = Collector(pool, task, examples, max_new_tokens=100, scheduling=Scheduling(rows=3))
-    preferences = collector.shortcut()
-    collector.rollouts(preferences, preferences.cases == 3, policy, 0.8)
-    assert (preferences.cases == 3).any()
+    columns = collector.shortcut(range(4))
+    labels = Labels(branches=branches)
+    collector.rollouts(columns, labels.rolled_out(columns), branches, policy, 0.8)
+    assert (columns["case"] == 3).any()
     for number, example in enumerate(examples):
-        cases, outcomes = plain_preferences(pool, task, example, policy, 0.8, limit=100)
-        rows = preferences.examples == number
-        assert preferences.cases[rows].tolist() == cases
-        assert preferences.outcomes[rows].tolist() == outcomes
+        cases, outcomes = plain_preferences(
+            pool, task, example, policy, 0.8, 100, ("slm",) if branches == "slm" else ("slm", "llm")
+        )
+        rows = columns["example"] == number
+        assert columns["case"][rows].tolist() == cases
+        for model in ("slm", "llm"):
+            assert columns[f"{model}_outcome"][rows].tolist() == outcomes[model]
 
 
-def test_labels_of_case_3_follow_the_setting(pool, task):
-    collector = Collector(pool, task, task.examples("train", 6), scheduling=Scheduling(rows=4))
-    preferences = collector.shortcut()
-    third = preferences.cases == 3
-    preferences.outcomes[third] = np.arange(third.sum()) % 2
-    for setting in ("rollout", "slm", "llm", "agreement", "drop"):
-        prefers_slm, kept = label(preferences, setting)
-        np.testing.assert_array_equal(prefers_slm[~third], preferences.cases[~third] == 1)
-        assert kept[~third].all()
-    assert label(preferences, "slm")[0][third].all()
-    assert not label(preferences, "llm")[0][third].any()
-    np.testing.assert_array_equal(label(preferences, "agreement")[0][third], preferences.agree[third])
-    np.testing.assert_array_equal(label(preferences, "rollout")[0][third], preferences.outcomes[third] == 1)
-    assert not label(preferences, "drop")[1][third].any()
+def columns_of(cases, agree, slm=NOT_ROLLED_OUT, llm=NOT_ROLLED_OUT):
+    count = len(cases)
+    return {
+        "case": np.array(cases),
+        "slm_token": np.arange(count),
+        "llm_token": np.where(agree, np.arange(count), -5),
+        "slm_outcome": np.broadcast_to(slm, count).astype(np.int8),
+        "llm_outcome": np.broadcast_to(llm, count).astype(np.int8),
+    }
+
+
+def test_labels_follow_the_settings():
+    cases, agree = [1, 2, 3, 3, 3, 3], [True, False, True, True, False, False]
+    columns = columns_of(cases, agree, slm=[-1, -1, 0, 1, 0, 1], llm=[-1, -1, -1, -1, 0, 1])
+    expected = {
+        Labels(): [1, 0, 0, 1, 0, 1],
+        Labels(on_agreement="slm"): [1, 0, 1, 1, 0, 1],
+        Labels(branches="both"): [1, 0, 1, 1, 1, 1],
+        Labels(case_3="slm"): [1, 0, 1, 1, 1, 1],
+        Labels(case_3="llm"): [1, 0, 0, 0, 0, 0],
+        Labels(case_3="agreement"): [1, 0, 1, 1, 0, 0],
+        Labels(case_3="drop"): [1, 0, DROPPED, DROPPED, DROPPED, DROPPED],
+    }
+    for labels, wanted in expected.items():
+        assert labels.of(columns).tolist() == wanted
+    worse = columns_of([3, 3, 3], [False] * 3, slm=[0, 0, 1], llm=[1, 0, 0])
+    assert Labels(branches="both").of(worse).tolist() == [0, 1, 1]
+    assert Labels().rolled_out(columns).tolist() == [False, False, True, True, True, True]
+    for labels in (Labels(on_agreement="slm"), Labels(branches="both")):
+        assert labels.rolled_out(columns).tolist() == [False, False, False, False, True, True]
+    assert not Labels(case_3="llm").rolled_out(columns).any()
 
 
 def toy_data(examples=60, each=50):
@@ -177,16 +201,17 @@ def toy_data(examples=60, each=50):
     return torch.from_numpy(hidden).half(), torch.from_numpy(state == 1), np.repeat(np.arange(examples), each)
 
 
-def train(hidden, labels, examples, track=lambda row: None, **settings):
+def train(hidden, labels, examples, track=lambda row: None, checkpoint=None, **settings):
     chosen = RouterTraining(**{"epochs": 4, "batch_size": 256} | settings)
-    return fit_router(hidden, labels, examples, chosen, 0, track, torch.device("cpu"), "toy")
+    data = LabelledTokens.in_memory(hidden, labels.numpy(), examples)
+    return fit_router(data, chosen, 0, track, torch.device("cpu"), "toy", checkpoint)[0]
 
 
 def test_the_router_learns_a_two_state_problem():
     hidden, labels, examples = toy_data()
     rows = []
     network = train(hidden, labels, examples, rows.append, epochs=30)
-    policy = RouterPolicy(network, ["toy"])
+    policy = RouterPolicy(network, [])
     scores = policy.score(Observation(hidden, torch.zeros(len(hidden), 2), examples, examples))
     regret = (scores.round().bool() != labels).float().mean()
     assert regret < 0.01
@@ -209,18 +234,15 @@ def test_the_best_epoch_is_kept_not_the_last(monkeypatch):
         snapshots.append({key: value.clone() for key, value in network.state_dict().items()})
         return next(losses)
 
-    monkeypatch.setattr("agents.router.evaluate_loss", fake)
+    monkeypatch.setattr("agents.training.evaluate_loss", fake)
     network = train(*toy_data(), epochs=3)
     assert all(torch.equal(value, snapshots[1][key]) for key, value in network.state_dict().items())
     assert not all(torch.equal(snapshots[2][key], snapshots[1][key]) for key in snapshots[1])
 
 
 def test_no_example_is_on_both_sides_of_the_split(monkeypatch):
-    import agents.router
-
     seen = {}
-    held_out = agents.router._held_out
-    monkeypatch.setattr("agents.router._held_out", lambda *args: seen.setdefault("mask", held_out(*args)))
+    monkeypatch.setattr("agents.training.held_out_rows", lambda *args: seen.setdefault("mask", held_out_rows(*args)))
     hidden, labels, examples = toy_data()
     train(hidden, labels, examples, epochs=1)
     assert not set(examples[seen["mask"]]) & set(examples[~seen["mask"]])
@@ -242,7 +264,7 @@ def test_bad_labels_and_settings_are_named(pool, task):
         train(hidden * float("nan"), labels, examples)
     for settings, message in (
         ({"rounds": 0}, "rounds"),
-        ({"case_3": "maybe"}, "maybe"),
+        ({"continuation": "maybe"}, "maybe"),
         ({"threshold": 2}, "threshold"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -259,7 +281,8 @@ def test_bad_labels_and_settings_are_named(pool, task):
 
 
 def test_a_saved_policy_for_other_models_is_refused(pool, tmp_path):
-    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), ["another/model", "embedded/llm"])
+    models = [{"name": name, "fingerprint": "0"} for name in ("another/model", "embedded/llm")]
+    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), models)
     policy.save(tmp_path)
     with pytest.raises(ValueError, match="another/model"):
         load_policy(tmp_path, pool)

@@ -1,0 +1,374 @@
+"""Training a router on labelled tokens that stay on disk, with checkpoints and a calibration report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.files import write_tensors
+from agents.networks import RouterNetwork
+from agents.policy import Track
+from envs.cache import IntArray
+from envs.costs import FloatArray
+from envs.session import BoolArray
+
+# Rows shuffled together, so that memory does not grow with the data: 73 MB at 139 features.
+SHUFFLED_ROWS = 2**18
+
+
+@dataclass(frozen=True)
+class RouterTraining:
+    """How a router is trained.
+
+    Args:
+        epochs: passes over the data; the weights of the best one (validation loss) are kept.
+        patience: epochs without a better validation loss after which training stops.
+        batch_size: tokens a step.
+        lr: peak learning rate (AdamW, cosine).
+        weight_decay: of AdamW.
+        dropout: of the router.
+        validation_share: share of the examples held out; the split is by example, never by token.
+        balanced: weigh the two classes alike in the loss. By default they are not: most tokens prefer the SLM, the score
+            stays a probability, and the threshold, chosen by quantiles of the score, does the trading.
+    """
+
+    epochs: int = 12
+    patience: int = 4
+    batch_size: int = 1024
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    validation_share: float = 0.1
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2 or self.patience < 1:
+            raise ValueError(
+                f"epochs ({self.epochs}) and patience ({self.patience}) must be at least 1 and batch_size "
+                f"({self.batch_size}) at least 2"
+            )
+        if not 0 < self.validation_share < 1 or not 0 <= self.dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"validation_share ({self.validation_share}) must be in (0, 1), dropout ({self.dropout}) in [0, 1), "
+                f"lr ({self.lr}) > 0, weight_decay ({self.weight_decay}) >= 0"
+            )
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Labelled tokens in shards whose features are read when they are needed.
+
+    Attributes:
+        features: reads shard i: float16, (rows of i, width).
+        sizes: rows of each shard.
+        prefers_slm: labels of all rows, (n,).
+        examples: the example each row is from, (n,).
+        kept: rows that have a label, (n,).
+        width: features used, the first ones.
+    """
+
+    features: Callable[[int], Tensor]
+    sizes: Sequence[int]
+    prefers_slm: BoolArray
+    examples: IntArray
+    kept: BoolArray
+    width: int
+
+    @classmethod
+    def in_memory(cls, features: Tensor, prefers_slm: BoolArray, examples: IntArray) -> LabelledTokens:
+        """All tokens in one shard: features (n, width), labels (n,), examples (n,)."""
+        return cls(
+            lambda shard: features, [len(features)], prefers_slm, examples, np.ones(len(features), dtype=bool),
+            features.shape[1],
+        )  # fmt: skip
+
+    def blocks(self, where: BoolArray, order: Sequence[int] | None = None) -> Iterator[tuple[Tensor, IntArray]]:
+        """Rows `where` (n,), shard by shard: features (m, width) float16 and the numbers of the rows (m,)."""
+        starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        for shard in range(len(self.sizes)) if order is None else order:
+            rows = np.flatnonzero(where[starts[shard] : starts[shard + 1]])
+            if len(rows):
+                yield self.features(shard)[torch.from_numpy(rows), : self.width], rows + starts[shard]
+
+    def batches(self, where: BoolArray, size: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, IntArray]]:
+        """Shuffled batches of exactly `size` rows; a smaller remainder is left to other epochs, for BatchNorm's sake.
+
+        Rows are shuffled among SHUFFLED_ROWS of shards in random order: all of them where there are fewer.
+        """
+        size = min(size, int(where.sum()))
+        held: list[Tensor] = []
+        numbers: list[IntArray] = []
+        count = 0
+
+        def shuffled(last: bool) -> Iterator[tuple[Tensor, IntArray]]:
+            nonlocal count
+            features, rows = torch.cat(held), np.concatenate(numbers)
+            held.clear()
+            numbers.clear()
+            order = rng.permutation(count)
+            full = count // size * size
+            for first in range(0, full, size):
+                part = order[first : first + size]
+                yield features[torch.from_numpy(part)], rows[part]
+            left = order[full:]
+            count = len(left)
+            if not last and count:
+                held.append(features[torch.from_numpy(left)])
+                numbers.append(rows[left])
+
+        for features, rows in self.blocks(where, rng.permutation(len(self.sizes)).tolist()):
+            held.append(features)
+            numbers.append(rows)
+            count += len(rows)
+            if count >= SHUFFLED_ROWS:
+                yield from shuffled(last=False)
+        if held:
+            yield from shuffled(last=True)
+
+
+def preference_loss(logits: Tensor, prefers_slm: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of preferences under Bradley-Terry (Zheng et al. 2025, eq. 5): binary cross-entropy.
+
+    Args:
+        logits: log-odds that the SLM should write, (n,).
+        prefers_slm: the labels, 0 or 1, (n,).
+        weight: of each token, (n,); 1 where None.
+    """
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, prefers_slm, weight=weight)
+
+
+def calibration(scores: FloatArray, prefers_slm: BoolArray, bins: int = 10) -> dict[str, Any]:
+    """Reliability curve and expected calibration error (Guo et al. 2017), in bins of equally many scores.
+
+    Args:
+        scores: (n,).
+        prefers_slm: labels, (n,).
+        bins: at most so many.
+
+    Returns:
+        `ece`, and `reliability`: mean score, share of SLM labels and count of each bin, by rising score.
+    """
+    order = np.argsort(scores, kind="stable")
+    curve = [
+        [float(scores[part].mean()), float(prefers_slm[part].mean()), len(part)]
+        for part in np.array_split(order, min(bins, len(order)))
+    ]
+    error = sum(abs(score - share) * count for score, share, count in curve) / max(1, len(order))
+    return {"ece": error, "reliability": curve}
+
+
+def fit_router(
+    data: LabelledTokens,
+    settings: RouterTraining,
+    seed: int,
+    track: Track,
+    device: torch.device,
+    label: str,
+    checkpoint: Path | None = None,
+) -> tuple[RouterNetwork, dict[str, Any]]:
+    """Train a router network on labelled tokens.
+
+    Args:
+        data: the tokens.
+        settings: how to train.
+        seed: of split, initialisation and batches.
+        track: receives a row per epoch.
+        device: where to train.
+        label: names the run in rows and on the progress bar.
+        checkpoint: file that is written after every epoch, and gone on from where it is there.
+
+    Returns:
+        The network, and its calibration on the examples held out.
+
+    Raises:
+        ValueError: labels of one class only, too few examples to hold some out, or a checkpoint of other settings.
+        FloatingPointError: the loss is not finite.
+    """
+    held_out = held_out_rows(data.examples, settings.validation_share, np.random.default_rng(seed))
+    train, validation = data.kept & ~held_out, data.kept & held_out
+    shares = [float(data.prefers_slm[rows].mean()) if rows.any() else math.nan for rows in (train, validation)]
+    if not 0 < shares[0] < 1:
+        raise ValueError(
+            f"{label}: all {int(train.sum())} training labels are the same (share of SLM labels {shares[0]}): there is "
+            "nothing to learn; collect on more examples, or change the labels' settings"
+        )
+    run = _Run(data, settings, seed, device, label, train, shares[0])
+    if checkpoint is not None and checkpoint.is_file():
+        run.restore(checkpoint)
+    for row in run.history:
+        track({"run": label, **row})
+    with tqdm(total=settings.epochs, initial=len(run.history), desc=f"router {label}", leave=False) as progress:
+        while not run.done():
+            row = run.epoch(validation)
+            track({"run": label, **row})
+            if checkpoint is not None:
+                run.save(checkpoint)
+            progress.update()
+    run.network.load_state_dict(run.best)
+    network = run.network.eval().requires_grad_(False)
+    scores, rows = predict(network, data, validation, device)
+    report = {"train_labels": int(train.sum()), "prefers_slm": shares[0]}
+    return network, report | calibration(scores, data.prefers_slm[rows])
+
+
+class _Run:
+    """One training run between two epochs."""
+
+    def __init__(
+        self,
+        data: LabelledTokens,
+        settings: RouterTraining,
+        seed: int,
+        device: torch.device,
+        label: str,
+        train: BoolArray,
+        share: float,
+    ) -> None:
+        self.data, self.settings, self.seed, self.device, self.label = data, settings, seed, device, label
+        self.train = train
+        self.weights = (1.0, 1.0) if not settings.balanced else (0.5 / (1 - share), 0.5 / share)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = RouterNetwork(data.width, settings.dropout).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        self.history: list[dict[str, Any]] = []
+        self.best_loss, self.best = math.inf, copy.deepcopy(self.network.state_dict())
+        count = int(train.sum())
+        self.per_epoch = max(1, count // min(settings.batch_size, count))
+
+    def done(self) -> bool:
+        """Whether all epochs are made, or the last ones brought nothing."""
+        losses = [row["validation_loss"] for row in self.history]
+        late = bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= self.settings.patience
+        return late or len(losses) >= self.settings.epochs
+
+    def epoch(self, validation: BoolArray) -> dict[str, Any]:
+        """One pass over the training rows; the row it is reported by."""
+        number = len(self.history)
+        if number == 0:
+            self.network.standardise(*self._statistics())
+        rng = np.random.default_rng([self.seed, number])
+        total = steps = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1000 + number)  # of dropout
+            self.network.train()
+            for features, rows in self.data.batches(self.train, self.settings.batch_size, rng):
+                position = (number * self.per_epoch + steps) / (self.settings.epochs * self.per_epoch)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
+                labels = torch.from_numpy(self.data.prefers_slm[rows]).to(self.device)
+                weight = torch.where(labels, self.weights[1], self.weights[0])
+                loss = preference_loss(self.network(features.to(self.device).float()), labels.float(), weight)
+                if not torch.isfinite(loss):
+                    ids = np.unique(self.data.examples[rows])[:5].tolist()
+                    raise FloatingPointError(
+                        f"router {self.label}: the loss is {loss.item()} in a batch of examples {ids}; look at their "
+                        "features, or lower training.lr"
+                    )
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                total += loss.item()
+                steps += 1
+        found = evaluate_loss(self.network, self.data, validation, self.device)
+        if not math.isfinite(found):
+            raise FloatingPointError(f"router {self.label}: the validation loss is {found} after epoch {number}")
+        if found < self.best_loss:
+            self.best_loss, self.best = found, copy.deepcopy(self.network.state_dict())
+        row = {"epoch": number, "loss": total / max(1, steps), "validation_loss": found}
+        self.history.append(row)
+        return row
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        count, total, squares = 0, torch.zeros(self.data.width).double(), torch.zeros(self.data.width).double()
+        for features, _ in self.data.blocks(self.train):
+            for part in features.split(65536):
+                wide = part.double()
+                count, total, squares = count + len(wide), total + wide.sum(0), squares + (wide**2).sum(0)
+        mean = total / count
+        return mean, (squares / count - mean**2).clamp(min=0).sqrt()
+
+    def _about(self) -> str:
+        return json.dumps(
+            {
+                "settings": asdict(self.settings),
+                "seed": self.seed,
+                "rows": int(self.train.sum()),
+                "prefers_slm": int(self.data.prefers_slm[self.train].sum()),
+                "width": self.data.width,
+            }
+        )
+
+    def save(self, path: Path) -> None:
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        metadata = {"about": self._about(), "history": json.dumps(self.history), "best_loss": repr(self.best_loss)}
+        write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, metadata)
+
+    def restore(self, path: Path) -> None:
+        with safe_open(path, framework="pt", device=str(self.device)) as file:
+            metadata = file.metadata()
+            if metadata.get("about") != self._about():
+                raise ValueError(
+                    f"{path} is the checkpoint of {metadata.get('about')}, this run is {self._about()}; delete it or give "
+                    "this run another folder"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            kind, rest = name.split(".", 1)
+            if kind == "optimizer":
+                number, key = rest.split(".")
+                state.setdefault(int(number), {})[key] = value
+            else:
+                parts[kind][rest] = value
+        self.network.load_state_dict(parts["network"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.best, self.best_loss = parts["best"], float(metadata["best_loss"])
+        self.history = json.loads(metadata["history"])
+
+
+@torch.no_grad()
+def predict(
+    network: RouterNetwork, data: LabelledTokens, where: BoolArray, device: torch.device
+) -> tuple[FloatArray, IntArray]:
+    """Scores of the rows `where`, (m,), and their numbers, (m,)."""
+    network.eval()
+    scores, numbers = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    for features, rows in data.blocks(where):
+        for part in features.split(65536):
+            scores.append(torch.sigmoid(network(part.to(device).float()).double()).cpu().numpy())
+        numbers.append(rows)
+    return np.concatenate(scores), np.concatenate(numbers)
+
+
+def evaluate_loss(network: RouterNetwork, data: LabelledTokens, where: BoolArray, device: torch.device) -> float:
+    """Mean preference loss of the rows `where`, (n,)."""
+    scores, rows = predict(network, data, where, device)
+    likelihood = np.where(data.prefers_slm[rows], scores, 1 - scores)
+    return float(-np.log(likelihood.clip(1e-300)).mean()) if len(rows) else 0.0
+
+
+def held_out_rows(examples: IntArray, share: float, rng: np.random.Generator) -> BoolArray:
+    """Which rows belong to the examples held out; at least one example on either side."""
+    known = np.unique(examples)
+    if len(known) < 2:
+        raise ValueError("a router needs at least two examples, to hold one out")
+    count = min(max(1, round(share * len(known))), len(known) - 1)
+    return np.isin(examples, rng.permutation(known)[:count])
