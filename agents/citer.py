@@ -35,12 +35,12 @@ class Citer:
     Args:
         examples: training problems to collect preferences on; all of the train split where None.
         rounds: of collecting and training; later rounds redo case 3 alone, and only where the router continues.
-        continuation: who finishes rollouts: `router` as published (the SLM in round 1), or in every round `slm` or `llm`.
+        continuation: who finishes rollouts: `router` as published (the SLM in round 1), or always `slm` or `llm`.
         threshold: the SLM threshold of the router that finishes rollouts after round 1 (0.5 in the paper's
             pseudo-code, 0.95 in its released code).
         labels: what decides the label in case 3.
-        features: what the router sees: `hidden` as published (the SLM's last hidden state), or `hidden_logits` (also the
-            entropy and the top log-probabilities of the SLM's next token).
+        features: what the router sees: `hidden` as published (the SLM's last hidden state), or `hidden_logits` (also
+            the entropy and the top log-probabilities of the SLM's next token).
         max_new_tokens: the longest response.
         on_too_long: `error`, or `skip` examples that do not fit; they are counted.
         shard_examples: examples whose preferences are written at once; an interruption costs at most these.
@@ -225,7 +225,7 @@ class Collection:
         with tqdm(total=len(self.examples), desc=f"preferences, round {number}", leave=False) as progress:
             progress.update(sum(len(part) for shard, part in enumerate(self.parts) if shard not in missing))
             for shard in missing:
-                columns = self._first_round(shard) if first is None else self._later_round(shard, first, policy)
+                columns = self._make(shard, first, policy)
                 columns["label"] = self.settings.labels.of(columns)
                 columns["round"] = np.full(len(columns["label"]), number, dtype=np.int8)
                 skipped = [self.examples[e].id for e in self.parts[shard] if not self.collector.fits[e]]
@@ -233,22 +233,16 @@ class Collection:
                 progress.update(len(self.parts[shard]))
         return store
 
-    def _first_round(self, shard: int) -> Columns:
-        columns = self.collector.shortcut(self.parts[shard])
-        self._roll(columns, self.settings.labels.rolled_out(columns), None)
-        return columns
-
-    def _later_round(self, shard: int, first: PreferenceStore, policy: Policy | None) -> Columns:
+    def _make(self, shard: int, first: PreferenceStore | None, policy: Policy | None) -> Columns:
+        labels, threshold = self.settings.labels, self.settings.threshold
+        finisher = continuation_policy(self.settings.continuation, policy)
+        if first is None:
+            return self.collector.collect(self.parts[shard], labels, finisher, threshold)
         columns = first.shard(shard)
-        where = self.settings.labels.rolled_out(columns)
+        where = labels.rolled_out(columns)
         columns = {name: values[where] for name, values in columns.items()}
-        self._roll(columns, np.ones(len(columns["case"]), dtype=bool), policy)
+        self.collector.redo(columns, labels, finisher, threshold)
         return columns
-
-    def _roll(self, columns: Columns, where: Any, policy: Policy | None) -> None:
-        settings = self.settings
-        finisher = continuation_policy(settings.continuation, policy)
-        self.collector.rollouts(columns, where, settings.labels.branches, finisher, settings.threshold)
 
     def skipped(self, store: PreferenceStore) -> int:
         """How many examples were left out because they do not fit."""

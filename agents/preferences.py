@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.networks import all_features, feature_width
 from agents.policy import Always, Policy
@@ -31,8 +30,8 @@ class Labels:
     """What decides a token's label in case 3, where neither model would write the reference's token.
 
     Args:
-        case_3: `rollout` (CITER): finish the answer and see. Or without rollouts: `slm`, `llm`, `agreement` (SLM iff both
-            models would write the same token), `drop` (left out of training).
+        case_3: `rollout` (CITER): finish the answer and see. Or without rollouts: `slm`, `llm`, `agreement` (SLM iff
+            both models would write the same token), `drop` (left out of training).
         on_agreement: where both models would write the same token: `rollout` as published, or `slm`.
         branches: `slm` as published: roll out the SLM's token, prefer the SLM iff the answer is right. `both`: roll out
             the LLM's token too, prefer the SLM unless its answer is worse.
@@ -134,8 +133,8 @@ class Collector:
             reference = self._references[number]
             if np.isin(reference[:-1], pool.end_tokens).any():
                 raise ValueError(
-                    f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the task's "
-                    "source or drop the example"
+                    f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the "
+                    "task's source or drop the example"
                 )
             try:
                 self._session.check_fit(f"example {example.id}", prompt, reference)
@@ -146,73 +145,74 @@ class Collector:
         if not self.fits.any():
             raise ValueError(f"none of the {len(examples)} examples fits; raise max_new_tokens or capacity")
 
-    def shortcut(self, chosen: Sequence[int]) -> Columns:
-        """Cases 1, 2 and 3 of every token of some examples, from one teacher-forced pass of each model.
+    def collect(self, chosen: Sequence[int], labels: Labels, policy: Policy, threshold: float) -> Columns:
+        """Cases of every token of some examples, and the outcomes of those that `labels` rolls out.
+
+        One teacher-forced pass of each model over a solution gives its cases (the shortcut); rollouts are forked from
+        the caches it leaves, so that the prefix they share with it is never read again.
+
+        Args:
+            chosen: indices of examples; those that do not fit are left out.
+            labels: which tokens to roll out, and which branches.
+            policy: finishes the answers.
+            threshold: the policy's SLM threshold.
 
         Returns:
-            A row per token, in the order of `chosen`: `example` (its index in `examples`), `position`, `case`,
-            `slm_token`, `llm_token`, both outcomes (not rolled out), and `features` (float16).
+            A row per token, by example and position: `example`, `position`, `case`, `slm_token`, `llm_token`,
+            `slm_outcome` and `llm_outcome` (1 the answer was right, 0 wrong, NOT_ROLLED_OUT), `features` (float16).
         """
-        chosen = [e for e in chosen if self.fits[e]]
-        features: dict[int, Tensor] = {}
-        choices: dict[int, IntArray] = {}
-        for batch in self._batches(chosen):
-            views, tokens = self._load(batch)
-            features |= {e: view.to(torch.float16).cpu() for e, view in zip(batch, views, strict=True)}
-            choices |= dict(zip(batch, tokens, strict=True))
-        counts = [len(self._references[e]) for e in chosen]
+        parts = [self._columns([], [], [])]
+        for batch in self._batches([e for e in chosen if self.fits[e]]):
+            columns = self._columns(batch, *self._load(batch))
+            self._roll(columns, labels.rolled_out(columns), labels, batch, policy, threshold)
+            parts.append(columns)
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.lexsort((columns["position"], columns["example"]))
+        return {name: values[order] for name, values in columns.items()}
+
+    def redo(self, columns: Columns, labels: Labels, policy: Policy, threshold: float) -> None:
+        """Roll out again, by another policy, all tokens of `columns`, whose outcomes are written; see `collect`."""
+        for batch in self._batches(np.unique(columns["example"]).tolist()):
+            self._load(batch)
+            self._roll(columns, np.isin(columns["example"], batch), labels, batch, policy, threshold)
+
+    def _columns(self, batch: Sequence[int], views: Sequence[Tensor], tokens: Sequence[IntArray]) -> Columns:
+        references = [self._references[e] for e in batch]
+        counts = [len(reference) for reference in references]
         nothing: IntArray = np.zeros(0, dtype=np.int64)
-        target = np.concatenate([nothing, *(self._references[e] for e in chosen)])
-        tokens_by_model = np.concatenate([np.zeros((0, len(self.pool)), dtype=np.int64), *(choices[e] for e in chosen)])
-        slm, llm = tokens_by_model[:, 0], tokens_by_model[:, -1]
+        target = np.concatenate([nothing, *references])
+        choices = np.concatenate([np.zeros((0, len(self.pool)), dtype=np.int64), *tokens])
+        slm, llm = choices[:, 0], choices[:, -1]
         return {
-            "example": np.repeat(np.array(chosen, dtype=np.int64), counts),
+            "example": np.repeat(np.array(batch, dtype=np.int64), counts),
             "position": np.concatenate([nothing, *(np.arange(count) for count in counts)]),
             "case": np.where(slm == target, 1, np.where(llm == target, 2, 3)).astype(np.int8),
             "slm_token": slm,
             "llm_token": llm,
             "slm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
             "llm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
-            FEATURES: torch.cat([self._no_features, *(features[e] for e in chosen)]).numpy(),
+            FEATURES: torch.cat([self._no_features, *(view.half().cpu() for view in views)]).numpy(),
         }
-
-    def rollouts(
-        self, columns: Columns, where: BoolArray, branches: Literal["slm", "both"], policy: Policy, threshold: float
-    ) -> None:
-        """Fill in outcomes: take a model's token, let the policy finish the answer, and judge it.
-
-        The prefix a rollout shares with its reference is forked from the models' caches, never read again.
-
-        Args:
-            columns: as `shortcut` returns them; the outcomes are written.
-            where: the tokens to roll out, (n,).
-            branches: the SLM's token, or both models' tokens.
-            policy: finishes the answers.
-            threshold: the policy's SLM threshold.
-        """
-        last = len(self.pool) - 1
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for token in np.flatnonzero(where).tolist():
-            branch = [(token, 0), (token, last)] if branches == "both" else [(token, 0)]
-            wanted.setdefault(int(columns["example"][token]), []).extend(branch)
-        total = sum(map(len, wanted.values()))
-        with tqdm(total=total, desc="rollouts", leave=False, mininterval=0.5, disable=total == 0) as progress:
-            for batch in self._batches(list(wanted)):
-                self._load(batch)
-                queue = [(slot, *roll) for slot, e in enumerate(batch) for roll in wanted[e]]
-                # the longest first, so that none is left to finish alone
-                queue.sort(key=lambda roll: (-columns["position"][roll[1]], roll))
-                self._roll(columns, batch, queue, policy, threshold, progress)
 
     def _roll(
         self,
         columns: Columns,
+        where: BoolArray,
+        labels: Labels,
         batch: Sequence[int],
-        queue: list[tuple[int, int, int]],
         policy: Policy,
         threshold: float,
-        progress: tqdm[Any],
     ) -> None:
+        """Roll out the tokens `where`, all of examples in `batch`, which the session holds."""
+        branches = (0, len(self.pool) - 1) if labels.branches == "both" else (0,)
+        slot_of = {e: slot for slot, e in enumerate(batch)}
+        queue = [
+            (slot_of[int(columns["example"][token])], int(token), branch)
+            for token in np.flatnonzero(where)
+            for branch in branches
+        ]
+        # taken from the end: the longest first, so that none is left to finish alone
+        queue.sort(key=lambda roll: (-columns["position"][roll[1]], roll))
         serving: dict[int, tuple[int, int]] = {}
 
         def refill(free: IntArray) -> tuple[IntArray, IntArray]:
@@ -234,10 +234,10 @@ class Collector:
             example = self.examples[columns["example"][token]]
             outcome = columns["llm_outcome" if model else "slm_outcome"]
             outcome[token] = self.task.is_correct(example, text)
-            progress.update()
 
-        forks = np.arange(self._rows, 2 * self._rows)
-        drive(self._session, forks, policy, threshold, self.scheduling.gather, refill, finish)
+        if queue:
+            forks = np.arange(self._rows, 2 * self._rows)
+            drive(self._session, forks, policy, threshold, self.scheduling.gather, refill, finish)
 
     def _batches(self, chosen: Sequence[int]) -> list[list[int]]:
         """Examples in groups that fit the rows for references, of like length."""

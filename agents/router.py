@@ -74,8 +74,8 @@ class RouterPolicy:
             settings["features"], pool.slm.width
         ):
             raise ValueError(
-                f"{folder}: the router was trained for {_named(settings['models'])} ({settings['width']} features); the "
-                f"pool is {_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for this one"
+                f"{folder}: the router was trained for {_named(settings['models'])} ({settings['width']} features); "
+                f"the pool is {_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for it"
             )
         network = RouterNetwork(settings["width"])
         network.load_state_dict(weights)

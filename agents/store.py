@@ -143,8 +143,8 @@ class PreferenceStore:
         for shards, state in ((self.missing(), "missing"), (self.check(), "damaged")):
             if shards:
                 raise ValueError(
-                    f"{self.folder}: {', '.join(self.path(shard).name for shard in shards[:5])} of {self.shards} shards "
-                    f"{'is' if len(shards) == 1 else 'are'} {state}; run the command that made them again: it makes "
+                    f"{self.folder}: {', '.join(self.path(shard).name for shard in shards[:5])} of {self.shards} "
+                    f"shards {'is' if len(shards) == 1 else 'are'} {state}; run the command that made them again: it makes "
                     "these anew and keeps the others"
                 )
 

@@ -39,8 +39,8 @@ class RouterTraining:
         weight_decay: of AdamW.
         dropout: of the router.
         validation_share: share of the examples held out; the split is by example, never by token.
-        balanced: weigh the two classes alike in the loss. By default they are not: most tokens prefer the SLM, the score
-            stays a probability, and the threshold, chosen by quantiles of the score, does the trading.
+        balanced: weigh the two classes alike in the loss. By default they are not: most tokens prefer the SLM, the
+            score stays a probability, and the threshold, chosen by quantiles of the score, does the trading.
     """
 
     epochs: int = 12
@@ -325,8 +325,8 @@ class _Run:
             metadata = file.metadata()
             if metadata.get("about") != self._about():
                 raise ValueError(
-                    f"{path} is the checkpoint of {metadata.get('about')}, this run is {self._about()}; delete it or give "
-                    "this run another folder"
+                    f"{path} is the checkpoint of {metadata.get('about')}, this run is {self._about()}; delete it or "
+                    "give this run another folder"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}}

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-# oneDNN prepares itself for every new shape, and passes seldom have as many tokens as the one before: below this size of
-# the weights that takes longer than it saves.
-LEAST_WEIGHTS = 2**18
+# oneDNN prepares itself for every new shape, and hardly two passes have the same number of tokens. So rows are filled up
+# to multiples of STEP and read in pieces of PIECE: few shapes, which it keeps.
+STEP, PIECE = 32, 1024
+# Small products are not worth the detour: weights below the one with rows below the other.
+FEW_WEIGHTS, FEW_ROWS = 2**18, 256
 
 
 class OneDnnLinear(nn.Linear):
@@ -20,16 +23,25 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return super().forward(input)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        rows = input.numel() // self.in_features
+        if rows < FEW_ROWS and self.weight.numel() < FEW_WEIGHTS:
+            return super().forward(input)
+        flat = input.reshape(rows, self.in_features)
+        if rows > STEP and rows % STEP:
+            flat = pad(flat, (0, 0, 0, -rows % STEP))
+        pieces = [self._product(piece) for piece in flat.split(PIECE)] if rows > PIECE else [self._product(flat)]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole[:rows].view(*input.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return product
 
 
 def use_onednn(network: nn.Module) -> None:
-    """Turn the large float32 linear layers of a network on the CPU into `OneDnnLinear`, in place, weights untouched."""
+    """Turn the float32 linear layers of a network on the CPU into `OneDnnLinear`, in place, weights untouched."""
     if not torch.backends.mkldnn.is_available():
         return
     for module in network.modules():
-        if type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHTS:
-            weight = module.weight
-            if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                module.__class__ = OneDnnLinear
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+            module.__class__ = OneDnnLinear
