@@ -20,7 +20,7 @@ from agents.router import RouterPolicy
 from agents.store import COLUMNS, Columns, PreferenceStore, check_manifest, models_manifest
 from agents.training import LabelledTokens, RouterTraining, fit_router
 from envs.models import ModelPool
-from envs.tasks.task import Task
+from envs.tasks.task import Task, first_training_example
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,18 @@ class Citer:
         assert policy is not None
         return policy
 
-    def collect(
-        self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = untracked
-    ) -> PreferenceStore:
-        """Collect the preferences of round 1 into `folder`, going on where an earlier run was interrupted."""
+    def collect(self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = untracked) -> dict[str, Any]:
+        """Collect the preferences of round 1 into `folder`, going on where an earlier run was interrupted.
+
+        Returns:
+            How many tokens there are, how many examples were skipped, and the shares of cases and outcomes.
+        """
         collection = Collection(self, pool, task, seed)
         store = collection.collect(folder, None)
         columns = {name: store.column(name) for name in COLUMNS}
-        track(
-            {"run": "round 1", "skipped": collection.skipped(store), "tokens": len(columns["case"]), **shares(columns)}
-        )
-        return store
+        found = {"tokens": len(columns["case"]), "skipped": collection.skipped(store), **shares(columns)}
+        track({"run": "round 1", **found})
+        return found
 
     def _train(
         self,
@@ -150,8 +151,7 @@ class Collection:
 
     def __init__(self, settings: Citer, pool: ModelPool, task: Task, seed: int) -> None:
         self.settings, self.pool, self.task, self.seed = settings, pool, task, seed
-        # The first million is passed over: the embedded pair was pretrained on problems from there.
-        self.start = 1_000_000 * (seed + 1) if task.size("train") is None else 0
+        self.start = first_training_example(task, seed)
         self.examples = task.examples("train", settings.examples, start=self.start)
         size = settings.shard_examples
         self.parts = [range(i, min(i + size, len(self.examples))) for i in range(0, len(self.examples), size)]

@@ -144,8 +144,8 @@ class PreferenceStore:
             if shards:
                 raise ValueError(
                     f"{self.folder}: {', '.join(self.path(shard).name for shard in shards[:5])} of {self.shards} "
-                    f"shards {'is' if len(shards) == 1 else 'are'} {state}; run the command that made them again: it makes "
-                    "these anew and keeps the others"
+                    f"shards {'is' if len(shards) == 1 else 'are'} {state}; run the command that made them again: it "
+                    "makes these anew and keeps the others"
                 )
 
     def note(self, shard: int) -> dict[str, Any]:

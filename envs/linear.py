@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-# oneDNN prepares itself for every new shape, and hardly two passes have the same number of tokens. So rows are filled up
-# to multiples of STEP and read in pieces of PIECE: few shapes, which it keeps.
+# oneDNN prepares itself for every new shape, and hardly two passes have the same number of tokens. So rows are filled
+# up to multiples of STEP and read in pieces of PIECE: few shapes, which it keeps.
 STEP, PIECE = 32, 1024
 # Small products are not worth the detour: weights below the one with rows below the other.
 FEW_WEIGHTS, FEW_ROWS = 2**18, 256

@@ -82,7 +82,7 @@ def program(name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable
             np.random.seed(config.get("seed", 0))  # noqa: NPY002
             try:
                 return run(config, folder)
-            except (ValueError, FloatingPointError) as error:
+            except (ValueError, FloatingPointError, OSError) as error:
                 logging.getLogger(name).error("%s", error)
                 raise SystemExit(2) from error
 

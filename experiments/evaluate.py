@@ -3,16 +3,16 @@
     python -m experiments.evaluate +saved.citer=outputs/train/citer-.../policy
     python -m experiments.evaluate +agent@agents.margin=margin examples=500
 
-The run's folder receives `config.yaml`, `results.jsonl` (a row per policy and threshold, written as each is done),
-`summary.json`, `table.md`, `curve.png` and `transcripts.html`.
+The run's folder receives `config.yaml`, `results.jsonl` (a row per policy and threshold), `summary.json`, `table.md`,
+`curve.png`, `transcripts.html`, and in `runs/` the outcome of every example at every threshold. Started again in the
+same folder (`hydra.run.dir=...`), an evaluation goes on after the last threshold that is done.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.files import write_text
-from agents.policy import POLICY_FILE, Always, Policy, decision_profile, load_policy
+from agents.policy import POLICY_FILE, Always, Policy, load_policy
 from agents.rollout import Episode, Scheduling, decode
-from envs.costs import ALL_COSTS, WRITTEN, FloatArray, Price
+from agents.store import check_manifest, models_manifest
+from envs.costs import ALL_COSTS
 from envs.models import ModelPool
 from envs.session import Observation
 from envs.tasks.task import Example, Task, check_split
 from experiments.build import build, program
-from experiments.metrics import LEVELS, Sweep, accuracy_at, bootstrap, cost_at, finite, monotone_hull
+from experiments.outcomes import Outcomes
 from experiments.present import markdown, plot_curves, table, transcripts
+from experiments.summary import Results, summarize
 from experiments.track import Tracker
 
 
@@ -46,6 +48,7 @@ class Evaluation:
         examples: what is answered.
         max_new_tokens: the longest response.
         scheduling: how rows share passes.
+        folder: of the outcomes, which are not made again where they are there; nothing is kept where None.
     """
 
     pool: ModelPool
@@ -53,14 +56,7 @@ class Evaluation:
     examples: Sequence[Example]
     max_new_tokens: int
     scheduling: Scheduling
-
-    def __post_init__(self) -> None:
-        self.price = Price(self.pool.profiles)
-        self.slm = self.run(Always(slm=True), 0.5, "slm only")
-        # LLM-only decoding runs no SLM: of the routed run in which the LLM wrote everything, only its own work counts
-        self.llm = [_by_llm_alone(episode) for episode in self.run(Always(slm=False), 0.5, "llm only")]
-        self.llm_correct = np.array([episode.correct for episode in self.llm])
-        self.llm_costs = self.costs(self.llm)
+    folder: Path | None = None
 
     def run(self, policy: Policy, threshold: float, label: str) -> list[Episode]:
         """Answer every example."""
@@ -68,39 +64,27 @@ class Evaluation:
             self.pool, self.task, self.examples, policy, threshold, self.max_new_tokens, self.scheduling, label=label
         )
 
-    def costs(self, episodes: Sequence[Episode], policy: Policy | None = None) -> dict[str, FloatArray]:
-        """Cost of each episode in every unit, the policy's own decisions included; each value is (examples,)."""
-        models = self.price.of(np.stack([episode.ledger for episode in episodes]))
-        if policy is None:
-            return dict(models)
-        decisions = np.stack([episode.decisions for episode in episodes])[:, None]
-        own = Price([decision_profile(policy)]).of(decisions)
-        return {unit: models[unit] + own[unit] for unit in models}
+    def outcomes(self, policy: Policy, threshold: float, name: str, number: int) -> Outcomes:
+        """What a policy's answers at its threshold `number` come to."""
+        path = self.folder and self.folder / name / f"{number:02d}.npz"
+        if path and path.is_file():
+            return Outcomes.load(path)
+        found = Outcomes.of(self.run(policy, threshold, name), self.pool, policy)
+        if path:
+            found.save(path)
+        return found
 
-    def row(self, episodes: Sequence[Episode], policy: Policy | None = None) -> dict[str, Any]:
-        """Accuracy, relative cost in every unit, and token shares of one run."""
-        costs = {
-            f"cost_{unit}": round(float(cost.sum() / self.llm_costs[unit].sum()), 6)
-            for unit, cost in self.costs(episodes, policy).items()
-        }
-        written = np.sum([episode.ledger[:, WRITTEN] for episode in episodes], axis=0)
-        return {
-            "accuracy": float(np.mean([episode.correct for episode in episodes])),
-            "llm_share": round(float(written[1:].sum() / written.sum()), 6),
-            "terminated": float(np.mean([episode.terminated for episode in episodes])),
-            **costs,
-        }
-
-    def sweep(self, runs: Sequence[Sequence[Episode]], policy: Policy, unit: str) -> Sweep:
-        """Runs of one policy, between the two ends every policy has: the SLM alone, and LLM-only decoding."""
-        correct = [[episode.correct for episode in run] for run in (self.slm, *runs, self.llm)]
-        between = [self.costs(run, policy)[unit] for run in runs]
-        return Sweep(np.array(correct), np.stack([self.costs(self.slm)[unit], *between, self.llm_costs[unit]]))
-
-    def cost_at(self, sweep: Sweep, unit: str, level: float, weights: FloatArray) -> float:
-        """The cost at which a sweep reaches `level` times the LLM's accuracy, examples weighted by `weights`."""
-        hull = monotone_hull(sweep.points(weights, self.llm_costs[unit]))
-        return cost_at(hull, level * float(self.llm_correct @ weights))
+    def alone(self, slm: bool) -> Outcomes:
+        """What one model comes to without the other."""
+        path = self.folder and self.folder / ("slm.npz" if slm else "llm.npz")
+        if path and path.is_file():
+            return Outcomes.load(path)
+        episodes = self.run(Always(slm=slm), 0.5, "slm only" if slm else "llm only")
+        # LLM-only decoding runs no SLM: of the routed run in which the LLM wrote everything, only its own work counts
+        found = Outcomes.of(episodes if slm else [_by_llm_alone(episode) for episode in episodes], self.pool)
+        if path:
+            found.save(path)
+        return found
 
 
 def _by_llm_alone(episode: Episode) -> Episode:
@@ -123,138 +107,120 @@ class _Recorder:
 
 
 def choose_thresholds(
-    pool: ModelPool,
-    task: Task,
-    examples: Sequence[Example],
-    policies: Mapping[str, Policy],
-    config: DictConfig,
-    scheduling: Scheduling,
-) -> dict[str, FloatArray]:
+    evaluation: Evaluation, examples: Sequence[Example], policies: Mapping[str, Policy], shares: Sequence[float]
+) -> dict[str, list[float]]:
     """Thresholds at quantiles of each policy's score on validation problems, so that curves are evenly covered."""
     recorder = _Recorder(policies)
-    decode(pool, task, examples, recorder, 0.5, config.max_new_tokens, scheduling, label="thresholds")
-    quantiles = np.array(list(config.llm_shares))
+    replace(evaluation, examples=examples).run(recorder, 0.5, "thresholds")
     return {
-        name: np.unique(np.quantile(torch.cat(s).double().numpy(), quantiles)) for name, s in recorder.scores.items()
+        name: np.unique(np.quantile(torch.cat(scores).double().numpy(), np.array(shares))).tolist()
+        for name, scores in recorder.scores.items()
     }
 
 
-def summarize(
-    evaluation: Evaluation,
-    policies: Mapping[str, Policy],
-    runs: Mapping[str, list[list[Episode]]],
-    config: DictConfig,
-) -> dict[str, Any]:
-    """The contents of `summary.json`; differences are to the first policy."""
-    count, unit = len(evaluation.examples), config.cost
-    even = np.full(count, 1 / count)
-    slm, llm = evaluation.row(evaluation.slm), evaluation.row(evaluation.llm)
-    sweeps = {
-        name: {other: evaluation.sweep(runs[name], policy, other) for other in evaluation.llm_costs}
-        for name, policy in policies.items()
-    }
-    first = next(iter(policies))
-
-    def interval(statistic: Callable[[FloatArray], float]) -> tuple[float | None, float | None]:
-        return bootstrap(statistic, count, config.bootstrap, config.seed)
-
-    summaries: dict[str, Any] = {}
-    for name, of_unit in sweeps.items():
-        cost_for = partial(evaluation.cost_at, of_unit[unit], unit)
-        first_cost_for = partial(evaluation.cost_at, sweeps[first][unit], unit)
-
-        def difference(
-            weights: FloatArray,
-            ours: Callable[[float, FloatArray], float] = cost_for,
-            theirs: Callable[[float, FloatArray], float] = first_cost_for,
-        ) -> float:
-            return ours(0.95, weights) - theirs(0.95, weights)
-
-        hull = monotone_hull(of_unit[unit].points(even, evaluation.llm_costs[unit]))
-        summaries[name] = {
-            "trained": name in config.saved,
-            "cost_at": {f"{level:.2f}": finite(cost_for(level, even)) for level in LEVELS},
-            "cost_at_interval": {f"{level:.2f}": interval(partial(cost_for, level)) for level in LEVELS},
-            "cost_at_by_unit": {
-                other: {f"{level:.2f}": finite(evaluation.cost_at(sweep, other, level, even)) for level in LEVELS}
-                for other, sweep in of_unit.items()
-            },
-            "difference_at_0.95": {"to": first, "cost": finite(difference(even)), "interval": interval(difference)},
-            "accuracy_at": {f"{c:.2f}": finite(accuracy_at(hull, c)) for c in (0.25, 0.5)},
-            "curve": [[round(float(c), 6), round(float(a), 6)] for c, a in hull],
-        }
-    return {
-        "task": evaluation.task.name,
-        "pool": evaluation.pool.names,
-        "cost": unit,
-        "examples": count,
-        "seed": config.seed,
-        "models": {
-            "slm": {"accuracy": slm["accuracy"], "cost": slm[f"cost_{unit}"]},
-            "llm": {"accuracy": llm["accuracy"], "cost": llm[f"cost_{unit}"]},
-        },
-        "policies": summaries,
-    }
-
-
-def pick_transcripts(evaluation: Evaluation, runs: Sequence[list[Episode]], policy: Policy, cost: str) -> list[Episode]:
+def pick_threshold(runs: Sequence[Outcomes], llm: Outcomes, unit: str) -> int:
     """The cheapest run that reaches 95 % of the LLM's accuracy, or the most accurate one."""
-    rows = [evaluation.row(run, policy) for run in runs]
-    target = 0.95 * float(evaluation.llm_correct.mean())
-    reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= target]
+    rows = [run.row(llm) for run in runs]
+    reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= 0.95 * float(llm.correct.mean())]
     if reaching:
-        return runs[min(reaching, key=lambda i: rows[i][f"cost_{cost}"])]
-    return runs[max(range(len(rows)), key=lambda i: rows[i]["accuracy"])]
+        return min(reaching, key=lambda i: rows[i][f"cost_{unit}"])
+    return max(range(len(rows)), key=lambda i: rows[i]["accuracy"])
 
 
-def evaluate(config: DictConfig, folder: Path, track: Tracker, agents: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """Fit or load the policies, sweep their thresholds, and write everything into `folder`."""
-    examples = task.examples(check_split(config.split), config.examples)
-    for_thresholds = task.examples("validation", config.threshold_examples)
-    scheduling = build(config, "scheduling")
-    pool = build(config, "models")
-    policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
-    policies |= {name: agent.fit(pool, task, seed=config.seed, track=track) for name, agent in agents.items()}
-    thresholds = choose_thresholds(pool, task, for_thresholds, policies, config, scheduling)
-    evaluation = Evaluation(pool, task, examples, config.max_new_tokens, scheduling)
-    runs: dict[str, list[list[Episode]]] = {}
-    with (
-        (folder / "results.jsonl").open("w") as results,
-        tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress,
-    ):
+def evaluate(
+    config: DictConfig,
+    folder: Path,
+    track: Tracker,
+    pool: ModelPool,
+    task: Task,
+    policies: Mapping[str, Policy],
+    trained: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """Sweep the thresholds of policies, and write everything into `folder`.
 
-        def record(name: str, threshold: float | None, row: Mapping[str, Any]) -> None:
-            row = {"policy": name, "threshold": threshold, "seed": config.seed, **row}
-            results.write(json.dumps(row) + "\n")
-            results.flush()
-            track({"run": name, **{key: value for key, value in row.items() if key != "policy"}})
+    Args:
+        config: an evaluation's settings.
+        folder: of the run.
+        track: receives rows.
+        pool: the models.
+        task: where problems come from.
+        policies: what is evaluated; the others are compared with the first.
+        trained: which of them learned anything.
+        seed: that they were trained with.
+    """
+    runs_folder = folder / "runs"
+    about = {
+        "task": task.name,
+        "pool": pool.names,
+        "split": config.split,
+        "max_new_tokens": config.max_new_tokens,
+        "start": config.start,
+    }
+    manifest = {**about, "models": models_manifest(pool), "examples": config.examples}
+    kept = runs_folder / "manifest.json"
+    examples = task.examples(check_split(config.split), config.examples, start=config.start)
+    evaluation = Evaluation(pool, task, examples, config.max_new_tokens, build(config, "scheduling"), runs_folder)
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        check_manifest(runs_folder, found, {**manifest, "policies": list(policies)}, [*manifest, "policies"])
+        thresholds: dict[str, list[float]] = found["thresholds"]
+    else:
+        for_thresholds = task.examples("validation", config.threshold_examples)
+        thresholds = choose_thresholds(evaluation, for_thresholds, policies, config.llm_shares)
+        manifest |= {"policies": list(policies), "thresholds": thresholds, "trained": list(trained), "seed": seed}
+        write_text(kept, json.dumps(manifest, indent=1) + "\n")
+    slm, llm = evaluation.alone(slm=True), evaluation.alone(slm=False)
+    runs: dict[str, list[Outcomes]] = {}
+    rows: list[dict[str, Any]] = []
 
-        record("slm", None, evaluation.row(evaluation.slm))
-        record("llm", None, evaluation.row(evaluation.llm))
+    def record(name: str, threshold: float | None, outcomes: Outcomes) -> None:
+        rows.append({"policy": name, "threshold": threshold, "seed": seed, **outcomes.row(llm)})
+        track({"run": name, **{key: value for key, value in rows[-1].items() if key != "policy"}})
+        write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    record("slm", None, slm)
+    record("llm", None, llm)
+    with tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
         for name, policy in policies.items():
             runs[name] = []
-            for threshold in thresholds[name]:
-                runs[name].append(evaluation.run(policy, float(threshold), name))
-                record(name, float(threshold), evaluation.row(runs[name][-1], policy))
+            for number, threshold in enumerate(thresholds[name]):
+                runs[name].append(evaluation.outcomes(policy, threshold, name, number))
+                record(name, threshold, runs[name][-1])
                 progress.update()
-    summary = summarize(evaluation, policies, runs, config)
+    results = Results(about, slm, llm, {name: [runs[name]] for name in policies}, frozenset(trained))
+    summary = {**summarize(results, config.cost, config.bootstrap, seed), "seed": seed}
+    present(summary, folder)
+    if config.transcripts:
+        name, policy = next(iter(policies.items()))
+        chosen = thresholds[name][pick_threshold(runs[name], llm, config.cost)]
+        shown = replace(evaluation, examples=examples[: config.transcripts]).run(policy, chosen, "transcripts")
+        write_text(folder / "transcripts.html", transcripts(pool, shown, f"{task.name}, routed by {name}"))
+    print(f"wrote {folder}")
+    return summary
+
+
+def present(summary: Mapping[str, Any], folder: Path) -> None:
+    """Write `summary.json`, `curve.png` and `table.md`, and print the table."""
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_curves(summary, folder / "curve.png")
     comparison = table(summary)
     write_text(folder / "table.md", markdown(comparison))
-    Console().print(comparison)
-    if config.transcripts:
-        name = next(iter(policies))
-        chosen = pick_transcripts(evaluation, runs[name], policies[name], config.cost)[: config.transcripts]
-        write_text(folder / "transcripts.html", transcripts(pool, chosen, f"{task.name}, routed by {name}"))
-    print(f"wrote {folder}")
-    return summary
+    Console(width=max(120, Console().width)).print(comparison)
 
 
 def check(config: DictConfig) -> None:
     """Refuse settings that would fail later, before any model is loaded."""
     if not config.saved and not config.agents:
         raise ValueError("nothing to evaluate: name policies (+saved.NAME=FOLDER) or agents (+agent@agents.NAME=...)")
+    check_evaluation(config)
+    for name, path in config.saved.items():
+        if not (Path(path) / POLICY_FILE).is_file():
+            raise ValueError(f"saved.{name}: {path} holds no {POLICY_FILE}; give the policy folder of a training run")
+
+
+def check_evaluation(config: DictConfig) -> None:
+    """Refuse settings of an evaluation that would fail later."""
     if config.cost not in [cost.name for cost in ALL_COSTS]:
         raise ValueError(f"unknown cost {config.cost!r}; choose one of {', '.join(cost.name for cost in ALL_COSTS)}")
     if not config.llm_shares or not all(0 < share < 1 for share in config.llm_shares):
@@ -263,9 +229,6 @@ def check(config: DictConfig) -> None:
         if config[key] < least:
             raise ValueError(f"{key} must be at least {least}, is {config[key]}")
     check_split(config.split)
-    for name, path in config.saved.items():
-        if not (Path(path) / POLICY_FILE).is_file():
-            raise ValueError(f"saved.{name}: {path} holds no {POLICY_FILE}; give the policy folder of a training run")
 
 
 @program("evaluate")
@@ -273,10 +236,13 @@ def main(config: DictConfig, folder: Path) -> None:
     """Evaluate `config.saved` policies and `config.agents`."""
     check(config)
     agents = {name: build(config.agents, name) for name in config.agents}
-    task, tracking = build(config, "task"), build(config, "track")
+    task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:
-        summary = evaluate(config, folder, track, agents, task)
-        track.summary(summary["policies"], {"curve": folder / "curve.png"})
+        policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
+        for name, agent in agents.items():
+            policies[name] = agent.fit(pool, task, seed=config.seed, track=track, folder=folder / "agents" / name)
+        summary = evaluate(config, folder, track, pool, task, policies, list(config.saved), config.seed)
+        track.summary({"policies": summary["policies"]}, {"curve": folder / "curve.png"})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a sweep over thresholds says: curves, costs at an accuracy, accuracies at a cost, and their intervals."""
+"""What sweeps over thresholds say: curves, costs at an accuracy, accuracies at a cost, areas, and their intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy.typing as npt
 from envs.costs import FloatArray
 
 LEVELS = (0.90, 0.95, 0.99)
+COSTS = (0.25, 0.50)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One policy's answers to the same examples at several thresholds.
+    """One policy's answers to the same examples at several thresholds, the SLM alone first and the LLM alone last.
 
     Attributes:
         correct: whether each answer is right, (thresholds, examples).
@@ -25,14 +26,14 @@ class Sweep:
     correct: npt.NDArray[np.bool_]
     costs: FloatArray
 
-    def points(self, weights: FloatArray, llm_costs: FloatArray) -> FloatArray:
+    def points(self, weights: FloatArray) -> FloatArray:
         """(cost relative to LLM-only decoding, accuracy) of each threshold, (thresholds, 2).
 
         Args:
             weights: of the examples, summing to 1, (examples,).
-            llm_costs: cost of LLM-only decoding of each example, (examples,).
         """
-        return np.stack([self.costs @ weights / (llm_costs @ weights), self.correct @ weights], axis=-1)
+        costs = self.costs @ weights
+        return np.stack([costs / costs[-1], self.correct @ weights], axis=-1)
 
 
 def monotone_hull(points: FloatArray) -> FloatArray:
@@ -59,24 +60,101 @@ def accuracy_at(hull: FloatArray, cost: float) -> float:
     return float("nan") if cost < hull[0, 0] else float(np.interp(cost, hull[:, 0], hull[:, 1]))
 
 
-def bootstrap(
-    statistic: Callable[[FloatArray], float], examples: int, samples: int, seed: int
-) -> tuple[float | None, float | None]:
-    """A 95 % percentile interval over examples; a bound is None where the statistic has none (cost unreachable).
+def area(hull: FloatArray, low: float, high: float) -> float:
+    """The integral of the hull's accuracy over costs from `low`, at least that of its cheapest point, to `high`."""
+    costs = np.unique(np.clip(np.concatenate([[low, high], hull[:, 0]]), max(low, hull[0, 0]), high))
+    return float(np.trapezoid(np.interp(costs, hull[:, 0], hull[:, 1]), costs))
 
-    The same seed draws the same examples, so that intervals of different policies are paired.
+
+def measures(sweep: Sweep, calls: Sweep, weights: FloatArray) -> dict[str, float]:
+    """All that is reported of one sweep.
 
     Args:
-        statistic: of example weights, (examples,).
-        examples: how many there are.
+        sweep: in the unit that is compared.
+        calls: the same in LLM tokens: RouteLLM's measures count strong calls.
+        weights: of the examples, (examples,).
+
+    Returns:
+        cost_at_X: at share X of the LLM's accuracy. accuracy_at_C: at cost C. aiq: mean accuracy from the SLM's cost
+        to the LLM's (RouterBench). deferral_area: the integral over the same costs. qnc: least cost that matches the
+        better single model, over that model's (UniRoute). apgr: share of the gap between the models that is recovered,
+        averaged over shares of strong calls; cpt_X: least share of strong calls that recovers X of it (RouteLLM).
+    """
+    points = sweep.points(weights)
+    hull, slm, llm = monotone_hull(points), points[0], points[-1]
+    found = {f"cost_at_{level:.2f}": cost_at(hull, level * llm[1]) for level in LEVELS}
+    found |= {f"accuracy_at_{cost:.2f}": accuracy_at(hull, cost) for cost in COSTS}
+    found["deferral_area"] = area(hull, slm[0], llm[0])
+    found["aiq"] = found["deferral_area"] / (llm[0] - slm[0]) if llm[0] > slm[0] else float("nan")
+    best = slm if slm[1] >= llm[1] else llm
+    found["qnc"] = cost_at(hull, best[1]) / best[0] if best[0] > 0 else float("nan")
+    by_calls = monotone_hull(calls.points(weights))
+    gap = llm[1] - slm[1]
+    if gap > 0:
+        found["apgr"] = (area(by_calls, 0.0, 1.0) - slm[1]) / gap
+        found |= {f"cpt_{share:.2f}": cost_at(by_calls, slm[1] + share * gap) for share in (0.5, 0.8)}
+    else:
+        found |= {"apgr": float("nan"), "cpt_0.50": float("nan"), "cpt_0.80": float("nan")}
+    return found
+
+
+def comparison(sweep: Sweep, other: Sweep, weights: FloatArray) -> dict[str, float]:
+    """What a policy saves and gains over another one, both in the same unit.
+
+    Returns:
+        saving_at_X: 1 - cost / other's cost at share X of the LLM's accuracy. extra_cost_at_X: their difference.
+        ratio_at_X: cost / other's cost. gain_at_C: accuracy less the other's at cost C. largest_gain: where it is
+        largest, and largest_gain_cost that cost.
+    """
+    ours, theirs = (monotone_hull(one.points(weights)) for one in (sweep, other))
+    llm = float((sweep.correct @ weights)[-1])
+    found: dict[str, float] = {}
+    for level in LEVELS:
+        a, b = cost_at(ours, level * llm), cost_at(theirs, level * llm)
+        ratio = a / b if b > 0 and np.isfinite(a) and np.isfinite(b) else float("nan")
+        found |= {f"ratio_at_{level:.2f}": ratio, f"saving_at_{level:.2f}": 1 - ratio}
+        found[f"extra_cost_at_{level:.2f}"] = a - b if np.isfinite(a) and np.isfinite(b) else float("nan")
+    found |= {f"gain_at_{cost:.2f}": accuracy_at(ours, cost) - accuracy_at(theirs, cost) for cost in COSTS}
+    grid = np.unique(np.concatenate([ours[:, 0], theirs[:, 0]]))
+    grid = grid[grid >= max(ours[0, 0], theirs[0, 0])]
+    gains = np.interp(grid, ours[:, 0], ours[:, 1]) - np.interp(grid, theirs[:, 0], theirs[:, 1])
+    found["largest_gain"], found["largest_gain_cost"] = float(gains.max()), float(grid[gains.argmax()])
+    return found
+
+
+Statistic = Callable[[int, FloatArray], Mapping[str, float]]
+
+
+def over_seeds(statistic: Statistic, seeds: Sequence[int], weights: FloatArray) -> dict[str, float]:
+    """The mean of each measure over seeds; infinite where one of them never gets there."""
+    rows = [statistic(seed, weights) for seed in seeds]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def bootstrap(
+    statistic: Statistic, seeds: int, examples: int, samples: int, seed: int
+) -> dict[str, tuple[float | None, float | None]]:
+    """95 % percentile intervals over examples and training seeds, drawn independently with replacement.
+
+    The same `seed` draws the same examples and seeds, so that intervals of different policies are paired. A bound is
+    None where the statistic has none (a cost that is never reached).
+
+    Args:
+        statistic: of a training seed's number and of example weights (examples,), named measures.
+        seeds: how many training seeds there are.
+        examples: how many examples there are.
         samples: resamplings.
         seed: of the draws.
     """
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(examples, np.full(examples, 1 / examples), size=samples) / examples
-    values = np.sort([statistic(row) for row in weights])
-    low, high = values[int(0.025 * samples)], values[min(samples - 1, int(0.975 * samples))]
-    return finite(low), finite(high)
+    drawn = rng.integers(seeds, size=(samples, seeds))
+    rows = [over_seeds(statistic, numbers.tolist(), row) for numbers, row in zip(drawn, weights, strict=True)]
+    found = {}
+    for name in rows[0]:
+        values = np.sort([row[name] for row in rows])  # what is not a number comes last
+        found[name] = (finite(values[int(0.025 * samples)]), finite(values[min(samples - 1, int(0.975 * samples))]))
+    return found
 
 
 def finite(value: float) -> float | None:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from agents.rollout import Episode
@@ -34,7 +35,10 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
     for number, (name, policy) in enumerate(summary["policies"].items()):
         costs, accuracies = zip(*policy["curve"], strict=True)
         style = "-" if policy["trained"] else "--"
-        axes.plot(costs, accuracies, style, marker=".", color=colours[number % 10], label=name)
+        colour = colours[number % 10]
+        axes.plot(costs, accuracies, style, marker="." if len(costs) < 25 else "", color=colour, label=name)
+        grid, low, high = (np.array(column, dtype=float) for column in zip(*policy["band"], strict=True))
+        axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
     for name in ("slm", "llm"):
         model = summary["models"][name]
         axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=f"{name} only", zorder=3)
@@ -53,27 +57,36 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The comparison as a table: what each policy costs at shares of the LLM's accuracy, with 95 % intervals."""
+    """The comparison as a table, with 95 % intervals: costs at shares of the LLM's accuracy, areas, and gains."""
+    first = summary["first"]
     result = Table(
-        title=f"{summary['task']}, {summary['examples']} test problems; cost: {UNITS[summary['cost']]}, LLM only = 1"
+        title=f"{summary['task']}, {summary['examples']} {summary['split']} problems; cost: {UNITS[summary['cost']]}, "
+        "LLM only = 1; intervals: 95 %, over problems and training seeds"
     )
-    result.add_column("policy")
+    result.add_column("policy (seeds)")
     result.add_column("accuracy", justify="right")
     result.add_column("cost", justify="right")
     for level in next(iter(summary["policies"].values()))["cost_at"]:
         result.add_column(f"cost at {float(level):.0%} of\nthe LLM's accuracy", justify="right")
-    first = next(iter(summary["policies"]))
-    result.add_column(f"at 95%: cost\nabove {first}", justify="right")
-    result.add_column("LLM tokens at 95%\n(own hull)", justify="right")
+    result.add_column(f"at 95%: cost\nover {first}'s", justify="right")
+    result.add_column(f"largest gain\nover {first}", justify="right")
+    result.add_column("AIQ", justify="right")
+    result.add_column("LLM tokens\nat 95%", justify="right")
     for name in ("slm", "llm"):
         model = summary["models"][name]
         result.add_row(f"{name} only", f"{model['accuracy']:.1%}", f"{model['cost']:.3f}")
     for name, policy in summary["policies"].items():
         cells = [_with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()]
-        above = policy["difference_at_0.95"]
-        difference = "" if name == first else _with_interval(above["cost"], above["interval"])
-        result.add_row(name, "", "", *cells, difference, _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]))
+        against = policy[f"against_{first}"]
+        compared = [_measured(against[key]) if name != first else "" for key in ("ratio_at_0.95", "largest_gain")]
+        tokens = _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"])
+        label = f"{name} ({policy['seeds']})"
+        result.add_row(label, "", "", *cells, *compared, _measured(policy["measures"]["aiq"]), tokens)
     return result
+
+
+def _measured(measure: Mapping[str, Any]) -> str:
+    return _with_interval(measure["value"], measure["interval"])
 
 
 def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:

@@ -44,12 +44,18 @@ class WandbTracker(Tracker):
     def __call__(self, row: Mapping[str, Any]) -> None:
         super().__call__(row)
         prefix = str(row.get("run", ""))
-        self._run.log({f"{prefix}/{k}" if prefix else k: v for k, v in row.items() if k != "run"})
+        self._run.log({f"{prefix}/{k}" if prefix else k: _shown(v, k) for k, v in row.items() if k != "run"})
 
     def summary(self, values: Mapping[str, Any], images: Mapping[str, Path]) -> None:
         import wandb
 
-        self._run.summary.update(dict(values))
+        plain = dict(values)
+        for name, policy in plain.pop("policies", {}).items():
+            self._run.log(
+                {f"{name}/curve": _shown(policy["curve"], "curve"), f"{name}/band": _shown(policy["band"], "band")}
+            )
+            plain[name] = {key: policy[key] for key in ("cost_at", "measures")}
+        self._run.summary.update(plain)
         self._run.log({name: wandb.Image(str(path)) for name, path in images.items()})
 
     def __exit__(
@@ -57,6 +63,22 @@ class WandbTracker(Tracker):
     ) -> None:
         super().__exit__(kind, error, trace)
         self._run.finish(exit_code=0 if kind is None else 1)
+
+
+TABLES: dict[str, list[str | int]] = {
+    "reliability": ["score", "prefers_slm", "count"],
+    "curve": ["cost", "accuracy"],
+    "band": ["cost", "low", "high"],
+}
+
+
+def _shown(value: Any, key: str) -> Any:
+    """A value as wandb shows it: rows of numbers as a table."""
+    if key not in TABLES:
+        return value
+    import wandb
+
+    return wandb.Table(columns=list(TABLES[key]), data=value)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Train an agent and save its policy.
 
     python -m experiments.train agent=citer
-    python -m experiments.train -m agent=citer,citer_slm seed=0,1,2
+    python -m experiments.train -m agent=citer,citer_s seed=0,1,2 evaluate=true
 
-The run's folder receives `config.yaml`, `metrics.jsonl`, `summary.json` and, in `policy/`, the policy.
+The run's folder receives `config.yaml`, `metrics.jsonl`, `summary.json` and, in `policy/`, the policy; with
+`evaluate=true` also an evaluation, in `evaluation/`. Started again in the same folder (`hydra.run.dir=...`), a run goes
+on after the last shard of preferences, epoch or threshold that is done.
 """
 
 from __future__ import annotations
@@ -11,23 +13,29 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from agents.files import write_text
 from agents.policy import SavedPolicy
 from experiments.build import build, program
+from experiments.evaluate import check_evaluation, evaluate
 
 
 @program("train")
 def main(config: DictConfig, folder: Path) -> None:
     """Fit `config.agent` on the task's train split."""
+    if config.evaluate:
+        check_evaluation(config.evaluation)
     agent, task, tracking = build(config, "agent"), build(config, "task"), build(config, "track")
+    name = HydraConfig.get().runtime.choices["agent"]
     pool = build(config, "models")
     started = time.perf_counter()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "train") as track:
-        policy = agent.fit(pool, task, seed=config.seed, track=track)
-        summary = {
+        policy = agent.fit(pool, task, seed=config.seed, track=track, folder=folder)
+        summary: dict[str, Any] = {
             "agent": type(agent).__name__,
             "seed": config.seed,
             "seconds": round(time.perf_counter() - started, 1),
@@ -35,7 +43,15 @@ def main(config: DictConfig, folder: Path) -> None:
         if isinstance(policy, SavedPolicy):
             policy.save(folder / "policy")
             print(f"saved {folder / 'policy'} after {summary['seconds']} s")
-        track.summary(summary, {})
+        if getattr(policy, "calibration", None):
+            summary["calibration"] = policy.calibration
+        images = {}
+        if config.evaluate:
+            trained = [name] if isinstance(policy, SavedPolicy) else []
+            place = folder / "evaluation"
+            evaluated = evaluate(config.evaluation, place, track, pool, task, {name: policy}, trained, config.seed)
+            summary["policies"], images = evaluated["policies"], {"curve": place / "curve.png"}
+        track.summary(summary, images)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 

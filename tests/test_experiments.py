@@ -11,16 +11,17 @@ from hydra.errors import HydraException
 from agents.networks import RouterNetwork
 from agents.rollout import Scheduling
 from agents.router import RouterPolicy
-from envs.costs import READ
+from agents.store import models_manifest
 from envs.embedded import embedded_pool
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.build import CONF, build, register_schemas
 from experiments.evaluate import Evaluation
-from experiments.metrics import Sweep, accuracy_at, bootstrap, cost_at, monotone_hull
+from experiments.metrics import Sweep, accuracy_at, bootstrap, comparison, cost_at, measures, monotone_hull
+from experiments.outcomes import Outcomes
 from experiments.track import Tracker
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train", "evaluate", "benchmark", "pretrain")
+SCRIPTS = ("train", "collect", "evaluate", "benchmark", "pretrain")
 QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
 
 
@@ -79,7 +80,7 @@ def test_a_misspelt_key_or_a_wrong_type_is_named(override, message):
     ("key", "override", "message"),
     [
         ("agent", "agent.rounds=0", "rounds"),
-        ("agent", "agent.case_3=perhaps", "perhaps"),
+        ("agent", "agent.labels.case_3=perhaps", "perhaps"),
         ("task", "task.level=medium", "medium"),
         ("track", "track=jsonl", None),
         ("models", "models.names=[embedded/slm]", "at least two"),
@@ -106,9 +107,9 @@ def test_a_pool_given_as_mappings_builds():
 def test_a_policy_pays_for_its_own_parameters():
     pool, task = embedded_pool(), ArithmeticTask()
     evaluation = Evaluation(pool, task, task.examples("test", 2), 128, Scheduling(rows=2))
-    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), pool.names)
+    policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), models_manifest(pool))
     run = evaluation.run(policy, 0.5, "router")
-    paid, unpaid = evaluation.costs(run, policy), evaluation.costs(run)
+    paid, unpaid = Outcomes.of(run, pool, policy).costs, Outcomes.of(run, pool).costs
     decisions = np.array([len(episode.tokens) for episode in run])
     size = sum(p.numel() for p in policy.network.parameters())
     np.testing.assert_allclose(paid["bytes"] - unpaid["bytes"], decisions * size * 4)
@@ -117,19 +118,23 @@ def test_a_policy_pays_for_its_own_parameters():
     assert (paid["seconds"] > unpaid["seconds"]).all()
 
 
-def test_llm_only_decoding_costs_one_and_the_slm_is_not_free():
+def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     pool, task = embedded_pool(), ArithmeticTask()
-    evaluation = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4))
-    llm = evaluation.row(evaluation.llm)
-    assert {value for key, value in llm.items() if key.startswith("cost_")} == {1.0}
-    assert llm["llm_share"] == 1.0
-    slm = evaluation.row(evaluation.slm)
-    assert 0 < slm["cost_bytes"] < 0.2
-    assert slm["cost_llm_tokens"] == 0
-    prompt = len(pool.encode(evaluation.examples[0].prompt))
-    tokens = len(evaluation.llm[0].tokens)
-    assert evaluation.llm[0].ledger[:, :READ].tolist() == [[0], [tokens]]
-    assert evaluation.llm[0].ledger[1, READ] == prompt + tokens - 1
+    evaluation = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path)
+    slm, llm = evaluation.alone(slm=True), evaluation.alone(slm=False)
+    row = llm.row(llm)
+    assert {value for key, value in row.items() if key.startswith("cost_")} == {1.0}
+    assert row["llm_share"] == 1.0
+    row = slm.row(llm)
+    assert 0 < row["cost_bytes"] < 0.2
+    assert row["cost_llm_tokens"] == 0
+    lengths = np.array([len(pool.encode(example.prompt)) for example in evaluation.examples])
+    size, cached = pool.models[1].profile, llm.tokens + lengths - 1
+    read = llm.tokens * (size.body_parameters + size.head_parameters) * 4
+    assert (llm.costs["bytes"] > read).all()
+    assert (llm.costs["bytes"] < read + size.kv_bytes_per_token * cached * (llm.tokens + 1)).all()
+    again = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path).alone(slm=False)
+    np.testing.assert_array_equal(again.costs["seconds"], llm.costs["seconds"])
 
 
 def test_hull_costs_and_accuracies_by_hand():
@@ -145,17 +150,62 @@ def test_hull_costs_and_accuracies_by_hand():
 
 
 def test_points_are_relative_to_llm_only_decoding():
-    sweep = Sweep(correct=np.array([[True, False], [True, True]]), costs=np.array([[1.0, 2.0], [4.0, 2.0]]))
-    points = sweep.points(np.array([0.5, 0.5]), llm_costs=np.array([6.0, 4.0]))
-    np.testing.assert_allclose(points, [[0.3, 0.5], [0.6, 1.0]])
+    sweep = Sweep(correct=np.array([[True, False], [True, True]]), costs=np.array([[1.0, 2.0], [6.0, 4.0]]))
+    np.testing.assert_allclose(sweep.points(np.array([0.5, 0.5])), [[0.3, 0.5], [1.0, 1.0]])
+
+
+def three_points():
+    """The SLM: 40 % at 0.1; a policy: 80 % at 0.3; the LLM: 90 % at 1."""
+    rights = (4, 8, 9)
+    correct = np.array([[i < right for i in range(10)] for right in rights])
+    return Sweep(correct, np.repeat([[0.1], [0.3], [1.0]], 10, axis=1))
+
+
+def test_measures_by_hand():
+    even = np.full(10, 0.1)
+    found = measures(three_points(), three_points(), even)
+    assert found["cost_at_0.90"] == pytest.approx(0.3 + 0.01 / 0.1 * 0.7)
+    assert found["accuracy_at_0.25"] == pytest.approx(0.7)
+    inside = 0.2 * 0.6 + 0.7 * 0.85
+    assert found["deferral_area"] == pytest.approx(inside)
+    assert found["aiq"] == pytest.approx(inside / 0.9)
+    assert found["qnc"] == pytest.approx(1.0)
+    assert found["cpt_0.50"] == pytest.approx(0.1 + 0.25 / 0.4 * 0.2)
+    assert found["cpt_0.80"] == pytest.approx(0.3)
+    assert found["apgr"] == pytest.approx((inside - 0.4) / 0.5)
+
+
+def test_a_comparison_by_hand():
+    even = np.full(10, 0.1)
+    ours = three_points()
+    theirs = Sweep(ours.correct[[0, 2]], ours.costs[[0, 2]])
+    found = comparison(ours, theirs, even)
+    straight = 0.4 + 0.2 / 0.9 * 0.5
+    assert found["largest_gain"] == pytest.approx(0.8 - straight)
+    assert found["largest_gain_cost"] == pytest.approx(0.3)
+    their_cost = 0.1 + (0.81 - 0.4) / 0.5 * 0.9
+    assert found["ratio_at_0.90"] == pytest.approx(0.37 / their_cost)
+    assert found["saving_at_0.90"] == pytest.approx(1 - 0.37 / their_cost)
+    assert found["extra_cost_at_0.90"] == pytest.approx(0.37 - their_cost)
+    assert found["gain_at_0.25"] == pytest.approx(0.7 - (0.4 + 0.15 / 0.9 * 0.5))
+    assert all(value == 0 for key, value in comparison(ours, ours, even).items() if key.startswith(("gain", "extra")))
 
 
 def test_bootstrap_covers_a_mean_and_reports_what_cannot_be_reached():
     values = np.random.default_rng(0).normal(size=400)
-    low, high = bootstrap(lambda weights: float(weights @ values), 400, 2000, seed=0)
+    low, high = bootstrap(lambda seed, weights: {"mean": float(weights @ values)}, 1, 400, 2000, seed=0)["mean"]
     assert low == pytest.approx(values.mean() - 1.96 * values.std() / 20, abs=0.01)
     assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.01)
-    assert bootstrap(lambda weights: float("inf"), 4, 10, seed=0) == (None, None)
+    never = bootstrap(lambda seed, weights: {"cost": float("inf")}, 1, 4, 10, seed=0)
+    assert never == {"cost": (None, None)}
+
+
+def test_intervals_cover_training_seeds():
+    of_seed = [0.2, 0.4, 0.6]
+    low, high = bootstrap(lambda seed, weights: {"mean": of_seed[seed]}, 3, 5, 2000, seed=0)["mean"]
+    assert (low, high) == (pytest.approx(0.2), pytest.approx(0.6))
+    alike = bootstrap(lambda seed, weights: {"mean": 0.4}, 3, 5, 100, seed=0)["mean"]
+    assert alike == (pytest.approx(0.4), pytest.approx(0.4))
 
 
 def test_rows_are_on_disk_before_the_run_ends(tmp_path):

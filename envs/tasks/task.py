@@ -79,6 +79,14 @@ class Task(ABC):
         return self.example(split, int(rng.integers(self.size(split) or 2**31)))
 
 
+def first_training_example(task: Task, seed: int) -> int:
+    """Where learners with this seed begin to take training examples: elsewhere for every seed of an endless task.
+
+    The first million is passed over: the embedded pair was pretrained on problems from there.
+    """
+    return 1_000_000 * (seed + 1) if task.size("train") is None else 0
+
+
 def check_split(split: str) -> Split:
     """`split` if it is one of the three; an error that names them otherwise."""
     for known in SPLITS:

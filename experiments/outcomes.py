@@ -1,0 +1,90 @@
+"""What one decoding of all examples came to, kept on disk example by example."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agents.files import write_whole
+from agents.policy import Policy, decision_profile
+from agents.rollout import Episode
+from envs.costs import WRITTEN, FloatArray, Price
+from envs.models import ModelPool
+from experiments.metrics import Sweep
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One policy's answers at one threshold.
+
+    Attributes:
+        correct: (examples,).
+        terminated: (examples,).
+        llm_tokens: tokens the LLM wrote, (examples,).
+        tokens: tokens written, (examples,).
+        costs: in every unit, the policy's own decisions included, (examples,) each.
+    """
+
+    correct: npt.NDArray[np.bool_]
+    terminated: npt.NDArray[np.bool_]
+    llm_tokens: FloatArray
+    tokens: FloatArray
+    costs: Mapping[str, FloatArray]
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode], pool: ModelPool, policy: Policy | None = None) -> Outcomes:
+        """Of decoded episodes; decisions are priced where `policy` is given."""
+        ledgers = np.stack([episode.ledger for episode in episodes])
+        costs = dict(Price(pool.profiles).of(ledgers))
+        if policy is not None:
+            own = Price([decision_profile(policy)]).of(np.stack([episode.decisions for episode in episodes])[:, None])
+            costs = {unit: costs[unit] + own[unit] for unit in costs}
+        return cls(
+            np.array([episode.correct for episode in episodes]),
+            np.array([episode.terminated for episode in episodes]),
+            ledgers[:, 1:, WRITTEN].sum(1),
+            ledgers[:, :, WRITTEN].sum(1),
+            costs,
+        )
+
+    def row(self, llm: Outcomes) -> dict[str, Any]:
+        """Accuracy, cost relative to `llm` in every unit, and token shares."""
+        costs = {
+            f"cost_{unit}": round(float(cost.sum() / llm.costs[unit].sum()), 6) for unit, cost in self.costs.items()
+        }
+        return {
+            "accuracy": float(self.correct.mean()),
+            "llm_share": round(float(self.llm_tokens.sum() / self.tokens.sum()), 6),
+            "terminated": float(self.terminated.mean()),
+            **costs,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write an `.npz` file, whole or not at all."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        arrays |= {f"cost_{unit}": cost for unit, cost in self.costs.items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_whole(path, lambda partial: partial.write_bytes(buffer.getvalue()))
+
+    @classmethod
+    def load(cls, path: Path) -> Outcomes:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            costs = {key.removeprefix("cost_"): file[key] for key in file.files if key.startswith("cost_")}
+            return cls(costs=costs, **{name: file[name] for name in _PLAIN})
+
+
+_PLAIN = ("correct", "terminated", "llm_tokens", "tokens")
+
+
+def sweep(runs: Sequence[Outcomes], slm: Outcomes, llm: Outcomes, unit: str) -> Sweep:
+    """Runs of one policy, between the two ends every policy has: the SLM alone, and LLM-only decoding."""
+    everything = (slm, *runs, llm)
+    return Sweep(np.stack([run.correct for run in everything]), np.stack([run.costs[unit] for run in everything]))

@@ -1,0 +1,138 @@
+"""From outcomes to what is reported: measures with intervals over examples and seeds, comparisons and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from envs.costs import FloatArray
+from experiments.metrics import (
+    LEVELS,
+    Sweep,
+    accuracy_at,
+    bootstrap,
+    comparison,
+    cost_at,
+    finite,
+    measures,
+    monotone_hull,
+    over_seeds,
+)
+from experiments.outcomes import Outcomes, sweep
+
+BAND_POINTS, BAND_SAMPLES = 40, 200
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that an evaluation measured.
+
+    Attributes:
+        about: task, pool, split and their like.
+        slm: the SLM alone.
+        llm: the LLM alone.
+        policies: for each policy, for each training seed, the outcomes at each threshold.
+        trained: which policies were trained.
+    """
+
+    about: Mapping[str, Any]
+    slm: Outcomes
+    llm: Outcomes
+    policies: Mapping[str, Sequence[Sequence[Outcomes]]]
+    trained: frozenset[str]
+
+    def sweeps(self, name: str, unit: str) -> list[Sweep]:
+        """A policy's sweep for each training seed."""
+        return [sweep(runs, self.slm, self.llm, unit) for runs in self.policies[name]]
+
+
+def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str, Any]:
+    """The contents of `summary.json`.
+
+    Args:
+        results: what was measured.
+        unit: of costs that curves and comparisons are in.
+        samples: of the bootstrap.
+        seed: of its draws.
+    """
+    count = len(results.slm.correct)
+    even = np.full(count, 1 / count)
+    in_unit = {name: results.sweeps(name, unit) for name in results.policies}
+    calls = {name: results.sweeps(name, "llm_tokens") for name in results.policies}
+    first = next(iter(results.policies))
+    summaries: dict[str, Any] = {}
+    for name, sweeps in in_unit.items():
+        seeds = len(sweeps)
+
+        def own(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
+            return measures(in_unit[name][number], calls[name][number], weights)
+
+        def above(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
+            # seeds are paired as far as they go; one that is not trained has one
+            other = in_unit[first][number % len(in_unit[first])]
+            return comparison(in_unit[name][number], other, weights)
+
+        values = over_seeds(own, range(seeds), even)
+        intervals = bootstrap(own, seeds, count, samples, seed)
+        against = over_seeds(above, range(seeds), even)
+        against_intervals = bootstrap(above, seeds, count, samples, seed)
+        summaries[name] = {
+            "trained": name in results.trained,
+            "seeds": seeds,
+            "cost_at": {f"{level:.2f}": finite(values[f"cost_at_{level:.2f}"]) for level in LEVELS},
+            "cost_at_interval": {f"{level:.2f}": intervals[f"cost_at_{level:.2f}"] for level in LEVELS},
+            "cost_at_by_unit": {other: _costs_at(results.sweeps(name, other), even) for other in results.slm.costs},
+            "measures": {key: {"value": finite(values[key]), "interval": intervals[key]} for key in values},
+            f"against_{first}": {
+                key: {"value": finite(against[key]), "interval": against_intervals[key]} for key in against
+            },
+            "curve": _curve(sweeps, even),
+            "band": _band(sweeps, min(samples, BAND_SAMPLES), seed),
+        }
+    rows = {"slm": results.slm.row(results.llm), "llm": results.llm.row(results.llm)}
+    return {
+        **results.about,
+        "cost": unit,
+        "examples": count,
+        "first": first,
+        "models": {name: {"accuracy": row["accuracy"], "cost": row[f"cost_{unit}"]} for name, row in rows.items()},
+        "policies": summaries,
+    }
+
+
+def _costs_at(sweeps: Sequence[Sweep], weights: FloatArray) -> dict[str, float | None]:
+    found = {}
+    for level in LEVELS:
+        costs = [
+            cost_at(monotone_hull(points), level * points[-1, 1]) for points in (one.points(weights) for one in sweeps)
+        ]
+        found[f"{level:.2f}"] = finite(float(np.mean(costs)))
+    return found
+
+
+def _curve(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float]]:
+    """The hull of one seed; over several, the mean accuracy at every cost of theirs that all of them reach down to."""
+    hulls = [monotone_hull(one.points(weights)) for one in sweeps]
+    costs = np.unique(np.concatenate([hull[:, 0] for hull in hulls]))
+    costs = costs[costs >= max(hull[0, 0] for hull in hulls)]
+    accuracies = np.mean([np.interp(costs, hull[:, 0], hull[:, 1]) for hull in hulls], axis=0)
+    return [[round(float(c), 6), round(float(a), 6)] for c, a in zip(costs, accuracies, strict=True)]
+
+
+def _band(sweeps: Sequence[Sweep], samples: int, seed: int) -> list[list[float | None]]:
+    """Cost, and the 95 % interval of the accuracy there."""
+    count = sweeps[0].correct.shape[1]
+    even = np.full(count, 1 / count)
+    lowest = max(monotone_hull(one.points(even))[0, 0] for one in sweeps)
+    grid = np.linspace(lowest, 1, BAND_POINTS)
+    at = {f"{cost:.9f}": cost for cost in grid}
+
+    def statistic(number: int, weights: FloatArray) -> dict[str, float]:
+        hull = monotone_hull(sweeps[number].points(weights))
+        return {name: accuracy_at(hull, max(cost, hull[0, 0])) for name, cost in at.items()}
+
+    intervals = bootstrap(statistic, len(sweeps), count, samples, seed)
+    return [[round(float(cost), 6), *intervals[name]] for name, cost in at.items()]
