@@ -206,7 +206,7 @@ def present(summary: Mapping[str, Any], folder: Path) -> None:
     plot_curves(summary, folder / "curve.png")
     comparison = table(summary)
     write_text(folder / "table.md", markdown(comparison))
-    Console(width=max(120, Console().width)).print(comparison)
+    Console(width=max(150, Console().width)).print(comparison)
 
 
 def check(config: DictConfig) -> None:
