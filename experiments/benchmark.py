@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark suite=decode
     python -m experiments.benchmark suite=env
+    python -m experiments.benchmark suite=collect
 
 The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
 turn (A B A B ...) in one process, and medians are compared, since machines are noisy.
@@ -34,6 +35,7 @@ from envs.cache import IntArray
 from envs.models import LanguageModel, ModelPool
 from envs.routing import RoutingVectorEnv
 from envs.session import Session
+from experiments.benchmark_collect import collect_suite
 from experiments.build import program
 
 Numbers = dict[str, float]
@@ -354,7 +356,11 @@ def env_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     return {}, {"vector_steps_per_second": rate}
 
 
-SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {"decode": decode_suite, "env": env_suite}
+SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {
+    "decode": decode_suite,
+    "env": env_suite,
+    "collect": collect_suite,
+}
 
 
 def machine() -> dict[str, Any]:

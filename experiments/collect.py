@@ -27,7 +27,8 @@ def main(config: DictConfig, folder: Path) -> None:
         raise ValueError(f"agent {type(agent).__name__} collects no preferences; choose agent=citer or one of its kind")
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "collect") as track:
-        summary = agent.collect(pool, task, config.seed, folder / "preferences", track)
+        store = agent.collect(pool, task, config.seed, folder / "preferences", track)
+        summary = {"tokens": sum(store.rows()), "shards": store.shards, "skipped": store.skipped()}
         track.summary(summary, {})
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"collected {summary['tokens']} tokens in {folder / 'preferences'}")

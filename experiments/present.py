@@ -44,7 +44,7 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
         axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=f"{name} only", zorder=3)
     axes.axhline(0.95 * summary["models"]["llm"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel(f"cost relative to LLM-only decoding ({UNITS[summary['cost']]})")
-    axes.set_ylabel(f"accuracy ({summary['examples']} test problems)")
+    axes.set_ylabel(f"accuracy ({summary['examples']} {summary['split']} problems)")
     axes.set_title(f"{summary['task']}: {' -> '.join(summary['pool'])}")
     axes.set_xlim(0, 1.03)
     axes.set_ylim(0, 1.02)

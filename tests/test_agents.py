@@ -8,7 +8,7 @@ import torch
 from agents.citer import Citer
 from agents.networks import RouterNetwork
 from agents.policy import Always, Random, load_policy
-from agents.preferences import DROPPED, NOT_ROLLED_OUT, Collector, Labels
+from agents.preferences import Collector
 from agents.rollout import Scheduling, decode
 from agents.router import RouterPolicy
 from agents.training import LabelledTokens, RouterTraining, fit_router, held_out_rows, preference_loss
@@ -107,88 +107,6 @@ def test_uncertainty_orders_sure_before_unsure(measure):
     assert scores[0] > scores[1] > scores[2]
     assert scores.min() >= -1e-6
     assert scores.max() <= 1
-
-
-def plain_preferences(pool, task, example, policy, threshold, limit, branches=("slm",)):
-    """The algorithm as the paper writes it: one token of each model at a time, one routed loop per case 3; no cache."""
-
-    def next_token(model, tokens):
-        output = model.network(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
-        return int(output.logits[0, -1].argmax()), output.hidden_states[-1][0, -1], output.logits[0, -1]
-
-    def finish(tokens, count):
-        while count < limit and tokens[-1] not in pool.end_tokens:
-            slm_token, hidden, logits = next_token(pool.models[0], tokens)
-            score = policy.score(Observation(hidden[None], logits[None], np.array([count]), np.array([0])))
-            tokens = [*tokens, slm_token if score >= threshold else next_token(pool.models[1], tokens)[0]]
-            count += 1
-        return tokens
-
-    prompt = pool.encode(example.prompt).tolist()
-    reference = [*pool.encode(example.reference, special=False).tolist(), int(pool.end_tokens[0])]
-    cases, outcomes = [], {"slm": [], "llm": []}
-    for position, target in enumerate(reference):
-        prefix = prompt + reference[:position]
-        written = {name: next_token(model, prefix)[0] for name, model in zip(("slm", "llm"), pool.models, strict=True)}
-        cases.append(1 if written["slm"] == target else 2 if written["llm"] == target else 3)
-        for name, found in outcomes.items():
-            if cases[-1] == 3 and name in branches and (len(branches) == 1 or written["slm"] != written["llm"]):
-                whole = finish([*prefix, written[name]], position + 1)
-                found.append(int(task.is_correct(example, pool.decode(np.array(whole[len(prompt) :])))))
-            else:
-                found.append(NOT_ROLLED_OUT)
-    return cases, outcomes
-
-
-@pytest.mark.parametrize("policy", [Always(slm=True), Uncertainty("max_probability")])
-@pytest.mark.parametrize("branches", ["slm", "both"])
-@torch.no_grad()
-def test_preferences_equal_the_plain_algorithm(policy, branches, pool, task):
-    examples = task.examples("train", 4, start=50)
-    collector = Collector(pool, task, examples, max_new_tokens=100, scheduling=Scheduling(rows=3))
-    columns = collector.collect(range(4), Labels(branches=branches), policy, 0.8)
-    assert (columns["case"] == 3).any()
-    for number, example in enumerate(examples):
-        cases, outcomes = plain_preferences(
-            pool, task, example, policy, 0.8, 100, ("slm",) if branches == "slm" else ("slm", "llm")
-        )
-        rows = columns["example"] == number
-        assert columns["case"][rows].tolist() == cases
-        for model in ("slm", "llm"):
-            assert columns[f"{model}_outcome"][rows].tolist() == outcomes[model]
-
-
-def columns_of(cases, agree, slm=NOT_ROLLED_OUT, llm=NOT_ROLLED_OUT):
-    count = len(cases)
-    return {
-        "case": np.array(cases),
-        "slm_token": np.arange(count),
-        "llm_token": np.where(agree, np.arange(count), -5),
-        "slm_outcome": np.broadcast_to(slm, count).astype(np.int8),
-        "llm_outcome": np.broadcast_to(llm, count).astype(np.int8),
-    }
-
-
-def test_labels_follow_the_settings():
-    cases, agree = [1, 2, 3, 3, 3, 3], [True, False, True, True, False, False]
-    columns = columns_of(cases, agree, slm=[-1, -1, 0, 1, 0, 1], llm=[-1, -1, -1, -1, 0, 1])
-    expected = {
-        Labels(): [1, 0, 0, 1, 0, 1],
-        Labels(on_agreement="slm"): [1, 0, 1, 1, 0, 1],
-        Labels(branches="both"): [1, 0, 1, 1, 1, 1],
-        Labels(case_3="slm"): [1, 0, 1, 1, 1, 1],
-        Labels(case_3="llm"): [1, 0, 0, 0, 0, 0],
-        Labels(case_3="agreement"): [1, 0, 1, 1, 0, 0],
-        Labels(case_3="drop"): [1, 0, DROPPED, DROPPED, DROPPED, DROPPED],
-    }
-    for labels, wanted in expected.items():
-        assert labels.of(columns).tolist() == wanted
-    worse = columns_of([3, 3, 3], [False] * 3, slm=[0, 0, 1], llm=[1, 0, 0])
-    assert Labels(branches="both").of(worse).tolist() == [0, 1, 1]
-    assert Labels().rolled_out(columns).tolist() == [False, False, True, True, True, True]
-    for labels in (Labels(on_agreement="slm"), Labels(branches="both")):
-        assert labels.rolled_out(columns).tolist() == [False, False, False, False, True, True]
-    assert not Labels(case_3="llm").rolled_out(columns).any()
 
 
 def toy_data(examples=60, each=50):

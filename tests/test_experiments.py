@@ -9,15 +9,18 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from agents.networks import RouterNetwork
+from agents.policy import Random
 from agents.rollout import Scheduling
 from agents.router import RouterPolicy
 from agents.store import models_manifest
+from agents.uncertainty import Uncertainty
 from envs.embedded import embedded_pool
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.build import CONF, build, register_schemas
-from experiments.evaluate import Evaluation
+from experiments.evaluate import Evaluation, evaluate
 from experiments.metrics import Sweep, accuracy_at, bootstrap, comparison, cost_at, measures, monotone_hull
 from experiments.outcomes import Outcomes
+from experiments.report import gather
 from experiments.track import Tracker
 
 ROOT = Path(__file__).parent.parent
@@ -240,9 +243,69 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settings(tmp_path, monkeypatch):
+    pool, task = embedded_pool(), ArithmeticTask()
+    config = config_of("evaluate", *QUICK, "scheduling.rows=8")
+    policies = {"random": Random(seed=1), "entropy": Uncertainty()}
+
+    def evaluated(folder, config=config):
+        with Tracker(folder) as track:
+            return evaluate(config, folder, track, pool, task, policies, [], seed=0)
+
+    def rows(folder):
+        lines = (folder / "results.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "cost_seconds"} for line in lines]
+
+    evaluated(tmp_path / "whole")
+    count = [0]
+    run = Evaluation.run
+
+    def counted(self, *args):
+        count[0] += 1
+        if count[0] == 6:
+            raise KeyboardInterrupt
+        return run(self, *args)
+
+    monkeypatch.setattr(Evaluation, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path / "halves")
+    assert len(rows(tmp_path / "halves")) == 4
+    evaluated(tmp_path / "halves")
+    # thresholds, both models alone and two runs before; the one that was cut off, one more and the transcripts after
+    assert count[0] == 6 + 3
+    assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
+    other = config_of("evaluate", *QUICK, "max_new_tokens=64")
+    with pytest.raises(ValueError, match="made with max_new_tokens 128, this run has 64"):
+        evaluated(tmp_path / "whole", other)
+
+
+def test_a_multirun_ends_in_one_report(tmp_path):
+    quick = ["threads=1", "agent.examples=20", "evaluate=true", *(f"evaluation.{key}" for key in QUICK[1:])]
+    sweep = ["agent=citer_s,citer_agreement", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    callback = "+hydra.callbacks.report={_target_: experiments.report.ReportAfterMultirun, first: citer_s, samples: 20}"
+    run("train", "-m", *quick, *sweep, callback)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["policies"]) == ["citer_s", "citer_agreement"]
+    assert all(policy["seeds"] == 2 for policy in summary["policies"].values())
+    assert {"curve.png", "table.md", "results.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {(row["policy"], row["seed"]) for row in rows if row["threshold"] is not None} == {
+        (policy, seed) for policy in summary["policies"] for seed in (0, 1)
+    }
+    with pytest.raises(ValueError, match="no policy 'citer'"):
+        gather(tmp_path, "citer")
+    (tmp_path / "citer_s-seed0" / "evaluation" / "runs" / "citer_s" / "00.npz").unlink()
+    with pytest.raises(ValueError, match="interrupted; start it again"):
+        gather(tmp_path)
+    with pytest.raises(ValueError, match="holds no evaluations"):
+        gather(tmp_path / "multirun")
+
+
 @pytest.mark.parametrize(
     ("script", "overrides", "message"),
     [
+        ("collect", ["agent=entropy"], "Uncertainty collects no preferences"),
+        ("train", ["evaluate=true", "evaluation.cost=euros"], "euros"),
         ("evaluate", ["+saved.citer=nowhere"], "nowhere"),
         ("evaluate", ["cost=euros"], "euros"),
         ("evaluate", ["llm_shares=[]"], "llm_shares"),
@@ -257,7 +320,7 @@ def test_a_mistake_ends_a_program_with_one_line_and_no_traceback(script, overrid
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("suite", ["decode", "env"])
+@pytest.mark.parametrize("suite", ["decode", "env", "collect"])
 def test_benchmarks_print_their_report_last(suite, tmp_path):
     tiny = "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, mlp_size: 32}"
     sizes = [f"slm={tiny}", f"llm={tiny}", "vocab_size=64", "prompt_tokens=8", "new_tokens=8", "rate_tokens=4"]
@@ -269,6 +332,9 @@ def test_benchmarks_print_their_report_last(suite, tmp_path):
         "envs=2",
         "env_steps=3",
         "env_repeats=1",
+        "plain_examples=2",
+        "collect_examples=3",
+        "collect_repeats=1",
     ]
     done = run("benchmark", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     report = json.loads(done.stdout.strip().splitlines()[-1])
@@ -283,7 +349,9 @@ def test_benchmarks_print_their_report_last(suite, tmp_path):
             "llm_only_over_generate",
         },
         "env": set(),
+        "collect": {"plain_over_ours"},
     }[suite]
     assert report["ratios"].keys() == names
     assert all(value > 0 for value in [*report["ratios"].values(), *report["rates"].values()])
-    assert suite == "decode" or report["rates"]["vector_steps_per_second"] > 0
+    rates = {"env": "vector_steps_per_second", "collect": "reference_tokens_per_second"}
+    assert suite == "decode" or rates[suite] in report["rates"]

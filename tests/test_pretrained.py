@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from agents.citer import Citer
+from agents.rollout import Scheduling
+from envs.loading import ModelSpec
 from envs.models import ModelPool
 from envs.session import Session
+from envs.tasks.math import MathTask
+from experiments.benchmark_collect import plain_preferences
 
 pytestmark = pytest.mark.slow
 
+TRAIN = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_router_train.jsonl"
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
 PROBLEMS = [
     "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?",
@@ -82,3 +88,33 @@ def test_whatever_the_actions_two_equal_models_write_what_generate_writes(pool, 
 def test_text_survives_its_tokens(pool):
     for problem in PROBLEMS:
         assert pool.decode(pool.encode(problem)) == problem
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A few problems in the published format: the shortest of GSM8K where it is there, else two of our own."""
+    lines = [
+        {"prompt": f"Question: {PROBLEMS[0]}\nAnswer:", "cot": "It takes 2/2=1 bolt of white. 2+1=3.\n\\boxed{3}"},
+        {"prompt": f"Question: {PROBLEMS[1]}\nAnswer:", "cot": "Mia has 3*12=36 pencils. 36-5=31.\n\\boxed{31}"},
+    ]
+    lines = [line | {"answerKey": line["cot"].split("{")[1].rstrip("}")} for line in lines]
+    if TRAIN.is_file():
+        with TRAIN.open() as file:
+            found = [json.loads(line) for line, _ in zip(file, range(500), strict=False)]
+        lines = sorted(found, key=lambda line: len(line["cot"]))[:2]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_preferences_on_real_problems_equal_the_plain_algorithm(gguf, published, tmp_path):
+    # the first layers of the model stand in for a small one
+    specs = [ModelSpec(gguf, layers=8), ModelSpec(gguf)]
+    pool = ModelPool.load(specs, dtype="float32", rows=16, capacity=512, verbose=False)
+    task = MathTask(name="gsm8k", path=str(published), validation=0)
+    longest = max(len(pool.encode_response(example.reference)) for example in task.examples("train"))
+    settings = Citer(examples=2, max_new_tokens=longest + 8, scheduling=Scheduling(rows=16))
+    store = settings.collect(pool, task, 0, tmp_path / "preferences")
+    expected = plain_preferences(pool, task, task.examples("train"), longest + 8)
+    assert store.column("label").tolist() == [label for labels in expected for label in labels]
+    assert set(store.column("case")) == {1, 2, 3}
