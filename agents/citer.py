@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,7 +181,7 @@ class Collection:
             if rolls
             else None,
             "round": number,
-            "router": _digest(policy) if policy else None,
+            "router": policy.fingerprint if policy else None,
             "threshold": settings.threshold if policy else None,
         }
 
@@ -239,11 +237,3 @@ class Collection:
         columns = {name: values[where] for name, values in columns.items()}
         self.collector.redo(columns, labels, finisher, threshold)
         return columns
-
-
-def _digest(policy: RouterPolicy) -> str:
-    digest = hashlib.sha256()
-    state: Mapping[str, Any] = policy.network.state_dict()
-    for name, value in state.items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

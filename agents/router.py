@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,14 @@ class RouterPolicy:
     def parameters(self) -> int:
         """Parameters read at every decision; they are part of the cost."""
         return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells routers with other weights apart."""
+        digest = hashlib.sha256(self.features.encode())
+        for name, value in self.network.state_dict().items():
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def score(self, observation: Observation) -> Tensor:
         hidden = observation.hidden.float()

@@ -157,18 +157,24 @@ def evaluate(
         "max_new_tokens": config.max_new_tokens,
         "start": config.start,
     }
-    manifest = {**about, "models": models_manifest(pool), "examples": config.examples}
+    manifest = {
+        **about,
+        "models": models_manifest(pool),
+        "examples": config.examples,
+        "thresholds_at": {"llm_shares": list(config.llm_shares), "examples": config.threshold_examples},
+        "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
+    }
     kept = runs_folder / "manifest.json"
     examples = task.examples(check_split(config.split), config.examples, start=config.start)
     evaluation = Evaluation(pool, task, examples, config.max_new_tokens, build(config, "scheduling"), runs_folder)
     if kept.is_file():
         found = json.loads(kept.read_text())
-        check_manifest(runs_folder, found, {**manifest, "policies": list(policies)}, [*manifest, "policies"])
+        check_manifest(runs_folder, found, manifest, list(manifest))
         thresholds: dict[str, list[float]] = found["thresholds"]
     else:
         for_thresholds = task.examples("validation", config.threshold_examples)
         thresholds = choose_thresholds(evaluation, for_thresholds, policies, config.llm_shares)
-        manifest |= {"policies": list(policies), "thresholds": thresholds, "trained": list(trained), "seed": seed}
+        manifest |= {"thresholds": thresholds, "trained": list(trained), "seed": seed}
         write_text(kept, json.dumps(manifest, indent=1) + "\n")
     slm, llm = evaluation.alone(slm=True), evaluation.alone(slm=False)
     runs: dict[str, list[Outcomes]] = {}

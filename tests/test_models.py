@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import envs.attention
+import envs.linear
 import envs.models
 from envs.attention import split_by_length
+from envs.linear import OneDnnLinear, use_onednn
 from envs.models import LanguageModel
 from envs.session import Session
 
@@ -160,6 +162,23 @@ def test_one_long_chunk_among_short_ones_goes_alone():
 def test_a_difference_worth_less_than_a_pass_is_padded():
     assert len(split_by_length(np.array([1, 7, 7]), 6)) == 1
     assert [group.tolist() for group in split_by_length(np.array([1, 7, 7]), 5)] == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 31), (3, 11), (1, 300), (2, 1100)])
+def test_onednn_layers_multiply_as_pytorch_does(shape, bias, monkeypatch):
+    monkeypatch.setattr(envs.linear, "FEW_ROWS", 0)
+    torch.manual_seed(0)
+    layer, expected = torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(24, 40, bias=bias)
+    expected.load_state_dict(layer.state_dict())
+    use_onednn(layer)
+    assert type(layer) is OneDnnLinear
+    rows = torch.randn(*shape, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(rows), expected(rows), rtol=1e-5, atol=1e-5)
+    layer(rows).sum().backward()
+    expected(rows).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, expected.weight.grad)
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

@@ -92,16 +92,17 @@ def test_text_survives_its_tokens(pool):
 
 @pytest.fixture
 def published(tmp_path):
-    """A few problems in the published format: the shortest of GSM8K where it is there, else two of our own."""
+    """A few problems in the published format: the shortest of GSM8K where it is there, else some of our own."""
     lines = [
         {"prompt": f"Question: {PROBLEMS[0]}\nAnswer:", "cot": "It takes 2/2=1 bolt of white. 2+1=3.\n\\boxed{3}"},
         {"prompt": f"Question: {PROBLEMS[1]}\nAnswer:", "cot": "Mia has 3*12=36 pencils. 36-5=31.\n\\boxed{31}"},
     ]
+    lines += [line | {"prompt": line["prompt"].replace(" in total", "").replace(" left", "")} for line in lines]
     lines = [line | {"answerKey": line["cot"].split("{")[1].rstrip("}")} for line in lines]
     if TRAIN.is_file():
         with TRAIN.open() as file:
             found = [json.loads(line) for line, _ in zip(file, range(500), strict=False)]
-        lines = sorted(found, key=lambda line: len(line["cot"]))[:2]
+        lines = sorted(found, key=lambda line: len(line["cot"]))[:8]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -111,10 +112,11 @@ def test_preferences_on_real_problems_equal_the_plain_algorithm(gguf, published,
     # the first layers of the model stand in for a small one
     specs = [ModelSpec(gguf, layers=8), ModelSpec(gguf)]
     pool = ModelPool.load(specs, dtype="float32", rows=16, capacity=512, verbose=False)
-    task = MathTask(name="gsm8k", path=str(published), validation=0)
-    longest = max(len(pool.encode_response(example.reference)) for example in task.examples("train"))
-    settings = Citer(examples=2, max_new_tokens=longest + 8, scheduling=Scheduling(rows=16))
+    task = MathTask(name="gsm8k", path=str(published))
+    examples = task.examples("train")[:2]  # some are set aside for validation
+    longest = max(len(pool.encode_response(example.reference)) for example in examples)
+    settings = Citer(examples=len(examples), max_new_tokens=longest + 8, scheduling=Scheduling(rows=16))
     store = settings.collect(pool, task, 0, tmp_path / "preferences")
-    expected = plain_preferences(pool, task, task.examples("train"), longest + 8)
+    expected = plain_preferences(pool, task, examples, longest + 8)
     assert store.column("label").tolist() == [label for labels in expected for label in labels]
-    assert set(store.column("case")) == {1, 2, 3}
+    assert {1, 3} <= set(store.column("case"))
