@@ -104,7 +104,7 @@ def comparison(sweep: Sweep, other: Sweep, weights: FloatArray) -> dict[str, flo
     Returns:
         saving_at_X: 1 - cost / other's cost at share X of the LLM's accuracy. extra_cost_at_X: their difference.
         ratio_at_X: cost / other's cost. gain_at_C: accuracy less the other's at cost C. largest_gain: where it is
-        largest, and largest_gain_cost that cost.
+        largest, and largest_gain_cost that cost; largest_loss and largest_loss_cost the other way round.
     """
     ours, theirs = (monotone_hull(one.points(weights)) for one in (sweep, other))
     llm = float((sweep.correct @ weights)[-1])
@@ -119,6 +119,7 @@ def comparison(sweep: Sweep, other: Sweep, weights: FloatArray) -> dict[str, flo
     grid = grid[grid >= max(ours[0, 0], theirs[0, 0])]
     gains = np.interp(grid, ours[:, 0], ours[:, 1]) - np.interp(grid, theirs[:, 0], theirs[:, 1])
     found["largest_gain"], found["largest_gain_cost"] = float(gains.max()), float(grid[gains.argmax()])
+    found["largest_loss"], found["largest_loss_cost"] = float(-gains.min()), float(grid[gains.argmin()])
     return found
 
 

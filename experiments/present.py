@@ -23,6 +23,9 @@ UNITS = {
 }
 
 
+COMPARED = ("ratio_at_0.95", "largest_gain", "largest_loss")
+
+
 def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
     """Draw accuracy over relative cost, a line per policy, to a PNG file."""
     import matplotlib as mpl
@@ -69,7 +72,8 @@ def table(summary: Mapping[str, Any]) -> Table:
     for level in next(iter(summary["policies"].values()))["cost_at"]:
         result.add_column(f"cost at {float(level):.0%} of\nthe LLM's accuracy", justify="right")
     result.add_column(f"at 95%: cost\nover {first}'s", justify="right")
-    result.add_column(f"largest gain\nover {first}", justify="right")
+    result.add_column(f"most above\n{first}", justify="right")
+    result.add_column(f"most below\n{first}", justify="right")
     result.add_column("AIQ", justify="right")
     result.add_column("LLM tokens\nat 95%", justify="right")
     for name in ("slm", "llm"):
@@ -78,7 +82,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     for name, policy in summary["policies"].items():
         cells = [_with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()]
         against = policy[f"against_{first}"]
-        compared = [_measured(against[key]) if name != first else "" for key in ("ratio_at_0.95", "largest_gain")]
+        compared = [_measured(against[key]) if name != first else "" for key in COMPARED]
         tokens = _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"])
         label = f"{name} ({policy['seeds']})"
         result.add_row(label, "", "", *cells, *compared, _measured(policy["measures"]["aiq"]), tokens)

@@ -91,3 +91,17 @@ def pools(folders):
 @pytest.fixture(scope="session")
 def tiny_pool(pools):
     return pools["llama"]
+
+
+@pytest.fixture(scope="session")
+def pool():
+    from envs.embedded import embedded_pool
+
+    return embedded_pool()
+
+
+@pytest.fixture(scope="session")
+def task():
+    from envs.tasks.arithmetic import ArithmeticTask
+
+    return ArithmeticTask()

@@ -14,24 +14,12 @@ from agents.router import RouterPolicy
 from agents.training import LabelledTokens, RouterTraining, fit_router, held_out_rows, preference_loss
 from agents.uncertainty import Uncertainty
 from envs.costs import READ, WRITTEN
-from envs.embedded import embedded_pool
 from envs.session import Observation
-from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 from experiments.build import CONF, build, register_schemas
 
 AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
 QUICK = {"examples": 24, "training.epochs": 2, "training.batch_size": 64, "scheduling.rows": 16}
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return embedded_pool()
-
-
-@pytest.fixture(scope="module")
-def task():
-    return ArithmeticTask()
 
 
 def agent(name):

@@ -186,6 +186,7 @@ def test_a_comparison_by_hand():
     straight = 0.4 + 0.2 / 0.9 * 0.5
     assert found["largest_gain"] == pytest.approx(0.8 - straight)
     assert found["largest_gain_cost"] == pytest.approx(0.3)
+    assert found["largest_loss"] == pytest.approx(0.0)
     their_cost = 0.1 + (0.81 - 0.4) / 0.5 * 0.9
     assert found["ratio_at_0.90"] == pytest.approx(0.37 / their_cost)
     assert found["saving_at_0.90"] == pytest.approx(1 - 0.37 / their_cost)

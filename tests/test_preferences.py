@@ -19,7 +19,6 @@ from agents.router import RouterPolicy
 from agents.store import COLUMNS, FEATURES, PreferenceStore
 from agents.training import RouterTraining
 from agents.uncertainty import Uncertainty
-from envs.embedded import embedded_pool
 from envs.session import Observation
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
@@ -30,16 +29,6 @@ QUICK = {
     "training": RouterTraining(epochs=2, batch_size=64),
     "scheduling": Scheduling(rows=16),
 }
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return embedded_pool()
-
-
-@pytest.fixture(scope="module")
-def task():
-    return ArithmeticTask()
 
 
 @pytest.fixture(scope="module")
