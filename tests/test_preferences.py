@@ -101,7 +101,6 @@ def test_preferences_equal_the_plain_algorithm(policy, branches, pool, task):
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_both_rounds_equal_the_plain_algorithm(pool, task, tmp_path):
     settings = Citer(examples=30, training=RouterTraining(epochs=3, batch_size=256), scheduling=Scheduling(rows=32))
     settings.fit(pool, task, seed=0, folder=tmp_path)
@@ -112,7 +111,8 @@ def test_both_rounds_equal_the_plain_algorithm(pool, task, tmp_path):
     for store, policy in ((first, Always(slm=True)), (second, RouterPolicy(network.eval(), []))):
         columns = {name: store.column(name) for name in COLUMNS}
         for number, example in enumerate(task.examples("train", 30, start=1_000_000)):
-            cases, outcomes = plain_preferences(pool, task, example, policy, 0.5, limit=128)
+            with torch.no_grad():
+                cases, outcomes = plain_preferences(pool, task, example, policy, 0.5, limit=128)
             rows = columns["example"] == number
             positions = columns["position"][rows]
             assert columns["case"][rows].tolist() == np.array(cases)[positions].tolist()
