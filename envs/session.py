@@ -237,8 +237,9 @@ class Session:
             targets: distinct rows to overwrite, (n,), none of which is another's source.
             lengths: tokens to keep, prompt included, (n,); all where None. The SLM re-reads the last token of a
                 shortened row, since the state behind it is not kept.
-            slm_tokens: what the SLM writes next in each shortened row, (n,), where that is known. Nothing is re-read
-                then, and the row has no observation until its next step.
+            slm_tokens: what action 0 writes next in each shortened row, (n,), where that is known: the SLM's token, or
+                another one that the row is taught. Nothing is re-read then, and the row has no observation until its
+                next step.
 
         Raises:
             ValueError: lengths out of range, or a target that is another fork's source.
