@@ -66,7 +66,7 @@ class Evaluation:
 
     def outcomes(self, policy: Policy, threshold: float, name: str, number: int) -> Outcomes:
         """What a policy's answers at its threshold `number` come to."""
-        path = self.folder and self.folder / name / f"{number:02d}.npz"
+        path = self.folder and self.folder / name / f"{number:02d}.safetensors"
         if path and path.is_file():
             return Outcomes.load(path)
         found = Outcomes.of(self.run(policy, threshold, name), self.pool, policy)
@@ -76,7 +76,7 @@ class Evaluation:
 
     def alone(self, slm: bool) -> Outcomes:
         """What one model comes to without the other."""
-        path = self.folder and self.folder / ("slm.npz" if slm else "llm.npz")
+        path = self.folder and self.folder / ("slm.safetensors" if slm else "llm.safetensors")
         if path and path.is_file():
             return Outcomes.load(path)
         episodes = self.run(Always(slm=slm), 0.5, "slm only" if slm else "llm only")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load_file, save
 
 from agents.files import write_whole
 from agents.policy import Policy, decision_profile
@@ -66,19 +66,18 @@ class Outcomes:
         }
 
     def save(self, path: Path) -> None:
-        """Write an `.npz` file, whole or not at all."""
+        """Write a safetensors file, whole or not at all."""
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         arrays |= {f"cost_{unit}": cost for unit, cost in self.costs.items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_whole(path, lambda partial: partial.write_bytes(buffer.getvalue()))
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        write_whole(path, lambda partial: partial.write_bytes(content))
 
     @classmethod
     def load(cls, path: Path) -> Outcomes:
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            costs = {key.removeprefix("cost_"): file[key] for key in file.files if key.startswith("cost_")}
-            return cls(costs=costs, **{name: file[name] for name in _PLAIN})
+        arrays = load_file(path)
+        costs = {key.removeprefix("cost_"): array for key, array in arrays.items() if key.startswith("cost_")}
+        return cls(costs=costs, **{name: arrays[name] for name in _PLAIN})
 
 
 _PLAIN = ("correct", "terminated", "llm_tokens", "tokens")

@@ -49,7 +49,7 @@ def gather(folder: Path, first: str | None = None) -> Results:
             seeds = found.setdefault(name, {})
             if manifest["seed"] in seeds:
                 raise ValueError(f"{place}: {name} with seed {manifest['seed']} is there twice; report on fewer runs")
-            paths = [place / name / f"{number:02d}.npz" for number in range(len(manifest["thresholds"][name]))]
+            paths = [place / name / f"{number:02d}.safetensors" for number in range(len(manifest["thresholds"][name]))]
             for path in paths:
                 if not path.is_file():
                     raise ValueError(f"{path} is missing: that evaluation was interrupted; start it again first")
@@ -61,8 +61,8 @@ def gather(folder: Path, first: str | None = None) -> Results:
     place, about = read[0]
     return Results(
         {key: about[key] for key in ("task", "pool", "split", "start", "max_new_tokens")},
-        Outcomes.load(place / "slm.npz"),
-        Outcomes.load(place / "llm.npz"),
+        Outcomes.load(place / "slm.safetensors"),
+        Outcomes.load(place / "llm.safetensors"),
         {name: [found[name][seed] for seed in sorted(found[name])] for name in names},
         frozenset(trained),
     )

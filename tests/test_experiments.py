@@ -295,7 +295,7 @@ def test_a_multirun_ends_in_one_report(tmp_path):
     }
     with pytest.raises(ValueError, match="no policy 'citer'"):
         gather(tmp_path, "citer")
-    (tmp_path / "citer_s-seed0" / "evaluation" / "runs" / "citer_s" / "00.npz").unlink()
+    (tmp_path / "citer_s-seed0" / "evaluation" / "runs" / "citer_s" / "00.safetensors").unlink()
     with pytest.raises(ValueError, match="interrupted; start it again"):
         gather(tmp_path)
     with pytest.raises(ValueError, match="holds no evaluations"):
