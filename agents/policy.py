@@ -15,7 +15,7 @@ from torch import Tensor
 
 from envs.costs import ModelProfile
 from envs.models import ModelPool
-from envs.session import Observation
+from envs.steps import Observation
 from envs.tasks.task import Task
 
 POLICY_FILE = "policy.json"

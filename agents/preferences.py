@@ -17,7 +17,8 @@ from agents.rollout import Scheduling, drive
 from agents.store import FEATURES, Columns
 from envs.cache import IntArray
 from envs.models import ModelPool
-from envs.session import BoolArray, Session
+from envs.session import Session
+from envs.steps import BoolArray
 from envs.tasks.task import Example, Task
 
 NOT_ROLLED_OUT = -1

@@ -15,7 +15,7 @@ from agents.router import RouterPolicy
 from agents.store import models_manifest
 from agents.training import LabelledTokens, RouterTraining, fit_router
 from envs.models import ModelPool
-from envs.session import Observation
+from envs.steps import Observation
 from envs.tasks.task import Task, first_training_example
 
 

@@ -18,7 +18,7 @@ from agents.networks import RouterNetwork, all_features, feature_width
 from agents.policy import POLICY_FILE
 from agents.store import models_manifest
 from envs.models import ModelPool
-from envs.session import Observation
+from envs.steps import Observation
 
 
 @dataclass

@@ -21,7 +21,7 @@ from agents.networks import RouterNetwork
 from agents.policy import Track
 from envs.cache import IntArray
 from envs.costs import FloatArray
-from envs.session import BoolArray
+from envs.steps import BoolArray
 
 # Rows shuffled together, so that memory does not grow with the data: 73 MB at 139 features.
 SHUFFLED_ROWS = 2**18

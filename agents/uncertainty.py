@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agents.policy import Track, untracked
 from envs.models import ModelPool
-from envs.session import Observation
+from envs.steps import Observation
 from envs.tasks.task import Task
 
 MEASURES = ("max_probability", "margin", "entropy")

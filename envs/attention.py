@@ -8,17 +8,20 @@ where they lie, others are copied together, or form a group each where copying w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-IntArray = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from envs.cache import IntArray
+
 SLOT_ATTENTION = "slot_sdpa"
 # Rows are attended one by one where copying a row's keys and values of one layer would move more bytes than this: about
 # what a call costs on a CPU. An accelerator's memory is so much faster than its launches that it always copies.
@@ -27,6 +30,9 @@ COPY_BYTES = {"cpu": 256 * 1024}
 CALL_QUERIES = 32
 # Rows are read as a view where they are at least 1 in so many of the rows from the first to the last of them.
 SPARSE = 1.5
+# What a forward pass costs, roughly: seconds of Python and launches, bytes of weights read a second, and operations a
+# second. Only how ragged chunks are split into padded passes depends on it.
+MACHINES = {"cpu": (1e-3, 2e10, 1e11), "cuda": (1e-3, 1e12, 1e14)}
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,16 @@ def plan(rows: IntArray, before: IntArray, counts: IntArray, one_by_one: bool, d
     ends = np.cumsum(counts).tolist()
     groups = []
     for part in split_by_length(counts, 0 if one_by_one else CALL_QUERIES):
-        apart = one_by_one and np.ptp(rows[part]) + 1 > SPARSE * len(part)
-        for p in part[:, None] if apart else [part]:
+        for p in part[:, None] if one_by_one and not close_together(rows[part]) else [part]:
             tokens = slice(ends[p[0]] - int(counts[p[0]]), ends[p[-1]])
             make = _single if len(p) == 1 else _group
             groups.append(make(rows[p], before[p], counts[p], tokens, device))
     return groups
+
+
+def close_together(rows: IntArray) -> bool:
+    """Whether a view from the first to the last of `rows` holds few others."""
+    return bool(np.ptp(rows) + 1 <= SPARSE * len(rows))
 
 
 def _single(rows: IntArray, before: IntArray, counts: IntArray, tokens: slice, device: torch.device) -> Group:
@@ -86,7 +96,7 @@ def _single(rows: IntArray, before: IntArray, counts: IntArray, tokens: slice, d
 def _group(rows: IntArray, before: IntArray, counts: IntArray, tokens: slice, device: torch.device) -> Group:
     where: slice | Tensor
     first, span = int(rows.min()), int(np.ptp(rows)) + 1
-    if span <= SPARSE * len(rows):
+    if close_together(rows):
         where, offsets = slice(first, first + span), rows - first
     else:
         where, offsets, span = torch.from_numpy(rows).to(device), np.arange(len(rows)), len(rows)
@@ -124,6 +134,14 @@ def split_by_length(counts: IntArray, pass_tokens: int) -> list[IntArray]:
     cut = int(saved.argmax()) + 1
     parts = (np.sort(order[:cut]), np.sort(order[cut:]))
     return [part[group] for part in parts for group in split_by_length(counts[part], pass_tokens)]
+
+
+def padded_tokens_per_pass(network: PreTrainedModel, device_type: str) -> int:
+    """How many padded tokens cost as much as one more forward pass."""
+    host_seconds, bytes_per_second, flops = MACHINES.get(device_type, MACHINES["cuda"])
+    parameters = sum(p.numel() for p in network.parameters())
+    stored = sum(p.numel() * p.element_size() for p in network.parameters())
+    return int((host_seconds + stored / bytes_per_second) / (2 * parameters / flops))
 
 
 def with_groups(store: Tensor, groups: list[Group]) -> Tensor:

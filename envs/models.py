@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from envs.attention import SLOT_ATTENTION, split_by_length
+from envs.attention import SLOT_ATTENTION, padded_tokens_per_pass, split_by_length
 from envs.cache import IntArray, SlotCache
 from envs.costs import ModelProfile
 from envs.linear import use_onednn
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from envs.loading import ModelSpec
 
-# What a forward pass costs, roughly: seconds of Python and launches, bytes of weights read a second, and operations a
-# second. Only how ragged chunks are split into padded passes depends on it.
-MACHINES = {"cpu": (1e-3, 2e10, 1e11), "cuda": (1e-3, 1e12, 1e14)}
 # Architectures that hand their attention what the cache returns as it is, so that a pass needs no padding.
 PACKED = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
@@ -152,26 +149,16 @@ class LanguageModel:
         self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], counts: IntArray, every_position: bool
     ) -> tuple[Tensor, Tensor]:
         order = np.argsort(counts, kind="stable")
-        ends = np.cumsum(counts[order])
         positions = cache.pack(rows[order], counts[order])
-        last = torch.from_numpy(ends[np.argsort(order)] - 1).to(self.device)
+        wanted = np.cumsum(counts[order])[np.argsort(order)] - 1
         if every_position:
-            begins = np.empty_like(ends)
-            begins[order] = ends - counts[order]
-            wanted = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-            last = torch.from_numpy(wanted).to(self.device)
-        output = self.network(
-            input_ids=torch.from_numpy(np.concatenate([chunks[i] for i in order]))[None].to(self.device),
-            position_ids=positions,
-            # attention has its own; one of four dimensions keeps transformers from making another
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last,
-        )
-        cache.lengths[rows] += counts
-        hidden, self._hidden = self._hidden[0], self._hidden[:0]
-        return hidden, output.logits[0]
+            wanted = np.repeat(wanted - np.cumsum(counts) + 1, counts) + np.arange(counts.sum())
+        # attention has its own mask; one of four dimensions keeps transformers from making another
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        keep = torch.from_numpy(wanted).to(self.device)
+        ids = np.concatenate([chunks[i] for i in order])[None]
+        hidden, logits = self._forward(cache, rows, counts, ids, positions, mask, keep)
+        return hidden[0], logits[0]
 
     def _padded_pass(
         self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], counts: IntArray, keep: int
@@ -182,10 +169,16 @@ class LanguageModel:
         for row, chunk in zip(ids, chunks, strict=True):
             row[width - len(chunk) :] = chunk
         positions, visible = cache.pad(rows, counts, width)
+        return self._forward(cache, rows, counts, ids, positions, visible, keep)
+
+    def _forward(
+        self, cache: SlotCache, rows: IntArray, counts: IntArray, ids: IntArray, positions: Tensor, mask: Tensor,
+        keep: int | Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         output = self.network(
             input_ids=torch.from_numpy(ids).to(self.device),
             position_ids=positions,
-            attention_mask=visible,
+            attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
@@ -193,14 +186,6 @@ class LanguageModel:
         cache.lengths[rows] += counts
         hidden, self._hidden = self._hidden, self._hidden[:0]
         return hidden, output.logits
-
-
-def padded_tokens_per_pass(network: PreTrainedModel, device_type: str) -> int:
-    """How many padded tokens cost as much as one more forward pass."""
-    host_seconds, bytes_per_second, flops = MACHINES.get(device_type, MACHINES["cuda"])
-    parameters = sum(p.numel() for p in network.parameters())
-    stored = sum(p.numel() * p.element_size() for p in network.parameters())
-    return int((host_seconds + stored / bytes_per_second) / (2 * parameters / flops))
 
 
 def text_config(config: Any) -> Any:

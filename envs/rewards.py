@@ -11,7 +11,7 @@ import numpy as np
 
 from envs.cache import IntArray
 from envs.costs import FloatArray
-from envs.session import BoolArray
+from envs.steps import BoolArray
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from envs.models import ModelPool
 from envs.render import ansi
 from envs.rewards import OutcomeReward, Reward, Transition
 from envs.sampling import Sampling
-from envs.session import BoolArray, Session, Step
+from envs.session import Session
+from envs.steps import BoolArray, Step
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, Split, Task, check_split
 

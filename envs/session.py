@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,46 +14,10 @@ from envs.cache import IntArray
 from envs.costs import COLUMNS, SECONDS, WRITTEN, FloatArray, pass_entry
 from envs.models import ModelPool
 from envs.sampling import Sampling
+from envs.steps import BoolArray, Observation, Step
 
 # Logits held at once while references are read, in elements (256 MB in float32).
 LOGITS_AT_ONCE = 2**26
-BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a router may see of n rows that await a decision.
-
-    Attributes:
-        hidden: the SLM's last hidden state after the final norm, float32, (n, width).
-        logits: the SLM's next-token logits, (n, vocab).
-        positions: tokens of the response written so far, (n,).
-        episodes: a number for each row's episode, (n,); together with the position it names the decision.
-    """
-
-    hidden: Tensor
-    logits: Tensor
-    positions: IntArray
-    episodes: IntArray
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one routed step did to n rows.
-
-    Attributes:
-        tokens: the tokens written, (n,).
-        slm_tokens: the tokens the SLM would have written (greedily), (n,).
-        terminated: an end-of-sequence token was written, (n,).
-        truncated: the limit of new tokens was reached without one, (n,).
-        work: ledger entries of the step, (n, models, COLUMNS).
-    """
-
-    tokens: IntArray
-    slm_tokens: IntArray
-    terminated: BoolArray
-    truncated: BoolArray
-    work: FloatArray
 
 
 class Session:
@@ -372,8 +335,9 @@ class Session:
 
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
-        self._catch_up(np.asarray(rows, dtype=np.int64))
-        index = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self._hidden.device)
+        rows = np.asarray(rows, dtype=np.int64)
+        self._catch_up(rows)
+        index = torch.from_numpy(rows).to(self._hidden.device)
         positions = self._lengths[rows] - self._prompts[rows]
         return Observation(self._hidden[index], self._logits[index], positions, self._episodes[rows])
 

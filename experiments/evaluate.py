@@ -29,7 +29,7 @@ from agents.rollout import Episode, Scheduling, decode
 from agents.store import check_manifest, models_manifest
 from envs.costs import ALL_COSTS
 from envs.models import ModelPool
-from envs.session import Observation
+from envs.steps import Observation
 from envs.tasks.task import Example, Task, check_split
 from experiments.build import build, program
 from experiments.outcomes import Outcomes

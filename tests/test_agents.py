@@ -14,7 +14,7 @@ from agents.router import RouterPolicy
 from agents.training import LabelledTokens, RouterTraining, fit_router, held_out_rows, preference_loss
 from agents.uncertainty import Uncertainty
 from envs.costs import READ, WRITTEN
-from envs.session import Observation
+from envs.steps import Observation
 from envs.tasks.task import Example
 from experiments.build import CONF, build, register_schemas
 

@@ -19,7 +19,7 @@ from agents.router import RouterPolicy
 from agents.store import COLUMNS, FEATURES, PreferenceStore
 from agents.training import RouterTraining
 from agents.uncertainty import Uncertainty
-from envs.session import Observation
+from envs.steps import Observation
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
