@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from agents.networks import FEATURES, feature_width
 from agents.policy import Policy, Track, untracked
 from agents.preferences import DROPPED, Collector, Labels, continuation_policy, shares
 from agents.rollout import Scheduling
 from agents.router import RouterPolicy
 from agents.store import COLUMNS, Columns, PreferenceStore, check_manifest, models_manifest
 from agents.training import LabelledTokens, RouterTraining, fit_router
+from envs.features import feature_width
 from envs.models import ModelPool
 from envs.tasks.task import Task, first_training_example
 
@@ -68,7 +68,11 @@ class Citer:
             )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], is {self.threshold}")
-        known = {"continuation": ("router", "slm", "llm"), "on_too_long": ("error", "skip"), "features": FEATURES}
+        known = {
+            "continuation": ("router", "slm", "llm"),
+            "on_too_long": ("error", "skip"),
+            "features": ("hidden", "hidden_logits"),
+        }
         for key, values in known.items():
             if getattr(self, key) not in values:
                 raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose one of {', '.join(values)}")

@@ -1,4 +1,4 @@
-"""The router network, and what it sees."""
+"""The router network."""
 
 from __future__ import annotations
 
@@ -6,28 +6,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-
-FEATURES = ("hidden", "hidden_logits")
-TOP = 10
-"""Log-probabilities among the logit features."""
-
-
-def logit_features(logits: Tensor) -> Tensor:
-    """Entropy (nats) and the TOP largest log-probabilities of next-token logits (n, vocab): float32, (n, 1 + TOP)."""
-    log_probabilities = logits.float().log_softmax(-1)
-    entropy = -(log_probabilities.exp() * log_probabilities.clamp(min=-1e9)).sum(-1, keepdim=True)
-    # far below what float16 and a router can tell apart
-    return torch.cat([entropy, log_probabilities.topk(TOP, dim=-1).values.clamp(min=-50)], dim=-1)
-
-
-def all_features(hidden: Tensor, logits: Tensor) -> Tensor:
-    """All a router may see of n states: hidden states (n, width), then logit features; (n, width + 1 + TOP)."""
-    return torch.cat([hidden.float(), logit_features(logits)], dim=-1)
-
-
-def feature_width(features: str, width: int) -> int:
-    """How many of `all_features` a router sees, the first ones."""
-    return width if features == "hidden" else width + 1 + TOP
 
 
 class RouterNetwork(nn.Module):

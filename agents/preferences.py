@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agents.networks import all_features, feature_width
 from agents.policy import Always, Policy
 from agents.rollout import Scheduling, drive
 from agents.store import FEATURES, Columns
 from envs.cache import IntArray
+from envs.features import all_features, feature_width
 from envs.models import ModelPool
-from envs.session import Session
 from envs.steps import BoolArray
 from envs.tasks.task import Example, Task
+from envs.teacher import TeacherSession
 
 NOT_ROLLED_OUT = -1
 DROPPED = -1
@@ -127,7 +127,7 @@ class Collector:
         self._references = [pool.encode_response(example.reference) for example in examples]
         # half of the rows hold references, the others are forked from them
         self._rows = max(1, self.scheduling.rows_for(pool) // 2)
-        self._session = Session(pool, 2 * self._rows, max_new_tokens)
+        self._session = TeacherSession(pool, 2 * self._rows, max_new_tokens)
         self._no_features = torch.zeros(0, feature_width("hidden_logits", pool.slm.width), dtype=torch.float16)
         self.fits = np.ones(len(examples), dtype=bool)
         for number, (example, prompt) in enumerate(zip(examples, self._prompts, strict=True)):

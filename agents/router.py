@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.files import write_tensors, write_text
-from agents.networks import RouterNetwork, all_features, feature_width
+from agents.networks import RouterNetwork
 from agents.policy import POLICY_FILE
 from agents.store import models_manifest
+from envs.features import feature_width
 from envs.models import ModelPool
 from envs.steps import Observation
 
@@ -28,7 +29,7 @@ class RouterPolicy:
     Attributes:
         network: in evaluation mode.
         models: names and fingerprints of the pool it was trained for; it reads the first one's states.
-        features: what it sees: `hidden`, or `hidden_logits`.
+        features: what it sees, one of `envs.features.FEATURES`.
         calibration: how its scores compare with the labels of examples held out.
     """
 
@@ -51,9 +52,7 @@ class RouterPolicy:
         return digest.hexdigest()[:16]
 
     def score(self, observation: Observation) -> Tensor:
-        hidden = observation.hidden.float()
-        seen = hidden if self.features == "hidden" else all_features(hidden, observation.logits)
-        return torch.sigmoid(self.network(seen))
+        return torch.sigmoid(self.network(observation.seen(self.features)))
 
     def save(self, folder: Path) -> None:
         """Write `router.safetensors` and `policy.json`."""

@@ -15,6 +15,8 @@ from envs.steps import Observation
 from envs.tasks.task import Task
 
 MEASURES = ("max_probability", "margin", "entropy")
+MOST_NATS = math.log(2**18)
+"""The entropy that scores 0: a uniform draw from a vocabulary larger than any."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Uncertainty:
     """Scores a decision by how sure the SLM is of its next token.
 
     Args:
-        measure: `max_probability`, `margin` (first less second probability) or `entropy` (1 - H / log vocabulary).
+        measure: `max_probability`, `margin` (first less second probability) or `entropy` (1 - H / MOST_NATS).
     """
 
     measure: Literal["max_probability", "margin", "entropy"] = "entropy"
@@ -37,9 +39,7 @@ class Uncertainty:
         return self
 
     def score(self, observation: Observation) -> Tensor:
-        log_probabilities = observation.logits.float().log_softmax(-1)
+        entropy, top, second = observation.logit_features[:, :3].unbind(-1)
         if self.measure == "entropy":
-            entropy = -(log_probabilities.exp() * log_probabilities.clamp(min=-1e9)).sum(-1)
-            return 1 - entropy / math.log(log_probabilities.shape[-1])
-        top = log_probabilities.topk(2, dim=-1).values.exp()
-        return top[:, 0] if self.measure == "max_probability" else top[:, 0] - top[:, 1]
+            return 1 - entropy / MOST_NATS
+        return top.exp() if self.measure == "max_probability" else top.exp() - second.exp()

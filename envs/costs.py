@@ -44,8 +44,32 @@ def pass_entry(new_tokens: IntArray, context: IntArray, seconds: float) -> Float
     entry[:, READ] = new_tokens
     entry[:, CONTEXT] = context
     entry[:, PAIRS] = new_tokens * context + new_tokens * (new_tokens + 1) / 2
-    entry[:, SECONDS] = seconds / len(new_tokens)
+    entry[:, SECONDS] = seconds / max(1, len(new_tokens))
     return entry
+
+
+def step_entries(actions: IntArray, lengths: IntArray, read: IntArray, going_on: IntArray) -> FloatArray:
+    """The ledger entries of a routed step, but for seconds: what `Session.step` enters, without running a model.
+
+    Args:
+        actions: the model that writes, (n,).
+        lengths: tokens of each row before the step, prompt included, (n,).
+        read: tokens of each row that each model has in its cache, (n, models); updated. The SLM has them all.
+        going_on: whether the SLM reads the token written, (n,); it does not where that ends the response.
+
+    Returns:
+        (n, models, COLUMNS).
+    """
+    n = np.arange(len(actions))
+    entries = np.zeros((*read.shape, COLUMNS))
+    others = np.flatnonzero(actions)
+    writers = actions[others]
+    entries[others, writers] = pass_entry(lengths[others] - read[others, writers], read[others, writers], 0.0)
+    read[others, writers] = lengths[others]
+    entries[n, 0] += pass_entry(np.ones_like(lengths), lengths, 0.0) * going_on[:, None]
+    read[n, 0] += going_on
+    entries[n, actions, WRITTEN] += 1
+    return entries
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gymnasium.vector.utils import batch_space
 from envs.cache import IntArray
 from envs.costs import ALL_COSTS, CostModel, FloatArray, LlmTokens, Price
 from envs.embedded import embedded_pool
+from envs.features import Features, check_features, feature_width
 from envs.models import ModelPool
 from envs.render import ansi
 from envs.rewards import OutcomeReward, Reward, Transition
@@ -42,6 +43,7 @@ class _Routing:
         max_new_tokens: int = 128,
         capacity: int | None = None,
         sampling: Sampling | None = None,
+        features: Features = "hidden",
     ) -> None:
         self.pool = pool or embedded_pool()
         self.task = task or ArithmeticTask()
@@ -60,7 +62,9 @@ class _Routing:
         self.examples: list[Example | None] = [None] * rows
         self._references: list[IntArray] = [np.zeros(0, dtype=np.int64)] * rows
         self._on_reference = np.zeros(rows, dtype=bool)
-        self.observation_space = gym.spaces.Box(-HIDDEN_BOUND, HIDDEN_BOUND, (self.pool.slm.width,), np.float32)
+        self.features = check_features(features)
+        width = feature_width(features, self.pool.slm.width)
+        self.observation_space = gym.spaces.Box(-HIDDEN_BOUND, HIDDEN_BOUND, (width,), np.float32)
         self.action_space: gym.spaces.Discrete = gym.spaces.Discrete(len(self.pool))
 
     def start(self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[Example | None]) -> Info:
@@ -95,17 +99,16 @@ class _Routing:
         rewards = self.reward(
             Transition(actions, step.tokens, step.slm_tokens, references, lengths, costs, ended, correct)
         )
-        info: Info = {"token": step.tokens, "model": np.array(actions)} | self._costs(
-            self._step_price, step.work, "cost"
-        )
+        info: Info = {"token": step.tokens, "model": np.array(actions), "cost": costs}
+        info |= self._costs(self._step_price, step.work, "cost")
         return step, rewards, info, finals
 
     def observe(self, rows: IntArray, terminated: BoolArray | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Hidden states, (n, width); zeros where a response has terminated."""
-        hidden = self.session.observe(rows).hidden.float().cpu().numpy()
+        """What is seen of rows, (n, width); zeros where a response has terminated."""
+        seen = self.session.observe(rows).seen(self.features).cpu().numpy()
         if terminated is not None:
-            hidden[terminated] = 0.0
-        return np.asarray(hidden)
+            seen[terminated] = 0.0
+        return np.asarray(seen)
 
     def render(self, row: int) -> str:
         example = self.examples[row]
@@ -153,8 +156,9 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
     `Discrete(K)` for a pool of K models: 0 is the SLM, K - 1 the LLM.
 
     ## Observation space
-    `Box(-1e6, 1e6, (width,), float32)`: the SLM's last-layer hidden state (after the final norm) at the last position.
-    After the end-of-sequence token it is all zeros.
+    `Box(-1e6, 1e6, (width,), float32)`: the SLM's last-layer hidden state (after the final norm) at the last position;
+    with richer `features` also the entropy and top log-probabilities of its next token, and the history. After the
+    end-of-sequence token it is all zeros.
 
     ## Reward
     `reward`, by default `OutcomeReward`: -cost_weight x cost at every step, + 1 at the end if the answer is right. The
@@ -170,8 +174,8 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
 
     ## Info
     At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`, `model`,
-    `cost_UNIT` for the units bytes, flops, llm_tokens and dollars. At the end also: `text`, `correct`, `slm_tokens`,
-    `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these units and measured seconds (which are
+    `cost` (what the reward weighs), `cost_UNIT` for the units bytes, flops, llm_tokens and dollars. At the end also:
+    `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these units and measured seconds (which are
     left out of a step's info because they never repeat).
 
     ## Arguments
@@ -186,6 +190,7 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
         max_new_tokens: the longest response.
         capacity: the longest sequence, prompt included; the pool's where None.
         sampling: greedy where None.
+        features: what is observed: `hidden`, `hidden_logits` or `hidden_logits_history` (`envs.features`).
         render_mode: `ansi` (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
 
     ## Version
@@ -204,10 +209,11 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
         max_new_tokens: int = 128,
         capacity: int | None = None,
         sampling: Sampling | None = None,
+        features: Features = "hidden",
         render_mode: str | None = None,
     ) -> None:
         check_render_mode(render_mode)
-        self.routing = _Routing(1, pool, task, cost, reward, split, max_new_tokens, capacity, sampling)
+        self.routing = _Routing(1, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features)
         self.observation_space = self.routing.observation_space
         self.action_space = self.routing.action_space  # type: ignore[assignment]
         self.render_mode = render_mode
@@ -247,6 +253,7 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         max_new_tokens: the longest response.
         capacity: the longest sequence, prompt included.
         sampling: greedy where None.
+        features: what is observed.
         render_mode: `ansi` or None.
     """
 
@@ -267,13 +274,14 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         max_new_tokens: int = 128,
         capacity: int | None = None,
         sampling: Sampling | None = None,
+        features: Features = "hidden",
         render_mode: str | None = None,
     ) -> None:
         check_render_mode(render_mode)
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, is {num_envs}")
         self.num_envs = num_envs
-        self.routing = _Routing(num_envs, pool, task, cost, reward, split, max_new_tokens, capacity, sampling)
+        self.routing = _Routing(num_envs, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features)
         self.single_observation_space = self.routing.observation_space
         self.single_action_space = self.routing.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)

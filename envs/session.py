@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,7 @@ from envs.cache import IntArray
 from envs.costs import COLUMNS, SECONDS, WRITTEN, FloatArray, pass_entry
 from envs.models import ModelPool
 from envs.sampling import Sampling
-from envs.steps import BoolArray, Observation, Step
-
-# Logits held at once while references are read, in elements (256 MB in float32).
-LOGITS_AT_ONCE = 2**26
+from envs.steps import BoolArray, Observation, Step, since_llm
 
 
 class Session:
@@ -68,6 +65,7 @@ class Session:
         self._limits: IntArray = np.full(rows, max_new_tokens, dtype=np.int64)
         self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
         self._slm_tokens: IntArray = np.zeros(rows, dtype=np.int64)
+        self._since_llm: IntArray = np.zeros(rows, dtype=np.int64)
         self._active: BoolArray = np.zeros(rows, dtype=bool)
         self._unread: BoolArray = np.zeros(rows, dtype=bool)  # the SLM has tokens to read before the next decision
         self._generators: list[np.random.Generator | None] = [None] * rows
@@ -128,6 +126,7 @@ class Session:
             self._tokens[row, : len(prompt)] = prompt
         self._prompts[rows] = self._lengths[rows] = [len(prompt) for prompt in prompts]
         self._episodes[rows] = rows if episodes is None else episodes
+        self._since_llm[rows] = 0
         self._limits[rows] = self.max_new_tokens if limits is None else np.minimum(limits, self.max_new_tokens)
         for position, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[position]
@@ -176,6 +175,7 @@ class Session:
         self._tokens[rows, self._lengths[rows]] = tokens
         self._writers[rows, self._lengths[rows]] = actions
         self._lengths[rows] += 1
+        self._since_llm[rows] = np.where(actions > 0, 0, self._since_llm[rows] + 1)
         terminated = np.isin(tokens, self.pool.end_tokens)
         truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self._limits[rows])
         self._active[rows] = ~(terminated | truncated)
@@ -226,7 +226,7 @@ class Session:
             # a model must have a token to read when it is next asked for one
             cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
         rowwise = (self._tokens, self._writers, self._prompts, self._limits, self._episodes, self._slm_tokens)
-        for state in (*rowwise, self.ledger):
+        for state in (*rowwise, self._since_llm, self.ledger):
             state[targets] = state[sources]
         for target, source in zip(targets, sources, strict=True):
             generator = self._generators[source]
@@ -239,7 +239,9 @@ class Session:
         self._hidden[to], self._logits[to] = self._hidden[of], self._logits[of]
         for target in targets[shortened]:
             # tokens that are gone were not written
-            self.ledger[target, :, WRITTEN] = np.bincount(self.writers(target), minlength=len(self.pool))
+            writers = self.writers(target)
+            self.ledger[target, :, WRITTEN] = np.bincount(writers, minlength=len(self.pool))
+            self._since_llm[target] = since_llm(writers)
         self._unread[targets] = False
         if slm_tokens is not None:
             self._slm_tokens[targets] = slm_tokens
@@ -252,83 +254,6 @@ class Session:
         """Forget the tokens of each row beyond `lengths`, (n,), prompt included; the rows go on from there."""
         self.fork(rows, rows, lengths)
 
-    def extend(self, rows: IntArray, chunks: Sequence[IntArray]) -> None:
-        """Append given tokens to the responses (teacher forcing), as if the SLM had written them.
-
-        Raises:
-            ValueError: a response would pass `max_new_tokens`, or a row is not in flight.
-        """
-        rows = self._checked(rows)
-        counts = np.array([len(chunk) for chunk in chunks])
-        ends = self._lengths[rows] + counts
-        if not self._active[rows].all() or (ends - self._prompts[rows] >= self._limits[rows]).any():
-            raise ValueError(f"rows {rows.tolist()} cannot take {counts.tolist()} more tokens and stay in flight")
-        self._catch_up(rows)
-        for row, chunk, end in zip(rows, chunks, ends, strict=True):
-            self._tokens[row, end - len(chunk) : end] = chunk
-            self._writers[row, end - len(chunk) : end] = 0
-        self._lengths[rows] = ends
-        work = np.zeros((len(rows), len(self.pool), COLUMNS))
-        work[:, 0, WRITTEN] = counts
-        self._leave_unread(rows, work, np.arange(len(rows)))
-        self.ledger[rows] += work
-
-    def start_references(
-        self,
-        rows: IntArray,
-        prompts: Sequence[IntArray],
-        responses: Sequence[IntArray],
-        view: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[list[Tensor], list[IntArray]]:
-        """Start rows that hold whole reference responses, read by every model in one teacher-forced pass.
-
-        The rows can be forked at any length; they are not in flight themselves.
-
-        Args:
-            rows: distinct rows, (n,).
-            prompts: n arrays of token ids.
-            responses: n arrays of token ids, the end-of-sequence token included.
-            view: what to make of the SLM's hidden states (tokens, width) and logits (tokens, vocab); the hidden states
-                in float32 where None.
-
-        Returns:
-            For each row the view before each token of the response (length, ...), and the tokens each model would write
-            there (length, models).
-
-        Raises:
-            ValueError: a prompt or a response does not fit.
-        """
-        rows = self._checked(rows)
-        for row, prompt, response in zip(rows, prompts, responses, strict=True):
-            self.check_fit(f"row {row}", prompt, response)
-            whole = np.concatenate([prompt, response])
-            self._tokens[row, : len(whole)], self._writers[row, : len(whole)] = whole, 0
-            self._prompts[row], self._lengths[row] = len(prompt), len(whole)
-        self._active[rows], self._unread[rows], self._episodes[rows], self.ledger[rows] = False, False, rows, 0
-        self._limits[rows] = self.max_new_tokens
-        views: list[Tensor] = [torch.empty(0)] * len(rows)
-        choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]
-        # logits of every position are large: few rows at a time where the vocabulary is
-        longest = int(self._lengths[rows].max())
-        together = max(1, LOGITS_AT_ONCE // (longest * max(model.vocab_size for model in self.pool.models)))
-        for model, cache in enumerate(self._caches):
-            cache.free(rows)
-            for first in range(0, len(rows), together):
-                part = rows[first : first + together]
-                chunks = [self._tokens[row, : self._lengths[row] - 1] for row in part]
-                started = time.perf_counter()
-                states, logits = self.pool.models[model].feed(cache, part, chunks, every_position=True)
-                logits = logits[:, : self.pool.vocab_size]
-                tokens = self.pool.greedy(model, logits)
-                read, nothing = self._lengths[part] - 1, np.zeros(len(part), dtype=np.int64)
-                self.ledger[part, model] = pass_entry(read, nothing, time.perf_counter() - started)
-                for i, end in enumerate(np.cumsum(read), start=first):
-                    positions = slice(int(end) - len(responses[i]), int(end))
-                    choices[i][:, model] = tokens[positions]
-                    if model == 0:
-                        views[i] = view(states[positions], logits[positions]) if view else states[positions].float()
-        return views, choices
-
     def free(self, rows: IntArray) -> None:
         """Take rows out of flight."""
         self._active[rows] = self._unread[rows] = False
@@ -339,7 +264,9 @@ class Session:
         self._catch_up(rows)
         index = torch.from_numpy(rows).to(self._hidden.device)
         positions = self._lengths[rows] - self._prompts[rows]
-        return Observation(self._hidden[index], self._logits[index], positions, self._episodes[rows])
+        return Observation(
+            self._hidden[index], self._logits[index], positions, self._episodes[rows], self._since_llm[rows]
+        )
 
     def response(self, row: int) -> IntArray:
         """Tokens of the response so far, (n,), an end-of-sequence token included."""

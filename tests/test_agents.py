@@ -80,7 +80,9 @@ def test_gathering_saves_llm_passes_and_reads_the_same_tokens(pool, task):
 
 def test_random_is_uniform_and_nested():
     positions = np.tile(np.arange(100), 100)
-    observation = Observation(torch.zeros(10_000, 2), torch.zeros(10_000, 2), positions, np.repeat(np.arange(100), 100))
+    observation = Observation(
+        torch.zeros(10_000, 2), torch.zeros(10_000, 2), positions, np.repeat(np.arange(100), 100), positions
+    )
     scores = Random(seed=1).score(observation).numpy()
     assert abs(scores.mean() - 0.5) < 0.01
     assert np.abs(np.histogram(scores, bins=10, range=(0, 1))[0] - 1000).max() < 150
@@ -90,8 +92,9 @@ def test_random_is_uniform_and_nested():
 
 @pytest.mark.parametrize("measure", ["max_probability", "margin", "entropy"])
 def test_uncertainty_orders_sure_before_unsure(measure):
-    logits = torch.tensor([[9.0, 0, 0, 0], [2.0, 1, 0, 0], [0.0, 0, 0, 0]])
-    scores = Uncertainty(measure).score(Observation(torch.zeros(3, 2), logits, np.zeros(3), np.zeros(3))).numpy()
+    logits = torch.zeros(3, 12)
+    logits[0, 0], logits[1, 0], logits[1, 1] = 9, 2, 1
+    scores = Uncertainty(measure).score(Observation(torch.zeros(3, 2), logits, *[np.zeros(3)] * 3)).numpy()
     assert scores[0] > scores[1] > scores[2]
     assert scores.min() >= -1e-6
     assert scores.max() <= 1
@@ -116,7 +119,7 @@ def test_the_router_learns_a_two_state_problem():
     rows = []
     network = train(hidden, labels, examples, rows.append, epochs=30)
     policy = RouterPolicy(network, [])
-    scores = policy.score(Observation(hidden, torch.zeros(len(hidden), 2), examples, examples))
+    scores = policy.score(Observation(hidden, torch.zeros(len(hidden), 2), examples, examples, examples))
     regret = (scores.round().bool() != labels).float().mean()
     assert regret < 0.01
     assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]

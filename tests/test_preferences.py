@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import agents.files
 import agents.store
 from agents.citer import Citer
-from agents.networks import RouterNetwork, all_features, feature_width, logit_features
+from agents.networks import RouterNetwork
 from agents.policy import Always
 from agents.preferences import DROPPED, NOT_ROLLED_OUT, Collector, Labels, shares
 from agents.rollout import Scheduling
@@ -19,6 +19,7 @@ from agents.router import RouterPolicy
 from agents.store import COLUMNS, FEATURES, PreferenceStore
 from agents.training import RouterTraining
 from agents.uncertainty import Uncertainty
+from envs.features import all_features, feature_width, logit_features
 from envs.steps import Observation
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
@@ -61,7 +62,9 @@ def plain_preferences(pool, task, example, policy, threshold, limit, branches=("
     def finish(tokens, count):
         while count < limit and tokens[-1] not in pool.end_tokens:
             slm_token, hidden, logits = next_token(pool.models[0], tokens)
-            score = policy.score(Observation(hidden[None], logits[None], np.array([count]), np.array([0])))
+            score = policy.score(
+                Observation(hidden[None], logits[None], np.array([count]), np.array([0]), np.array([count]))
+            )
             tokens = [*tokens, slm_token if score >= threshold else next_token(pool.models[1], tokens)[0]]
             count += 1
         return tokens

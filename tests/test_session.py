@@ -15,6 +15,7 @@ from envs.models import LanguageModel, ModelPool
 from envs.sampling import Sampling
 from envs.session import Session
 from envs.tasks.arithmetic import ArithmeticTask
+from envs.teacher import TeacherSession
 
 FAMILIES = ["llama", "qwen2", "gpt2", "three"]
 MAX_NEW, CAPACITY, ROWS = 16, 40, 6
@@ -68,7 +69,7 @@ class Script:
 
     def __init__(self, pool, seed):
         self.pool, self.rng, self.plain = pool, np.random.default_rng(seed), Plain(pool)
-        self.session = Session(pool, rows=ROWS, max_new_tokens=MAX_NEW, capacity=CAPACITY)
+        self.session = TeacherSession(pool, rows=ROWS, max_new_tokens=MAX_NEW, capacity=CAPACITY)
         self.rows: dict[int, Row] = {}
         self.done = dict.fromkeys((*self.OPERATIONS, "refilled", "terminated", "truncated", "every model"), 0)
 
@@ -226,7 +227,7 @@ def test_the_embedded_pair_alone_equals_generate():
 
 
 def decode(pool, prompts, action, max_new_tokens):
-    session = Session(pool, len(prompts), max_new_tokens)
+    session = TeacherSession(pool, len(prompts), max_new_tokens)
     going = np.arange(len(prompts))
     session.start(going, prompts)
     while len(going):
@@ -246,7 +247,7 @@ def generate(model, prompt, max_new_tokens):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_observation_is_the_last_hidden_state_after_the_final_norm(pools, family):
     pool, rng = pools[family], np.random.default_rng(7)
-    session = Session(pool, ROWS, MAX_NEW)
+    session = TeacherSession(pool, ROWS, MAX_NEW)
     rows = np.arange(ROWS)
     prompts = [prompt_of(rng) for _ in rows]
     session.start(rows, prompts)
@@ -280,7 +281,7 @@ def test_an_observation_stays_as_it_was(tiny_pool):
 @pytest.mark.parametrize("known", [True, False])
 def test_references_and_their_forks_equal_uncached_decoding(pools, family, known):
     pool, rng = pools[family], np.random.default_rng(11)
-    session, plain = Session(pool, ROWS, MAX_NEW, CAPACITY), Plain(pool)
+    session, plain = TeacherSession(pool, ROWS, MAX_NEW, CAPACITY), Plain(pool)
     prompts = [prompt_of(rng) for _ in range(3)]
     references = [rng.integers(2, 96, count) for count in (7, 1, MAX_NEW)]
     hidden, choices = session.start_references(np.arange(3), prompts, references)
@@ -315,7 +316,7 @@ def test_references_and_their_forks_equal_uncached_decoding(pools, family, known
 
 def unending(pool, rows=4, max_new_tokens=MAX_NEW, sampling=None):
     """A session in which no token ends a response."""
-    return Session(ending_with(pool), rows, max_new_tokens, capacity=CAPACITY, sampling=sampling)
+    return TeacherSession(ending_with(pool), rows, max_new_tokens, capacity=CAPACITY, sampling=sampling)
 
 
 def ending_with(pool, *tokens):

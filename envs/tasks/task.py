@@ -79,6 +79,44 @@ class Task(ABC):
         return self.example(split, int(rng.integers(self.size(split) or 2**31)))
 
 
+class FirstExamples(Task):
+    """A task with no more than its first examples: what an agent trains on again and again, kept once made.
+
+    Args:
+        task: where they come from, and who judges the answers.
+        count: examples of each split.
+        start: the first one.
+
+    Raises:
+        ValueError: the task has fewer in its train split.
+    """
+
+    def __init__(self, task: Task, count: int, start: int = 0) -> None:
+        size = task.size("train")
+        if count < 1 or start < 0 or (size is not None and start + count > size):
+            raise ValueError(f"{task.name} has {size} train examples; {count} from {start} on were asked for")
+        self.task, self.count, self.start = task, count, start
+        self._made: dict[tuple[Split, int], Example] = {}
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def size(self, split: Split) -> int:
+        size = self.task.size(split)
+        return self.count if size is None else max(0, min(self.count, size - self.start))
+
+    def example(self, split: Split, index: int) -> Example:
+        if not 0 <= index < self.size(split):
+            raise IndexError(f"{self.name} was cut to {self.size(split)} {split} examples; there is no {index}")
+        if (split, index) not in self._made:
+            self._made[split, index] = self.task.example(split, self.start + index)
+        return self._made[split, index]
+
+    def is_correct(self, example: Example, response: str) -> bool:
+        return self.task.is_correct(example, response)
+
+
 def first_training_example(task: Task, seed: int) -> int:
     """Where learners with this seed begin to take training examples: elsewhere for every seed of an endless task.
 
