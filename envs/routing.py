@@ -175,8 +175,8 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
     ## Info
     At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`, `model`,
     `cost` (what the reward weighs), `cost_UNIT` for the units bytes, flops, llm_tokens and dollars. At the end also:
-    `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these units and measured seconds (which are
-    left out of a step's info because they never repeat).
+    `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these units
+    and measured seconds (which are left out of a step's info because they never repeat).
 
     ## Arguments
     All have defaults: the embedded pair on the generated arithmetic task.
