@@ -196,7 +196,7 @@ def _attend(queries: Tensor, key: Tensor, value: Tensor, group: Group, scaling: 
     tokens, heads, size = queries.shape
     rows = group.rows if isinstance(group.rows, slice) else group.rows.to(key.device)
     k, v = key[rows, :, : group.length], value[rows, :, : group.length]
-    if group.count == tokens and group.mask is None and k.shape[1] == heads:
+    if group.ragged is None and group.count == tokens and group.mask is None and k.shape[1] == heads:
         return torch.nn.functional.scaled_dot_product_attention(queries[:, :, None], k, v, scale=scaling)[:, :, 0]
     if group.ragged is None:
         q = queries.reshape(-1, group.width, heads, size)

@@ -205,6 +205,24 @@ def test_which_rows_step_together_changes_no_token(pools, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_order_of_rows_changes_nothing(pools, family):
+    """Prompts of one length: rows that attend in one call, whatever their order."""
+    pool, rng = pools[family], np.random.default_rng(3)
+    prompts = [rng.integers(2, 96, 6) for _ in range(ROWS)]
+    rows, order = np.arange(ROWS), rng.permutation(ROWS)
+    one, other = (Session(pool, ROWS, MAX_NEW, CAPACITY) for _ in range(2))
+    one.start(rows, prompts)
+    other.start(order, [prompts[row] for row in order])
+    for _ in range(4):
+        going_on = order[~np.isin(order, rows[~one._active])]
+        actions = np.full(ROWS, len(pool) - 1)  # every model reads one token of each row
+        one.step(np.sort(going_on), actions[np.sort(going_on)])
+        other.step(going_on, actions[going_on])
+        for row in rows:
+            np.testing.assert_array_equal(one.response(row), other.response(row))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_one_model_alone_equals_generate(pools, family):
     pool, rng, ends = pools[family], np.random.default_rng(6), 0
     for action, model in enumerate(pool.models):
