@@ -14,9 +14,10 @@ from agents.policy import Policy, Track, untracked
 from agents.preferences import DROPPED, Collector, Labels, continuation_policy, shares
 from agents.rollout import Scheduling
 from agents.router import RouterPolicy
-from agents.store import COLUMNS, Columns, PreferenceStore, check_manifest, models_manifest
+from agents.store import COLUMNS, Columns, PreferenceStore
 from agents.training import LabelledTokens, RouterTraining, fit_router
 from envs.features import feature_width
+from envs.manifest import check_manifest, models_manifest
 from envs.models import ModelPool
 from envs.tasks.task import Task, first_training_example
 

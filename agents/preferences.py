@@ -17,6 +17,7 @@ from agents.store import FEATURES, Columns
 from envs.cache import IntArray
 from envs.features import all_features, feature_width
 from envs.models import ModelPool
+from envs.references import cases
 from envs.steps import BoolArray
 from envs.tasks.task import Example, Task
 from envs.teacher import TeacherSession
@@ -187,7 +188,7 @@ class Collector:
         return {
             "example": np.repeat(np.array(batch, dtype=np.int64), counts),
             "position": np.concatenate([nothing, *(np.arange(count) for count in counts)]),
-            "case": np.where(slm == target, 1, np.where(llm == target, 2, 3)).astype(np.int8),
+            "case": cases(target, slm, llm),
             "slm_token": slm,
             "llm_token": llm,
             "slm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),

@@ -12,8 +12,8 @@ from torch import Tensor
 from agents.policy import Policy, Track, untracked
 from agents.rollout import Scheduling, decode
 from agents.router import RouterPolicy
-from agents.store import models_manifest
 from agents.training import LabelledTokens, RouterTraining, fit_router
+from envs.manifest import models_manifest
 from envs.models import ModelPool
 from envs.steps import Observation
 from envs.tasks.task import Task, first_training_example

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.files import write_tensors, write_text
 from agents.networks import RouterNetwork
 from agents.policy import POLICY_FILE
-from agents.store import models_manifest
 from envs.features import feature_width
+from envs.files import write_tensors, write_text
+from envs.manifest import models_manifest
 from envs.models import ModelPool
 from envs.steps import Observation
 

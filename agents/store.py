@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agents.files import write_text, write_whole
-from envs.models import ModelPool
+from envs.files import write_text, write_whole
+from envs.manifest import check_manifest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -206,33 +206,3 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_manifest(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], only: Sequence[str] = ()) -> None:
-    """Refuse what was made by other models, another task or other settings than wanted.
-
-    Args:
-        place: named in the error.
-        found: the manifest that is there.
-        wanted: the manifest it should be.
-        only: compare these keys; all where empty.
-
-    Raises:
-        ValueError: they differ; the error names what differs, both ways.
-    """
-    for key in only or sorted({*found, *wanted}):
-        there, here = found.get(key), json.loads(json.dumps(wanted.get(key)))
-        if there == here:
-            continue
-        if isinstance(there, dict) and isinstance(here, dict):
-            inner = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
-            there, here = ({k: part.get(k) for k in inner} for part in (there, here))
-        raise ValueError(
-            f"{place} was made with {key} {there}, this run has {here}; give this run another folder, or the settings "
-            "that made it"
-        )
-
-
-def models_manifest(pool: ModelPool) -> list[dict[str, str]]:
-    """Names and fingerprints of the models of a pool."""
-    return [{"name": model.name, "fingerprint": model.fingerprint} for model in pool.models]

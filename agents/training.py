@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.files import write_tensors
 from agents.networks import RouterNetwork
 from agents.policy import Track
 from envs.cache import IntArray
 from envs.costs import FloatArray
+from envs.files import write_tensors
 from envs.steps import BoolArray
 
 # Rows shuffled together, so that memory does not grow with the data: 73 MB at 139 features.

@@ -1,6 +1,7 @@
 """Environments: token-level LLM routing as a decision process.
 
-Importing this package registers `citer/TokenRouting-v0` with Gymnasium; nothing heavy is imported until it is made.
+Importing this package registers `citer/TokenRouting-v0` and `citer/ShortcutRouting-v0` with Gymnasium; nothing
+heavy is imported until one is made.
 """
 
 from gymnasium.envs.registration import register
@@ -9,4 +10,14 @@ register(
     id="citer/TokenRouting-v0",
     entry_point="envs.routing:RoutingEnv",
     vector_entry_point="envs.routing:RoutingVectorEnv",
+)
+register(
+    id="citer/ShortcutRouting-v0",
+    entry_point="envs.shortcut:ShortcutRoutingEnv",
+    vector_entry_point="envs.shortcut:ShortcutRoutingVectorEnv",
+)
+register(
+    id="citer/TreeRouting-v0",
+    entry_point="envs.tree_routing:TreeRoutingEnv",
+    vector_entry_point="envs.tree_routing:TreeRoutingVectorEnv",
 )

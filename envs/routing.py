@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -23,10 +24,13 @@ from envs.session import Session
 from envs.steps import BoolArray, Step
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, Split, Task, check_split
+from envs.tree import Tree
+from envs.walk import TreeSession
 
 Info = dict[str, Any]
 # Far beyond what a normalised hidden state takes; finite, since an unbounded box cannot be sampled sensibly.
 HIDDEN_BOUND = 1e6
+ENCODED_PROMPTS = 2**14
 
 
 class _Routing:
@@ -44,12 +48,21 @@ class _Routing:
         capacity: int | None = None,
         sampling: Sampling | None = None,
         features: Features = "hidden",
+        tree: Tree | None = None,
     ) -> None:
+        if tree is not None:
+            check_tree(tree, pool, task, max_new_tokens, sampling)
+            pool, task = tree.pool, tree.task
         self.pool = pool or embedded_pool()
         self.task = task or ArithmeticTask()
         self.split: Split = check_split(split)
         self.reward = reward or OutcomeReward()
-        self.session = Session(self.pool, rows, max_new_tokens, capacity, sampling)
+        self.session: Session | TreeSession
+        if tree is None:
+            self.session = Session(self.pool, rows, max_new_tokens, capacity, sampling)
+        else:
+            self.session = TreeSession(tree, rows, capacity)
+        self._encode = lru_cache(ENCODED_PROMPTS)(self.pool.encode)
         self.cost = cost or LlmTokens()
         self._cost_unit = self.cost.per_llm_token(self.pool.profiles)
         if self._cost_unit <= 0:
@@ -72,7 +85,7 @@ class _Routing:
         examples = [
             example or self.task.sample(self.split, rng) for example, rng in zip(given, generators, strict=True)
         ]
-        prompts = [self.pool.encode(example.prompt) for example in examples]
+        prompts = [self._encode(example.prompt) for example in examples]
         work = self.session.start(rows, prompts, generators=generators)
         for row, example in zip(rows, examples, strict=True):
             self.examples[row] = example
@@ -132,7 +145,7 @@ class _Routing:
         writers = self.session.writers(row)
         return {
             "text": text,
-            "correct": self.task.is_correct(example, text),
+            "correct": self.session.correct(row, self.task, example),
             "slm_tokens": int((writers == 0).sum()),
             "llm_tokens": int((writers > 0).sum()),
         } | {
@@ -175,8 +188,8 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
     ## Info
     At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`, `model`,
     `cost` (what the reward weighs), `cost_UNIT` for the units bytes, flops, llm_tokens and dollars. At the end also:
-    `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these units
-    and measured seconds (which are left out of a step's info because they never repeat).
+    `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these
+    units and measured seconds (which are left out of a step's info because they never repeat).
 
     ## Arguments
     All have defaults: the embedded pair on the generated arithmetic task.
@@ -192,6 +205,7 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
         sampling: greedy where None.
         features: what is observed: `hidden`, `hidden_logits` or `hidden_logits_history` (`envs.features`).
         render_mode: `ansi` (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
+        tree: a replay tree to walk instead of decoding; see `envs.tree_routing`.
 
     ## Version
     v0: first version.
@@ -211,9 +225,10 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
         sampling: Sampling | None = None,
         features: Features = "hidden",
         render_mode: str | None = None,
+        tree: Tree | None = None,
     ) -> None:
         check_render_mode(render_mode)
-        self.routing = _Routing(1, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features)
+        self.routing = _Routing(1, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features, tree)
         self.observation_space = self.routing.observation_space
         self.action_space = self.routing.action_space  # type: ignore[assignment]
         self.render_mode = render_mode
@@ -255,6 +270,7 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         sampling: greedy where None.
         features: what is observed.
         render_mode: `ansi` or None.
+        tree: a replay tree to walk instead of decoding.
     """
 
     metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
@@ -276,12 +292,15 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         sampling: Sampling | None = None,
         features: Features = "hidden",
         render_mode: str | None = None,
+        tree: Tree | None = None,
     ) -> None:
         check_render_mode(render_mode)
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, is {num_envs}")
         self.num_envs = num_envs
-        self.routing = _Routing(num_envs, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features)
+        self.routing = _Routing(
+            num_envs, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features, tree
+        )
         self.single_observation_space = self.routing.observation_space
         self.single_action_space = self.routing.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -323,6 +342,25 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def render(self) -> tuple[str, ...] | None:
         return tuple(self.routing.render(row) for row in range(self.num_envs)) if self.render_mode == "ansi" else None
+
+
+def check_tree(
+    tree: Tree, pool: ModelPool | None, task: Task | None, max_new_tokens: int, sampling: Sampling | None
+) -> None:
+    """Refuse a tree for an environment of other models, another task or other settings, or that samples."""
+    if sampling is not None and not sampling.greedy:
+        raise ValueError(
+            f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
+            "states each time: leave sampling out, or use citer/TokenRouting-v0"
+        )
+    for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
+        if here is not None and here is not there:
+            raise ValueError(f"the tree was made for another {name}; give the environment the tree's, or none")
+    if tree.max_new_tokens != max_new_tokens:
+        raise ValueError(
+            f"the tree ends responses after {tree.max_new_tokens} tokens, the environment after {max_new_tokens}; give "
+            "both the same max_new_tokens"
+        )
 
 
 def check_render_mode(render_mode: str | None) -> None:

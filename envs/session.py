@@ -15,6 +15,44 @@ from envs.costs import COLUMNS, SECONDS, WRITTEN, FloatArray, pass_entry
 from envs.models import ModelPool
 from envs.sampling import Sampling
 from envs.steps import BoolArray, Observation, Step, since_llm
+from envs.tasks.task import Example, Task
+
+
+def sequence_capacity(pool: ModelPool, max_new_tokens: int, capacity: int | None) -> int:
+    """The longest sequence, the pool's where None; refused where responses or the models' positions do not fit."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
+    if capacity is None:
+        capacity = pool.capacity or pool.max_positions
+    if not max_new_tokens < capacity <= pool.max_positions:
+        raise ValueError(
+            f"capacity {capacity} must exceed max_new_tokens {max_new_tokens} and stay within the models' "
+            f"{pool.max_positions} positions; change capacity or lower max_new_tokens"
+        )
+    return capacity
+
+
+def check_fit(name: str, prompt: IntArray, response: Sequence[int] | IntArray, capacity: int, new: int) -> None:
+    """Refuse a prompt that leaves no room for `new` tokens within `capacity`, or a response longer than these."""
+    room = capacity - new
+    if not 1 <= len(prompt) <= room:
+        raise ValueError(
+            f"{name} has a prompt of {len(prompt)} tokens; the cache of {capacity} leaves room for 1 to {room} beside "
+            f"{new} new: raise capacity, lower max_new_tokens or drop the example"
+        )
+    if len(response) > new:
+        raise ValueError(
+            f"{name} has a reference of {len(response)} tokens, max_new_tokens is {new}; raise it or drop the example"
+        )
+
+
+def checked_actions(actions: IntArray, count: int, models: int) -> IntArray:
+    """Actions as integers, (count,); refused where they are not, or name no model."""
+    actions = np.asarray(actions)
+    whole = actions.shape == (count,) and actions.dtype.kind in "biu"
+    if not whole or actions.min() < 0 or actions.max() >= models:
+        raise ValueError(f"actions must be {count} integers in 0..{models - 1}; they are {actions.tolist()}")
+    return actions.astype(np.int64)  # booleans would index as a mask
 
 
 class Session:
@@ -46,15 +84,7 @@ class Session:
     ) -> None:
         if rows < 1:
             raise ValueError(f"rows must be at least 1, is {rows}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
-        if capacity is None:
-            capacity = pool.capacity or pool.max_positions
-        if not max_new_tokens < capacity <= pool.max_positions:
-            raise ValueError(
-                f"capacity {capacity} must exceed max_new_tokens {max_new_tokens} and stay within the models' "
-                f"{pool.max_positions} positions; change capacity or lower max_new_tokens"
-            )
+        capacity = sequence_capacity(pool, max_new_tokens, capacity)
         self.pool, self.rows, self.max_new_tokens, self.capacity = pool, rows, max_new_tokens, capacity
         self.sampling = sampling or Sampling()
         self._caches = pool.new_caches(rows, capacity)
@@ -80,17 +110,7 @@ class Session:
         Raises:
             ValueError: it does not fit; the error says what `name` is.
         """
-        room = self.capacity - self.max_new_tokens
-        if not 1 <= len(prompt) <= room:
-            raise ValueError(
-                f"{name} has a prompt of {len(prompt)} tokens; the cache of {self.capacity} leaves room for 1 to "
-                f"{room} beside {self.max_new_tokens} new: raise capacity, lower max_new_tokens or drop the example"
-            )
-        if len(response) > self.max_new_tokens:
-            raise ValueError(
-                f"{name} has a reference of {len(response)} tokens, max_new_tokens is {self.max_new_tokens}; raise it "
-                "or drop the example"
-            )
+        check_fit(name, prompt, response, self.capacity, self.max_new_tokens)
 
     def start(
         self,
@@ -99,6 +119,7 @@ class Session:
         episodes: IntArray | None = None,
         generators: Sequence[np.random.Generator] | None = None,
         limits: IntArray | None = None,
+        responses: Sequence[IntArray] | None = None,
     ) -> FloatArray:
         """Start a new sequence in each row.
 
@@ -108,9 +129,11 @@ class Session:
             episodes: a number for each row's episode, (n,); the rows' own numbers where None.
             generators: the source of chance of each row, needed where tokens are sampled.
             limits: the longest response of each row, at most `max_new_tokens`, (n,); that where None.
+            responses: n arrays of tokens that the responses begin with, as if the SLM had written them. A response of
+                the longest length can be observed, but is not in flight.
 
         Returns:
-            Ledger entries of the SLM's reading of the prompts, (n, models, COLUMNS).
+            Ledger entries of the SLM's reading of all that, (n, models, COLUMNS).
 
         Raises:
             ValueError: a prompt is empty or leaves no room for `max_new_tokens`.
@@ -118,6 +141,11 @@ class Session:
         rows = self._checked(rows)
         for row, prompt in zip(rows, prompts, strict=True):
             self.check_fit(f"row {row}", prompt)
+        for row, response in zip(rows, responses or [], strict=responses is not None):
+            if len(response) > self.max_new_tokens:
+                raise ValueError(
+                    f"row {row} begins with {len(response)} tokens, max_new_tokens is {self.max_new_tokens}"
+                )
         if not self.sampling.greedy and generators is None:
             raise ValueError("sampling needs a generator for each row")
         for cache in self._caches:
@@ -125,14 +153,19 @@ class Session:
         for row, prompt in zip(rows, prompts, strict=True):
             self._tokens[row, : len(prompt)] = prompt
         self._prompts[rows] = self._lengths[rows] = [len(prompt) for prompt in prompts]
+        for row, response in zip(rows, responses or [], strict=responses is not None):
+            self._tokens[row, self._lengths[row] : self._lengths[row] + len(response)] = response
+            self._writers[row, self._lengths[row] : self._lengths[row] + len(response)] = 0
+            self._lengths[row] += len(response)
         self._episodes[rows] = rows if episodes is None else episodes
-        self._since_llm[rows] = 0
+        self._since_llm[rows] = begun = self._lengths[rows] - self._prompts[rows]
         self._limits[rows] = self.max_new_tokens if limits is None else np.minimum(limits, self.max_new_tokens)
         for position, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[position]
-        self._active[rows] = True
+        self._active[rows] = begun < self._limits[rows]
         self.ledger[rows] = 0
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        work[:, 0, WRITTEN] = begun
         self._leave_unread(rows, work, np.arange(len(rows)))
         self.ledger[rows] = work
         return work
@@ -148,15 +181,10 @@ class Session:
             ValueError: an action out of range, or a row that is not in flight.
             FloatingPointError: a model's logits are not numbers.
         """
-        rows, actions = self._checked(rows), np.asarray(actions)
+        rows = self._checked(rows)
+        actions = checked_actions(actions, len(rows), len(self.pool))
         if not self._active[rows].all():
             raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
-        whole = actions.shape == rows.shape and actions.dtype.kind in "biu"
-        if not whole or actions.min() < 0 or actions.max() >= len(self.pool):
-            raise ValueError(
-                f"actions must be {len(rows)} integers in 0..{len(self.pool) - 1}; they are {actions.tolist()}"
-            )
-        actions = actions.astype(np.int64)  # booleans would index as a mask
         self._catch_up(rows)
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         slm_tokens = self._slm_tokens[rows]
@@ -275,6 +303,10 @@ class Session:
     def writers(self, row: int) -> npt.NDArray[np.int8]:
         """Which model wrote each token of the response, (n,)."""
         return self._writers[row, self._prompts[row] : self._lengths[row]].copy()
+
+    def correct(self, row: int, task: Task, example: Example) -> bool:
+        """Whether the response of a row answers `example`."""
+        return task.is_correct(example, self.pool.decode(self.response(row)))
 
     def lengths(self, rows: IntArray) -> IntArray:
         """Tokens of each row, prompt included, (n,)."""

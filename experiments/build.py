@@ -24,7 +24,7 @@ from hydra_zen import instantiate as zen_instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from agents.files import write_text
+from envs.files import write_text
 
 CONF = Path(__file__).parent.parent / "conf"
 _SCHEMA = re.compile(r"^\s*- /schema@\S+: (\S+)\s*$", re.MULTILINE)

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from agents.citer import Citer
-from agents.files import write_text
+from envs.files import write_text
 from experiments.build import build, program
 
 

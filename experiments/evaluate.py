@@ -23,11 +23,11 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.files import write_text
 from agents.policy import POLICY_FILE, Always, Policy, load_policy
 from agents.rollout import Episode, Scheduling, decode
-from agents.store import check_manifest, models_manifest
 from envs.costs import ALL_COSTS
+from envs.files import write_text
+from envs.manifest import check_manifest, models_manifest
 from envs.models import ModelPool
 from envs.steps import Observation
 from envs.tasks.task import Example, Task, check_split

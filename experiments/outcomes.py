@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save
 
-from agents.files import write_whole
 from agents.policy import Policy, decision_profile
 from agents.rollout import Episode
 from envs.costs import WRITTEN, FloatArray, Price
+from envs.files import write_whole
 from envs.models import ModelPool
 from experiments.metrics import Sweep
 

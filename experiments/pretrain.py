@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from agents.files import write_text
+from envs.files import write_text
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
 from experiments.build import program
 

@@ -18,8 +18,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from agents.files import write_text
-from agents.store import check_manifest
+from envs.files import write_text
+from envs.manifest import check_manifest
 from experiments.evaluate import present
 from experiments.outcomes import Outcomes
 from experiments.summary import Results, summarize

@@ -18,8 +18,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from agents.files import write_text
 from agents.policy import SavedPolicy
+from envs.files import write_text
 from experiments.build import build, program
 from experiments.evaluate import check_evaluation, evaluate
 

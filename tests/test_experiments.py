@@ -12,9 +12,9 @@ from agents.networks import RouterNetwork
 from agents.policy import Random
 from agents.rollout import Scheduling
 from agents.router import RouterPolicy
-from agents.store import models_manifest
 from agents.uncertainty import Uncertainty
 from envs.embedded import embedded_pool
+from envs.manifest import models_manifest
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.build import CONF, build, register_schemas
 from experiments.evaluate import Evaluation, evaluate

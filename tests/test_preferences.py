@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import agents.files
 import agents.store
+import envs.files
 from agents.citer import Citer
 from agents.networks import RouterNetwork
 from agents.policy import Always
@@ -242,7 +242,7 @@ class Interruption(BaseException):
 @pytest.mark.parametrize("moment", range(1, 22, 4))
 def test_an_interrupted_fit_ends_with_the_same_bytes(collected, pool, task, tmp_path, monkeypatch, moment):
     folder, policy, rows = collected
-    replace, left = agents.files.os.replace, [moment]
+    replace, left = envs.files.os.replace, [moment]
 
     def failing(source, target):
         left[0] -= 1
@@ -251,7 +251,7 @@ def test_an_interrupted_fit_ends_with_the_same_bytes(collected, pool, task, tmp_
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("agents.files.os.replace", failing)
+        patch.setattr("envs.files.os.replace", failing)
         with pytest.raises(Interruption):
             Citer(**QUICK).fit(pool, task, seed=1, folder=tmp_path)
     again = []
