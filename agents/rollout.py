@@ -18,6 +18,8 @@ from envs.models import ModelPool
 from envs.sampling import Sampling
 from envs.session import Session
 from envs.tasks.task import Example, Task
+from envs.tree import Tree, check_tree
+from envs.walk import TreeSession
 
 UNDECIDED = -1
 
@@ -84,6 +86,7 @@ def decode(
     sampling: Sampling | None = None,
     seed: int = 0,
     label: str | None = None,
+    tree: Tree | None = None,
 ) -> list[Episode]:
     """Answer every example, the policy choosing the writer of each token.
 
@@ -98,17 +101,24 @@ def decode(
         sampling: greedy where None.
         seed: of sampled decoding.
         label: of the progress bar; none is shown without.
+        tree: a replay tree of this pool and task to walk instead of decoding; nothing is timed then.
 
     Returns:
         Episodes in the order of `examples`.
 
     Raises:
-        ValueError: there are no examples, or a prompt does not fit the cache.
+        ValueError: there are no examples, a prompt does not fit the cache, or tokens are sampled with a tree.
     """
     if not examples:
         raise ValueError("there are no examples to decode")
     scheduling = scheduling or Scheduling()
-    session = Session(pool, min(scheduling.rows_for(pool), len(examples)), max_new_tokens, sampling=sampling)
+    rows = min(scheduling.rows_for(pool), len(examples))
+    session: Session | TreeSession
+    if tree is None:
+        session = Session(pool, rows, max_new_tokens, sampling=sampling)
+    else:
+        check_tree(tree, pool, task, max_new_tokens, sampling)
+        session = TreeSession(tree, rows)
     prompts = [pool.encode(example.prompt) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
@@ -133,18 +143,19 @@ def decode(
         example, tokens = examples[serving[row]], session.response(row)
         text = pool.decode(tokens)
         episodes[serving[row]] = Episode(
-            example, tokens, session.writers(row), text, task.is_correct(example, text), terminated,
+            example, tokens, session.writers(row), text, session.correct(row, task, example), terminated,
             session.ledger[row].copy(), decisions[row].copy(), scores[row, : len(tokens)].copy(),
         )  # fmt: skip
         progress.update()
 
     with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
         drive(session, np.arange(session.rows), policy, threshold, scheduling.gather, refill, finish, scores, decisions)
+    session.free(np.arange(session.rows))
     return [episode for episode in episodes if episode is not None]
 
 
 def drive(
-    session: Session,
+    session: Session | TreeSession,
     rows: IntArray,
     policy: Policy,
     threshold: float,

@@ -72,6 +72,28 @@ def step_entries(actions: IntArray, lengths: IntArray, read: IntArray, going_on:
     return entries
 
 
+def response_entries(prompt: int, writers: npt.NDArray[np.int8], terminated: bool, models: int) -> FloatArray:
+    """The ledger of a whole routed response, but for seconds, (models, COLUMNS).
+
+    Args:
+        prompt: tokens of the prompt.
+        writers: the model that wrote each token, (n,).
+        terminated: the last token ended the response, so that the SLM did not read it.
+        models: of the pool.
+    """
+    entries = np.zeros((models, COLUMNS))
+    one = np.ones(len(writers) - terminated, dtype=np.int64)
+    entries[0] = pass_entry(np.array([prompt]), np.array([0]), 0.0)[0] + pass_entry(
+        one, prompt + np.arange(len(one)), 0.0
+    ).sum(0)
+    for model in range(1, models):
+        ends = prompt + np.flatnonzero(writers == model)
+        before = np.concatenate([[0], ends[:-1]])[: len(ends)]
+        entries[model] = pass_entry(ends - before, before, 0.0).sum(0)
+    entries[:, WRITTEN] = np.bincount(writers, minlength=models)
+    return entries
+
+
 @dataclass(frozen=True)
 class ModelProfile:
     """The sizes of a model that costs depend on.

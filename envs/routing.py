@@ -24,7 +24,7 @@ from envs.session import Session
 from envs.steps import BoolArray, Step
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, Split, Task, check_split
-from envs.tree import Tree
+from envs.tree import Tree, check_tree
 from envs.walk import TreeSession
 
 Info = dict[str, Any]
@@ -342,25 +342,6 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def render(self) -> tuple[str, ...] | None:
         return tuple(self.routing.render(row) for row in range(self.num_envs)) if self.render_mode == "ansi" else None
-
-
-def check_tree(
-    tree: Tree, pool: ModelPool | None, task: Task | None, max_new_tokens: int, sampling: Sampling | None
-) -> None:
-    """Refuse a tree for an environment of other models, another task or other settings, or that samples."""
-    if sampling is not None and not sampling.greedy:
-        raise ValueError(
-            f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
-            "states each time: leave sampling out, or use citer/TokenRouting-v0"
-        )
-    for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
-        if here is not None and here is not there:
-            raise ValueError(f"the tree was made for another {name}; give the environment the tree's, or none")
-    if tree.max_new_tokens != max_new_tokens:
-        raise ValueError(
-            f"the tree ends responses after {tree.max_new_tokens} tokens, the environment after {max_new_tokens}; give "
-            "both the same max_new_tokens"
-        )
 
 
 def check_render_mode(render_mode: str | None) -> None:

@@ -55,10 +55,16 @@ class Observation:
         return torch.cat(parts, dim=-1) if level else parts[0]
 
 
+def since_at_each(writers: npt.NDArray[np.int8]) -> IntArray:
+    """Tokens since another model than the SLM last wrote, or since the response began, before each token: (n,)."""
+    positions = np.arange(len(writers))
+    last = np.maximum.accumulate(np.where(writers > 0, positions, -1))
+    return np.asarray(positions - np.concatenate([[-1], last])[: len(writers)] - 1)
+
+
 def since_llm(writers: npt.NDArray[np.int8]) -> int:
     """Tokens since another model than the SLM last wrote, or since the response began; writers (n,)."""
-    others = np.flatnonzero(writers)
-    return len(writers) - (int(others[-1]) + 1 if len(others) else 0)
+    return int(since_at_each(np.append(writers, 0))[-1])
 
 
 @dataclass(frozen=True)

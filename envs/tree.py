@@ -7,9 +7,10 @@ would write, so far as that was asked. Where two models would write the same tok
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from envs.features import LOGIT_FEATURES
 from envs.files import write_tensors
 from envs.manifest import check_manifest, models_manifest
 from envs.models import ModelPool, gigabytes
+from envs.sampling import Sampling
 from envs.tasks.task import Task
 
 FORMAT = "1"
@@ -30,6 +32,13 @@ UNKNOWN = -1
 Integer = TypeVar("Integer", np.int8, np.int32)
 EVICTED_AT_ONCE = 0.1
 """Share of the nodes that is made free when there is no room left."""
+
+
+class Walks(Protocol):
+    """Walks through a tree that want the states they came by to be kept."""
+
+    def in_flight(self) -> list[tuple[IntArray, int]]:
+        """Prompts, and the nodes that stand after them; UNKNOWN for their roots."""
 
 
 class Tree:
@@ -41,7 +50,8 @@ class Tree:
         pool: the models.
         task: whose verdicts on finished answers are kept too.
         max_new_tokens: the longest response; a longer one is truncated.
-        memory: bytes the tree may take; prompts that were not started for longest are forgotten beyond it.
+        memory: bytes the tree may take; beyond it prompts that were not started for longest are forgotten, then those
+            states of others that no walk has come by.
         path: a file written by `save` to go on from. Its states are memory-mapped.
 
     Attributes:
@@ -74,6 +84,7 @@ class Tree:
         self._numbers: dict[bytes, int] = {}
         self._roots: dict[int, int] = {}
         self._pins: dict[int, int] = {}
+        self.walks: weakref.WeakSet[Walks] = weakref.WeakSet()
         self._used: dict[int, None] = {}  # prompts in the order of their last start
         self._next_prompt = 0
         self.size = 0
@@ -193,18 +204,38 @@ class Tree:
             node = int(self.parents[node])
         return nodes
 
+    def descend(self, prompt: IntArray, tokens: IntArray) -> IntArray:
+        """The states of a response that was walked, from the prompt on, (n + 1,); tokens (n,).
+
+        Raises:
+            ValueError: it was not.
+        """
+        nodes = [self.root(prompt)]
+        for token in tokens:
+            node, same = nodes[-1], self.tokens[nodes[-1]] == token
+            known = node != UNKNOWN and same.any()
+            nodes.append(int(self.children[node, same.argmax()]) if known else UNKNOWN)
+        if UNKNOWN in nodes:
+            raise ValueError("the tree does not know this response; walk it first")
+        return np.array(nodes)
+
     def written(self, path: IntArray) -> IntArray:
         """The tokens along a path of nodes from parent to child, (nodes - 1,)."""
         parents, nodes = path[:-1], path[1:]
         action = (self.children[parents] == nodes[:, None]).argmax(-1)
         return np.asarray(self.tokens[parents, action], dtype=np.int64)
 
-    def pin(self, prompt: IntArray) -> None:
-        """Count a sequence in flight after a prompt; it is not forgotten while there are any."""
+    def use(self, prompt: IntArray) -> None:
+        """Note that a prompt was started."""
         number = self._numbers[prompt.tobytes()]
-        self._pins[number] = self._pins.get(number, 0) + 1
         self._used.pop(number)
         self._used[number] = None
+
+    def pin(self, prompt: IntArray) -> None:
+        """Start a prompt, none of whose states is forgotten before `release`."""
+        self.use(prompt)
+        number = self._numbers[prompt.tobytes()]
+        self._pins[number] = self._pins.get(number, 0) + 1
 
     def release(self, prompt: IntArray) -> None:
         """Take back a `pin`."""
@@ -245,7 +276,7 @@ class Tree:
                 check_manifest(path, found, self.manifest)
                 # tensors of a safetensors file are mapped: nothing is read until it is looked at
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no readable tree; give a file that Tree.save has written") from error
         count = len(tensors["tokens"])
         if count > self.capacity:
@@ -280,17 +311,30 @@ class Tree:
         return np.concatenate([taken, new])
 
     def _evict(self, count: int) -> None:
-        """Forget prompts until `count` nodes and some more are free."""
+        """Forget prompts until `count` nodes and some more are free, then what no walk has come by."""
         wanted = max(count, int(EVICTED_AT_ONCE * self.capacity))
-        sizes = np.bincount(self._numbers_in_use(), minlength=self._next_prompt)
+        standing: dict[int, list[int]] = {}
+        for prompt, node in (flight for walks in self.walks for flight in walks.in_flight()):
+            number = self._numbers.get(prompt.tobytes())
+            if number is not None:
+                standing.setdefault(number, []).append(self._roots[number] if node == UNKNOWN else node)
+        in_use = np.setdiff1d(np.arange(self.size), self._free)
+        numbers = self.prompt_numbers[in_use]
+        sizes = np.bincount(numbers, minlength=self._next_prompt)
         victims, freed = [], self.capacity - len(self)
         for number in self._used:
             if freed >= wanted:
                 break
-            if not self._pins.get(number):
+            if number not in standing and not self._pins.get(number):
                 victims.append(number)
                 freed += int(sizes[number])
-        if freed < count:
+        lost, kept = np.isin(numbers, victims), np.zeros(0, dtype=np.int64)
+        if freed < wanted:
+            pruned = [number for number in standing if not self._pins.get(number)]
+            kept = np.unique(np.concatenate([kept, *(self.path(node) for n in pruned for node in standing[n])]))
+            lost |= np.isin(numbers, pruned) & ~np.isin(in_use, kept)
+        gone = in_use[lost]
+        if self.capacity - len(self) + len(gone) < count:
             raise ValueError(
                 f"the tree's memory of {gigabytes(self.memory)} holds {self.capacity} states, and the responses in "
                 "flight need more; raise memory or lower the rows"
@@ -298,10 +342,26 @@ class Tree:
         for number in victims:
             del self._numbers[self.prompts.pop(number).tobytes()], self._roots[number], self._used[number]
             self._pins.pop(number, None)
-        in_use = np.setdiff1d(np.arange(self.size), self._free)
-        gone = in_use[np.isin(self.prompt_numbers[in_use], victims)]
+        children = self.children[kept]
+        self.children[kept] = np.where(np.isin(children, gone), UNKNOWN, children)
         self._free = np.concatenate([self._free, gone])
         self.evictions += 1
 
-    def _numbers_in_use(self) -> IntArray:
-        return np.asarray(np.delete(self.prompt_numbers[: self.size], self._free))
+
+def check_tree(
+    tree: Tree, pool: ModelPool | None, task: Task | None, max_new_tokens: int, sampling: Sampling | None
+) -> None:
+    """Refuse a tree for a run on other models, another task or other settings, or that samples."""
+    if sampling is not None and not sampling.greedy:
+        raise ValueError(
+            f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
+            "states each time: leave sampling out, or use citer/TokenRouting-v0"
+        )
+    for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
+        if here is not None and here is not there:
+            raise ValueError(f"the tree was made for another {name}; give the tree's, or none")
+    if tree.max_new_tokens != max_new_tokens:
+        raise ValueError(
+            f"the tree ends responses after {tree.max_new_tokens} tokens, this run after {max_new_tokens}; give "
+            "both the same max_new_tokens"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from envs.costs import CostModel
 from envs.embedded import embedded_pool
 from envs.models import ModelPool
 from envs.routing import RoutingEnv, RoutingVectorEnv
@@ -14,10 +15,25 @@ from envs.tree import Tree
 
 
 def tree_for(
-    tree: Tree | None, pool: ModelPool | None, task: Task | None, max_new_tokens: int, memory: int, path: Path | None
+    tree: Tree | None,
+    pool: ModelPool | None,
+    task: Task | None,
+    max_new_tokens: int,
+    memory: int,
+    path: Path | None,
+    cost: CostModel | None = None,
 ) -> Tree:
-    """`tree`, or a new one."""
-    return tree or Tree(pool or embedded_pool(), task or ArithmeticTask(), max_new_tokens, memory, path)
+    """`tree`, or a new one where it is None; refused where rewards would weigh a `cost` that is measured."""
+    if cost is not None and not cost.reproducible:
+        raise ValueError(
+            f"cost {cost.name} is measured, and a replay tree runs no model twice; choose another cost, or use "
+            "citer/TokenRouting-v0"
+        )
+    if tree is None:
+        return Tree(pool or embedded_pool(), task or ArithmeticTask(), max_new_tokens, memory, path)
+    if path is not None:
+        raise ValueError(f"a tree and the path {path} were given; give the tree alone, or open the path with Tree(...)")
+    return tree
 
 
 class TreeRoutingEnv(RoutingEnv):
@@ -54,7 +70,7 @@ class TreeRoutingEnv(RoutingEnv):
         max_new_tokens: int = 128,
         **arguments: Any,
     ) -> None:
-        self.tree = tree_for(tree, pool, task, max_new_tokens, memory, path)
+        self.tree = tree_for(tree, pool, task, max_new_tokens, memory, path, arguments.get("cost"))
         super().__init__(pool=pool, task=task, max_new_tokens=max_new_tokens, tree=self.tree, **arguments)
 
 
@@ -83,5 +99,5 @@ class TreeRoutingVectorEnv(RoutingVectorEnv):
         max_new_tokens: int = 128,
         **arguments: Any,
     ) -> None:
-        self.tree = tree_for(tree, pool, task, max_new_tokens, memory, path)
+        self.tree = tree_for(tree, pool, task, max_new_tokens, memory, path, arguments.get("cost"))
         super().__init__(num_envs, pool=pool, task=task, max_new_tokens=max_new_tokens, tree=self.tree, **arguments)

@@ -43,32 +43,39 @@ class Explorer:
             self._session = TeacherSession(self.pool, self.rows, self.tree.max_new_tokens, self._capacity)
         return self._session
 
-    def roots(self, rows: IntArray, prompts: Sequence[IntArray]) -> IntArray:
-        """The nodes of prompts, (n,), pinned until `Tree.release`; unknown ones are read in these rows, (n,)."""
+    def roots(self, rows: IntArray, prompts: Sequence[IntArray], pinned: bool = True) -> IntArray:
+        """The nodes of prompts, (n,); unknown ones are read in these rows, (n,).
+
+        Args:
+            rows: distinct rows.
+            prompts: n arrays of token ids.
+            pinned: pin the prompts, until `Tree.release`; else they must be among those of `Tree.walks`.
+        """
         self._forget_evicted()
+        use = self.tree.pin if pinned else self.tree.use
         new: dict[bytes, int] = {}
         for i, prompt in enumerate(prompts):
             if self.tree.root(prompt) == UNKNOWN:
                 new.setdefault(prompt.tobytes(), i)
             else:
-                self.tree.pin(prompt)
+                use(prompt)
         if new:
             where = np.array(list(new.values()))
             self.session.start(rows[where], [prompts[i] for i in where])
             features, slm_tokens = self._look(rows[where])
             for i, row_features, token in zip(where, features, slm_tokens, strict=True):
                 self._at[rows[i]] = self.tree.add_root(prompts[i], row_features, int(token))
-                self.tree.pin(prompts[i])
+                use(prompts[i])
             for i, prompt in enumerate(prompts):
                 if new.get(prompt.tobytes(), i) != i:
-                    self.tree.pin(prompt)
+                    use(prompt)
         return np.array([self.tree.root(prompt) for prompt in prompts])
 
     def step(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> IntArray:
         """The nodes behind `actions` at `nodes`, (n,) each; unknown ones are decoded in distinct rows, (n,)."""
         children = self.tree.children[nodes, actions]
-        unknown = np.flatnonzero(children == UNKNOWN)
-        if len(unknown):
+        # to make room, states may be forgotten that nobody has come by yet
+        while len(unknown := np.flatnonzero(children == UNKNOWN)):
             _, first = np.unique(nodes[unknown] * len(self.pool) + actions[unknown], return_index=True)
             todo = unknown[first]
             self._expand(rows[todo], nodes[todo], actions[todo])
@@ -76,17 +83,20 @@ class Explorer:
         return children.astype(np.int64)
 
     def read_along(self, rows: IntArray, nodes: IntArray, model: int) -> None:
-        """Learn what a model would write at every node on the way to `nodes`, (n,), in rows that it may overwrite."""
+        """Learn what a model would write at every node before `nodes`, (n,), in distinct rows that it may overwrite."""
         self._forget_evicted()
         tree = self.tree
-        paths = [tree.path(int(node)) for node in nodes]
-        stale = np.flatnonzero(self._at[rows] != nodes)
-        if len(stale):
-            self._start(rows[stale], [paths[i][-1] for i in stale])
-        for path, tokens in zip(paths, self.session.read_along(rows, model), strict=True):
-            before = path[:-1]
-            found = tokens[-len(before) :]
-            tree.learn_tokens(before, np.full(len(before), model), found)
+        paths = [tree.path(int(node))[:-1] for node in nodes]
+        todo = [i for i, path in enumerate(paths) if (tree.tokens[path, model] == UNKNOWN).any()]
+        if not todo:
+            return
+        # from the prompt on: of tokens it has read already, a model does not tell again what it would write after them
+        self._start(rows[todo], nodes[todo].tolist())
+        self._at[rows[todo]] = nodes[todo]
+        for i, tokens in zip(todo, self.session.read_along(rows[todo], model), strict=True):
+            unknown = np.flatnonzero(tree.tokens[paths[i], model] == UNKNOWN)
+            found = tokens[len(tokens) - len(paths[i]) :]
+            tree.learn_tokens(paths[i][unknown], np.full(len(unknown), model), found[unknown])
 
     def _start(self, rows: IntArray, nodes: Sequence[int], tokens: Sequence[int] | None = None) -> None:
         """Let live rows stand at nodes, or behind further tokens there."""
@@ -114,7 +124,12 @@ class Explorer:
         stepped = np.flatnonzero((by_slm | (tokens == UNKNOWN)) & ~ends_known)
         if len(stepped):
             models = np.where(by_slm[stepped], 0, actions[stepped])
-            tokens[stepped] = self.session.step(rows[stepped], models).tokens
+            written = self.session.step(rows[stepped], models).tokens
+            # between all but equal logits another pass may choose otherwise; what is known stays
+            strayed = stepped[by_slm[stepped] & (written != tokens[stepped])]
+            tokens[stepped] = np.where(by_slm[stepped], tokens[stepped], written)
+            if len(strayed):
+                self._start(rows[strayed], nodes[strayed].tolist(), tokens[strayed].tolist())
         tree.learn_tokens(nodes, actions, tokens)
         _, first = np.unique(nodes * self.pool.vocab_size + tokens, return_index=True)
         new = first[tree.children[nodes[first], actions[first]] == UNKNOWN]
@@ -144,6 +159,13 @@ class Explorer:
         return features, self.pool.greedy(0, seen.logits)
 
 
+def observation_at(tree: Tree, nodes: IntArray, since_llm: IntArray, episodes: IntArray | None = None) -> Observation:
+    """What may be seen at states of a tree, (n,); each an episode of its own where `episodes` is None."""
+    hidden, logits = torch.from_numpy(tree.features(nodes)).split([tree.pool.slm.width, LOGIT_FEATURES], dim=-1)
+    episodes = np.arange(len(nodes)) if episodes is None else episodes
+    return Observation(hidden, None, tree.depths[nodes].astype(np.int64), episodes, since_llm, logits)
+
+
 class TreeSession:
     """Walks a tree as `Session` decodes: the same tokens, endings, observations and ledger, but for seconds.
 
@@ -168,6 +190,7 @@ class TreeSession:
         self.capacity = sequence_capacity(self.pool, self.max_new_tokens, capacity)
         self.sampling = Sampling()
         self.explorer = Explorer(tree, rows, self.capacity)
+        tree.walks.add(self)
         self._prompts: list[IntArray | None] = [None] * rows
         self._prompt_lengths: IntArray = np.zeros(rows, dtype=np.int64)
         self._nodes: IntArray = np.zeros(rows, dtype=np.int64)
@@ -197,9 +220,9 @@ class TreeSession:
         for row, prompt in zip(rows, prompts, strict=True):
             self.check_fit(f"row {row}", prompt)
         self.free(rows)
-        self._nodes[rows] = self.explorer.roots(rows, prompts)
         for row, prompt in zip(rows, prompts, strict=True):
-            self._prompts[row] = prompt
+            self._prompts[row], self._nodes[row] = prompt, UNKNOWN
+        self._nodes[rows] = self.explorer.roots(rows, prompts, pinned=False)
         self._prompt_lengths[rows] = [len(prompt) for prompt in prompts]
         self._written[rows] = self._since_llm[rows] = 0
         self._episodes[rows] = rows if episodes is None else episodes
@@ -232,17 +255,18 @@ class TreeSession:
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); without logits, of which the tree keeps the features alone."""
         rows = np.asarray(rows, dtype=np.int64)
-        features = torch.from_numpy(self.tree.features(self._nodes[rows]))
-        hidden, kept = features.split([self.pool.slm.width, LOGIT_FEATURES], dim=-1)
-        return Observation(hidden, None, self._written[rows], self._episodes[rows], self._since_llm[rows], kept)
+        return observation_at(self.tree, self._nodes[rows], self._since_llm[rows], self._episodes[rows])
 
     def free(self, rows: IntArray) -> None:
         """Take rows out of flight; their prompts may be forgotten when room is needed."""
         for row in rows:
-            prompt, self._prompts[row] = self._prompts[row], None
-            if prompt is not None:
-                self.tree.release(prompt)
+            self._prompts[row] = None
         self._active[rows] = False
+
+    def in_flight(self) -> list[tuple[IntArray, int]]:
+        """Prompts that are in flight or were last, and the nodes of their rows; see `Tree.walks`."""
+        flights = zip(self._prompts, self._nodes.tolist(), strict=True)
+        return [(prompt, node) for prompt, node in flights if prompt is not None]
 
     def response(self, row: int) -> IntArray:
         """Tokens of the response so far, (n,), an end-of-sequence token included."""

@@ -23,7 +23,8 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policy import POLICY_FILE, Always, Policy, load_policy
+from agents.oracle import Oracle
+from agents.policy import POLICY_FILE, Policy, load_policy
 from agents.rollout import Episode, Scheduling, decode
 from envs.costs import ALL_COSTS
 from envs.files import write_text
@@ -31,7 +32,9 @@ from envs.manifest import check_manifest, models_manifest
 from envs.models import ModelPool
 from envs.steps import Observation
 from envs.tasks.task import Example, Task, check_split
+from envs.tree import Tree
 from experiments.build import build, program
+from experiments.limits import Limits, measure_limits
 from experiments.outcomes import Outcomes
 from experiments.present import markdown, plot_curves, table, transcripts
 from experiments.summary import Results, summarize
@@ -49,6 +52,7 @@ class Evaluation:
         max_new_tokens: the longest response.
         scheduling: how rows share passes.
         folder: of the outcomes, which are not made again where they are there; nothing is kept where None.
+        tree: a replay tree to decode through; nothing is timed then.
     """
 
     pool: ModelPool
@@ -57,40 +61,38 @@ class Evaluation:
     max_new_tokens: int
     scheduling: Scheduling
     folder: Path | None = None
+    tree: Tree | None = None
 
     def run(self, policy: Policy, threshold: float, label: str) -> list[Episode]:
         """Answer every example."""
         return decode(
-            self.pool, self.task, self.examples, policy, threshold, self.max_new_tokens, self.scheduling, label=label
-        )
+            self.pool, self.task, self.examples, policy, threshold, self.max_new_tokens, self.scheduling, label=label,
+            tree=self.tree,
+        )  # fmt: skip
 
     def outcomes(self, policy: Policy, threshold: float, name: str, number: int) -> Outcomes:
         """What a policy's answers at its threshold `number` come to."""
         path = self.folder and self.folder / name / f"{number:02d}.safetensors"
         if path and path.is_file():
             return Outcomes.load(path)
-        found = Outcomes.of(self.run(policy, threshold, name), self.pool, policy)
+        found = Outcomes.of(self.run(policy, threshold, name), self.pool, policy, timed=self.tree is None)
         if path:
             found.save(path)
         return found
 
-    def alone(self, slm: bool) -> Outcomes:
-        """What one model comes to without the other."""
-        path = self.folder and self.folder / ("slm.safetensors" if slm else "llm.safetensors")
-        if path and path.is_file():
-            return Outcomes.load(path)
-        episodes = self.run(Always(slm=slm), 0.5, "slm only" if slm else "llm only")
-        # LLM-only decoding runs no SLM: of the routed run in which the LLM wrote everything, only its own work counts
-        found = Outcomes.of(episodes if slm else [_by_llm_alone(episode) for episode in episodes], self.pool)
-        if path:
-            found.save(path)
-        return found
+    def limits(self, settings: DictConfig, about: Mapping[str, Any]) -> Limits:
+        """Each model alone, random routing and the oracle; taken from, or kept in, `settings.shared` if it is set."""
+        oracle = Oracle(budget=settings.oracle) if settings.oracle else None
+        place = Path(settings.shared) if settings.shared else self.folder
+        limits = measure_limits(
+            self.run, self.pool, self.examples, oracle, self._searched, place, about, timed=self.tree is None
+        )
+        if self.folder and place != self.folder:
+            limits.save(self.folder)
+        return limits
 
-
-def _by_llm_alone(episode: Episode) -> Episode:
-    ledger = episode.ledger.copy()
-    ledger[:-1] = 0
-    return replace(episode, ledger=ledger)
+    def _searched(self) -> Tree:
+        return self.tree or Tree(self.pool, self.task, self.max_new_tokens)
 
 
 class _Recorder:
@@ -161,12 +163,14 @@ def evaluate(
         **about,
         "models": models_manifest(pool),
         "examples": config.examples,
+        "oracle": config.oracle,
         "thresholds_at": {"llm_shares": list(config.llm_shares), "examples": config.threshold_examples},
         "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
     }
     kept = runs_folder / "manifest.json"
     examples = task.examples(check_split(config.split), config.examples, start=config.start)
-    evaluation = Evaluation(pool, task, examples, config.max_new_tokens, build(config, "scheduling"), runs_folder)
+    scheduling, tree = build(config, "scheduling"), open_tree(config, pool, task)
+    evaluation = Evaluation(pool, task, examples, config.max_new_tokens, scheduling, runs_folder, tree)
     if kept.is_file():
         found = json.loads(kept.read_text())
         check_manifest(runs_folder, found, manifest, list(manifest))
@@ -176,7 +180,17 @@ def evaluate(
         thresholds = choose_thresholds(evaluation, for_thresholds, policies, config.llm_shares)
         manifest |= {"thresholds": thresholds, "trained": list(trained), "seed": seed}
         write_text(kept, json.dumps(manifest, indent=1) + "\n")
-    slm, llm = evaluation.alone(slm=True), evaluation.alone(slm=False)
+    limits = evaluation.limits(
+        config,
+        {
+            **about,
+            "models": manifest["models"],
+            "examples": config.examples,
+            "oracle": config.oracle,
+            "timed": tree is None,
+        },
+    )
+    slm, llm = limits.slm, limits.llm
     runs: dict[str, list[Outcomes]] = {}
     rows: list[dict[str, Any]] = []
 
@@ -187,6 +201,8 @@ def evaluate(
 
     record("slm", None, slm)
     record("llm", None, llm)
+    for outcomes in limits.frontier(config.cost):
+        record("oracle", None, outcomes)
     with tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
         for name, policy in policies.items():
             runs[name] = []
@@ -194,7 +210,7 @@ def evaluate(
                 runs[name].append(evaluation.outcomes(policy, threshold, name, number))
                 record(name, threshold, runs[name][-1])
                 progress.update()
-    results = Results(about, slm, llm, {name: [runs[name]] for name in policies}, frozenset(trained))
+    results = Results(about, limits, {name: [runs[name]] for name in policies}, frozenset(trained))
     summary = {**summarize(results, config.cost, config.bootstrap, seed), "seed": seed}
     present(summary, folder)
     if config.transcripts:
@@ -202,8 +218,18 @@ def evaluate(
         chosen = thresholds[name][pick_threshold(runs[name], llm, config.cost)]
         shown = replace(evaluation, examples=examples[: config.transcripts]).run(policy, chosen, "transcripts")
         write_text(folder / "transcripts.html", transcripts(pool, shown, f"{task.name}, routed by {name}"))
+    if tree is not None:
+        tree.save(Path(config.tree))
     print(f"wrote {folder}")
     return summary
+
+
+def open_tree(config: DictConfig, pool: ModelPool, task: Task) -> Tree | None:
+    """The replay tree an evaluation decodes through, from `config.tree` if it is there; None where it is not set."""
+    if not config.tree:
+        return None
+    path = Path(config.tree)
+    return Tree(pool, task, config.max_new_tokens, config.tree_memory, path if path.is_file() else None)
 
 
 def present(summary: Mapping[str, Any], folder: Path) -> None:
@@ -229,6 +255,8 @@ def check_evaluation(config: DictConfig) -> None:
     """Refuse settings of an evaluation that would fail later."""
     if config.cost not in [cost.name for cost in ALL_COSTS]:
         raise ValueError(f"unknown cost {config.cost!r}; choose one of {', '.join(cost.name for cost in ALL_COSTS)}")
+    if config.oracle < 0:
+        raise ValueError(f"oracle is how many answers are tried per problem, 0 for none; it is {config.oracle}")
     if not config.llm_shares or not all(0 < share < 1 for share in config.llm_shares):
         raise ValueError(f"llm_shares must lie between 0 and 1, at least one; they are {list(config.llm_shares)}")
     for key, least in (("examples", 1), ("threshold_examples", 1), ("bootstrap", 1), ("max_new_tokens", 1)):

@@ -98,6 +98,22 @@ def measures(sweep: Sweep, calls: Sweep, weights: FloatArray) -> dict[str, float
     return found
 
 
+def above_random(sweep: Sweep, random: Sweep, oracle: Sweep | None, weights: FloatArray) -> dict[str, float]:
+    """How far a policy is from random routing to the oracle.
+
+    Returns:
+        area_above_random: of the deferral curve, from the SLM's cost to the LLM's. oracle_share: that area over the
+        oracle's, where there is one.
+    """
+    points = [one.points(weights) for one in (sweep, random, oracle or random)]
+    low, high = points[0][0, 0], points[0][-1, 0]
+    ours, theirs, best = (area(monotone_hull(some), low, high) for some in points)
+    found = {"area_above_random": ours - theirs}
+    if oracle is not None:
+        found["oracle_share"] = (ours - theirs) / (best - theirs) if best > theirs else float("nan")
+    return found
+
+
 def comparison(sweep: Sweep, other: Sweep, weights: FloatArray) -> dict[str, float]:
     """What a policy saves and gains over another one, both in the same unit.
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 
 from agents.policy import Policy, decision_profile
 from agents.rollout import Episode
-from envs.costs import WRITTEN, FloatArray, Price
+from envs.costs import ALL_COSTS, WRITTEN, FloatArray, Price
 from envs.files import write_whole
 from envs.models import ModelPool
 from experiments.metrics import Sweep
@@ -38,12 +38,17 @@ class Outcomes:
     costs: Mapping[str, FloatArray]
 
     @classmethod
-    def of(cls, episodes: Sequence[Episode], pool: ModelPool, policy: Policy | None = None) -> Outcomes:
-        """Of decoded episodes; decisions are priced where `policy` is given."""
+    def of(
+        cls, episodes: Sequence[Episode], pool: ModelPool, policy: Policy | None = None, timed: bool = True
+    ) -> Outcomes:
+        """Of decoded episodes; decisions are priced where `policy` is given, seconds where passes were `timed`."""
         ledgers = np.stack([episode.ledger for episode in episodes])
-        costs = dict(Price(pool.profiles).of(ledgers))
+        units = [cost for cost in ALL_COSTS if timed or cost.reproducible]
+        costs = dict(Price(pool.profiles, units).of(ledgers))
         if policy is not None:
-            own = Price([decision_profile(policy)]).of(np.stack([episode.decisions for episode in episodes])[:, None])
+            own = Price([decision_profile(policy)], units).of(
+                np.stack([episode.decisions for episode in episodes])[:, None]
+            )
             costs = {unit: costs[unit] + own[unit] for unit in costs}
         return cls(
             np.array([episode.correct for episode in episodes]),

@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from agents.rollout import Episode
+from envs.files import write_whole
 from envs.models import ModelPool
 from envs.render import html
 
@@ -23,6 +24,7 @@ UNITS = {
 }
 
 
+AREAS = ("aiq", "area_above_random", "oracle_share")
 COMPARED = ("ratio_at_0.95", "largest_gain", "largest_loss")
 
 
@@ -42,6 +44,8 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
         axes.plot(costs, accuracies, style, marker="." if len(costs) < 25 else "", color=colour, label=name)
         grid, low, high = (np.array(column, dtype=float) for column in zip(*policy["band"], strict=True))
         axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
+    for name, limit in summary["limits"].items():
+        axes.plot(*zip(*limit["curve"], strict=True), color="black" if name == "oracle" else "grey", ls=":", label=name)
     for name in ("slm", "llm"):
         model = summary["models"][name]
         axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=f"{name} only", zorder=3)
@@ -53,10 +57,8 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
-    partial.replace(path)
 
 
 def table(summary: Mapping[str, Any]) -> Table:
@@ -75,6 +77,9 @@ def table(summary: Mapping[str, Any]) -> Table:
     result.add_column(f"most above\n{first}", justify="right")
     result.add_column(f"most below\n{first}", justify="right")
     result.add_column("AIQ", justify="right")
+    result.add_column("area above\nrandom", justify="right")
+    if "oracle" in summary["limits"]:
+        result.add_column("share of the\noracle's", justify="right")
     result.add_column("LLM tokens\nat 95%", justify="right")
     for name in ("slm", "llm"):
         model = summary["models"][name]
@@ -85,7 +90,13 @@ def table(summary: Mapping[str, Any]) -> Table:
         compared = [_measured(against[key]) if name != first else "" for key in COMPARED]
         tokens = _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"])
         label = f"{name} ({policy['seeds']})"
-        result.add_row(label, "", "", *cells, *compared, _measured(policy["measures"]["aiq"]), tokens)
+        areas = [_measured(policy["measures"][key]) for key in AREAS if key in policy["measures"]]
+        result.add_row(label, "", "", *cells, *compared, *areas, tokens)
+    for name, limit in summary["limits"].items():
+        by_unit = limit["cost_at_by_unit"]
+        cells = [_number(cost) for cost in by_unit[summary["cost"]].values()]
+        empty = len(result.columns) - len(cells) - 4
+        result.add_row(name, "", "", *cells, *[""] * empty, _number(by_unit["llm_tokens"]["0.95"]))
     return result
 
 

@@ -21,10 +21,11 @@ from omegaconf import DictConfig
 from envs.files import write_text
 from envs.manifest import check_manifest
 from experiments.evaluate import present
+from experiments.limits import Limits
 from experiments.outcomes import Outcomes
 from experiments.summary import Results, summarize
 
-SAME = ("models", "task", "split", "start", "examples", "max_new_tokens")
+SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle")
 
 
 def gather(folder: Path, first: str | None = None) -> Results:
@@ -61,8 +62,7 @@ def gather(folder: Path, first: str | None = None) -> Results:
     place, about = read[0]
     return Results(
         {key: about[key] for key in ("task", "pool", "split", "start", "max_new_tokens")},
-        Outcomes.load(place / "slm.safetensors"),
-        Outcomes.load(place / "llm.safetensors"),
+        Limits.load(place),
         {name: [found[name][seed] for seed in sorted(found[name])] for name in names},
         frozenset(trained),
     )

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from envs.costs import FloatArray
+from experiments.limits import Limits
 from experiments.metrics import (
     LEVELS,
     Sweep,
+    above_random,
     accuracy_at,
     bootstrap,
     comparison,
@@ -32,21 +34,23 @@ class Results:
 
     Attributes:
         about: task, pool, split and their like.
-        slm: the SLM alone.
-        llm: the LLM alone.
+        limits: each model alone, random routing and the oracle.
         policies: for each policy, for each training seed, the outcomes at each threshold.
         trained: which policies were trained.
     """
 
     about: Mapping[str, Any]
-    slm: Outcomes
-    llm: Outcomes
+    limits: Limits
     policies: Mapping[str, Sequence[Sequence[Outcomes]]]
     trained: frozenset[str]
 
+    def sweep(self, runs: Sequence[Outcomes], unit: str) -> Sweep:
+        """Some runs between the two ends every policy has."""
+        return sweep(runs, self.limits.slm, self.limits.llm, unit)
+
     def sweeps(self, name: str, unit: str) -> list[Sweep]:
         """A policy's sweep for each training seed."""
-        return [sweep(runs, self.slm, self.llm, unit) for runs in self.policies[name]]
+        return [self.sweep(runs, unit) for runs in self.policies[name]]
 
 
 def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str, Any]:
@@ -58,17 +62,21 @@ def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str,
         samples: of the bootstrap.
         seed: of its draws.
     """
-    count = len(results.slm.correct)
+    limits = results.limits
+    count = len(limits.slm.correct)
     even = np.full(count, 1 / count)
     in_unit = {name: results.sweeps(name, unit) for name in results.policies}
     calls = {name: results.sweeps(name, "llm_tokens") for name in results.policies}
     first = next(iter(results.policies))
+    random = results.sweep(limits.random, unit)
+    oracle = results.sweep(limits.frontier(unit), unit) if limits.oracle else None
     summaries: dict[str, Any] = {}
     for name, sweeps in in_unit.items():
         seeds = len(sweeps)
 
         def own(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
-            return measures(in_unit[name][number], calls[name][number], weights)
+            found = measures(in_unit[name][number], calls[name][number], weights)
+            return found | above_random(in_unit[name][number], random, oracle, weights)
 
         def above(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
             # seeds are paired as far as they go; one that is not trained has one
@@ -84,7 +92,7 @@ def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str,
             "seeds": seeds,
             "cost_at": {f"{level:.2f}": finite(values[f"cost_at_{level:.2f}"]) for level in LEVELS},
             "cost_at_interval": {f"{level:.2f}": intervals[f"cost_at_{level:.2f}"] for level in LEVELS},
-            "cost_at_by_unit": {other: _costs_at(results.sweeps(name, other), even) for other in results.slm.costs},
+            "cost_at_by_unit": {other: _costs_at(results.sweeps(name, other), even) for other in limits.slm.costs},
             "measures": {key: {"value": finite(values[key]), "interval": intervals[key]} for key in values},
             f"against_{first}": {
                 key: {"value": finite(against[key]), "interval": against_intervals[key]} for key in against
@@ -92,15 +100,40 @@ def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str,
             "curve": _curve(sweeps, even),
             "band": _band(sweeps, min(samples, BAND_SAMPLES), seed),
         }
-    rows = {"slm": results.slm.row(results.llm), "llm": results.llm.row(results.llm)}
+    rows = {"slm": limits.slm.row(limits.llm), "llm": limits.llm.row(limits.llm)}
     return {
         **results.about,
         "cost": unit,
         "examples": count,
         "first": first,
         "models": {name: {"accuracy": row["accuracy"], "cost": row[f"cost_{unit}"]} for name, row in rows.items()},
+        "limits": _limits(results, unit, even),
         "policies": summaries,
     }
+
+
+def _limits(results: Results, unit: str, weights: FloatArray) -> dict[str, Any]:
+    """Curve and costs of random routing and of the oracle, and how many of its searches were cut short."""
+    limits = results.limits
+    runs = {"random": limits.random} | ({"oracle": limits.frontier(unit)} if limits.oracle else {})
+    found: dict[str, Any] = {
+        name: {
+            "curve": _curve([results.sweep(some, unit)], weights),
+            "cost_at_by_unit": {
+                other: _costs_at([results.sweep(some, other)], weights)
+                for other in limits.slm.costs
+                if other != "seconds"  # the oracle's answers are not timed
+            },
+        }
+        for name, some in runs.items()
+    }
+    if limits.oracle:
+        found["oracle"] |= {
+            "solved": float(limits.oracle.correct.mean()),
+            "ran_out_of_budget": limits.exhausted,
+            "llm_share": round(float(limits.oracle.llm_tokens.sum() / limits.oracle.tokens.sum()), 6),
+        }
+    return found
 
 
 def _costs_at(sweeps: Sequence[Sweep], weights: FloatArray) -> dict[str, float | None]:

@@ -124,7 +124,9 @@ def test_a_policy_pays_for_its_own_parameters():
 def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     pool, task = embedded_pool(), ArithmeticTask()
     evaluation = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path)
-    slm, llm = evaluation.alone(slm=True), evaluation.alone(slm=False)
+    settings = config_of("evaluate", "oracle=0")
+    limits = evaluation.limits(settings, {"about": "this test"})
+    slm, llm = limits.slm, limits.llm
     row = llm.row(llm)
     assert {value for key, value in row.items() if key.startswith("cost_")} == {1.0}
     assert row["llm_share"] == 1.0
@@ -136,8 +138,11 @@ def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     read = llm.tokens * (size.body_parameters + size.head_parameters) * 4
     assert (llm.costs["bytes"] > read).all()
     assert (llm.costs["bytes"] < read + size.kv_bytes_per_token * cached * (llm.tokens + 1)).all()
-    again = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path).alone(slm=False)
-    np.testing.assert_array_equal(again.costs["seconds"], llm.costs["seconds"])
+    again = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path)
+    kept = again.limits(settings, {"about": "this test"})
+    np.testing.assert_array_equal(kept.llm.costs["seconds"], llm.costs["seconds"])
+    with pytest.raises(ValueError, match="another test"):
+        again.limits(settings, {"about": "another test"})
 
 
 def test_hull_costs_and_accuracies_by_hand():
@@ -227,7 +232,7 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
     names = {path.name for path in evaluated.iterdir()}
     assert {"config.yaml", "results.jsonl", "summary.json", "curve.png", "table.md", "transcripts.html"} <= names
     rows = [json.loads(line) for line in (evaluated / "results.jsonl").read_text().splitlines()]
-    assert {row["policy"] for row in rows} == {"slm", "llm", "citer", "random", "entropy"}
+    assert {row["policy"] for row in rows} == {"slm", "llm", "oracle", "citer", "random", "entropy"}
     assert all(
         {"accuracy", "threshold", "seed", "cost_bytes", "cost_seconds", "llm_share"} <= row.keys() for row in rows
     )
@@ -263,17 +268,18 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
 
     def counted(self, *args):
         count[0] += 1
-        if count[0] == 6:
+        if count[0] == 11:
             raise KeyboardInterrupt
         return run(self, *args)
 
     monkeypatch.setattr(Evaluation, "run", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path / "halves")
-    assert len(rows(tmp_path / "halves")) == 4
+    assert [row["policy"] for row in rows(tmp_path / "halves")][-3:] == ["oracle", "random", "random"]
     evaluated(tmp_path / "halves")
-    # thresholds, both models alone and two runs before; the one that was cut off, one more and the transcripts after
-    assert count[0] == 6 + 3
+    # thresholds, both models alone, random routing and two runs before; the one that was cut off, one more and the
+    # transcripts after
+    assert count[0] == 11 + 3
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     other = config_of("evaluate", *QUICK, "max_new_tokens=64")
     with pytest.raises(ValueError, match="made with max_new_tokens 128, this run has 64"):

@@ -1,0 +1,195 @@
+"""What every policy lies between, and no policy changes: each model alone, random routing, and the oracle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.oracle import Found, Oracle
+from agents.policy import Always, Policy, Random
+from agents.rollout import Episode
+from envs.costs import ALL_COSTS, WRITTEN, Price, response_entries
+from envs.files import write_text
+from envs.manifest import check_manifest
+from envs.models import ModelPool
+from envs.tasks.task import Example
+from envs.tree import TERMINATED, Tree
+from experiments.outcomes import Outcomes
+
+RANDOM_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Shares of tokens that random routing gives to the LLM."""
+FRONTIER_POINTS = 24
+EXHAUSTED = "oracle_exhausted.json"
+"""Written last: the limits in a folder are complete with it."""
+Decode = Callable[[Policy, float, str], Sequence[Episode]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of one set of examples.
+
+    Attributes:
+        slm: the SLM alone.
+        llm: the LLM alone.
+        random: random routing, at RANDOM_SHARES.
+        oracle: the cheapest right answer to each example, the SLM's where none was found; None where it was not asked.
+        exhausted: how many searches ran out of their budget.
+    """
+
+    slm: Outcomes
+    llm: Outcomes
+    random: Sequence[Outcomes]
+    oracle: Outcomes | None
+    exhausted: int
+
+    def frontier(self, unit: str) -> list[Outcomes]:
+        """The oracle with rising budgets: examples go from the SLM's answer to the oracle's, the cheapest first."""
+        if self.oracle is None:
+            return []
+        gained = self.oracle.correct & ~self.slm.correct
+        extra = self.oracle.costs[unit] - self.slm.costs[unit]
+        # a right answer that is cheaper than the SLM's own is taken at once
+        free = self.oracle.correct & (extra <= 0)
+        rank = np.full(len(gained), np.inf)
+        order = np.flatnonzero(gained & ~free)[np.argsort(extra[gained & ~free], kind="stable")]
+        rank[order] = np.arange(1, len(order) + 1)
+        rank[free] = 0
+        cuts = np.unique(np.linspace(0, len(order), FRONTIER_POINTS).round())
+        return [_chosen(self.oracle, self.slm, rank <= cut) for cut in cuts]
+
+    def save(self, folder: Path) -> None:
+        """Write all of it into `folder`."""
+        pieces = {"slm": self.slm, "llm": self.llm, "oracle": self.oracle}
+        pieces |= {random_name(share): run for share, run in zip(RANDOM_SHARES, self.random, strict=True)}
+        for name, outcomes in pieces.items():
+            if outcomes is not None:
+                outcomes.save(folder / f"{name}.safetensors")
+        write_text(folder / EXHAUSTED, json.dumps(self.exhausted) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Limits:
+        """Read what `save` wrote."""
+
+        def piece(name: str) -> Outcomes:
+            return Outcomes.load(folder / f"{name}.safetensors")
+
+        oracle = piece("oracle") if (folder / "oracle.safetensors").is_file() else None
+        random = [piece(random_name(share)) for share in RANDOM_SHARES]
+        return cls(piece("slm"), piece("llm"), random, oracle, json.loads((folder / EXHAUSTED).read_text()))
+
+
+def random_name(share: float) -> str:
+    """What random routing with this share of LLM tokens is called on disk."""
+    return f"random-{share}"
+
+
+def _chosen(one: Outcomes, other: Outcomes, where: np.ndarray) -> Outcomes:
+    """`one` for the examples `where`, `other` for the rest."""
+
+    def mixed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.where(where, a, b)
+
+    return Outcomes(
+        mixed(one.correct, other.correct),
+        mixed(one.terminated, other.terminated),
+        mixed(one.llm_tokens, other.llm_tokens),
+        mixed(one.tokens, other.tokens),
+        {unit: mixed(one.costs[unit], other.costs[unit]) for unit in one.costs},
+    )
+
+
+def measure_limits(
+    decode: Decode,
+    pool: ModelPool,
+    examples: Sequence[Example],
+    oracle: Oracle | None,
+    tree: Callable[[], Tree],
+    folder: Path | None,
+    about: Mapping[str, Any],
+    timed: bool = True,
+) -> Limits:
+    """Measure all limits, or read those that are there.
+
+    Args:
+        decode: answers the examples with a policy at a threshold; the last argument is a label.
+        pool: the models.
+        examples: what is answered.
+        oracle: how to search; None for no oracle.
+        tree: opens the tree that is searched.
+        folder: where each piece is kept when it is made; nothing is kept where None.
+        about: what makes the limits; pieces in a folder that something else made are refused.
+        timed: whether passes are timed.
+    """
+    if folder is not None:
+        manifest = folder / "limits.json"
+        if manifest.is_file():
+            check_manifest(manifest, json.loads(manifest.read_text()), about)
+        else:
+            write_text(manifest, json.dumps(about, indent=1) + "\n")
+
+    def kept(name: str, make: Callable[[], Outcomes]) -> Outcomes:
+        path = folder and folder / f"{name}.safetensors"
+        if path and path.is_file():
+            return Outcomes.load(path)
+        found = make()
+        if path:
+            found.save(path)
+        return found
+
+    def random(share: float) -> Outcomes:
+        return Outcomes.of(decode(Random(0), share, f"random, {share:.0%} LLM"), pool, timed=timed)
+
+    def llm_only() -> Outcomes:
+        # LLM-only decoding runs no SLM: of the routed run in which the LLM wrote everything, only its own work counts
+        return Outcomes.of(
+            [_by_llm_alone(episode) for episode in decode(Always(slm=False), 0.5, "llm only")], pool, timed=timed
+        )
+
+    slm = kept("slm", lambda: Outcomes.of(decode(Always(slm=True), 0.5, "slm only"), pool, timed=timed))
+    limits = Limits(slm, kept("llm", llm_only), [], None, 0)
+    limits = replace(limits, random=[kept(random_name(share), partial(random, share)) for share in RANDOM_SHARES])
+    if oracle is not None and not (folder and (folder / EXHAUSTED).is_file()):
+        place = tree()
+        found = oracle.search(place, examples)
+        limits = replace(
+            limits, oracle=oracle_outcomes(place, found, slm), exhausted=sum(one.exhausted for one in found)
+        )
+    if folder is None:
+        return limits
+    if not (folder / EXHAUSTED).is_file():
+        limits.save(folder)
+    return Limits.load(folder)
+
+
+def _by_llm_alone(episode: Episode) -> Episode:
+    ledger = episode.ledger.copy()
+    ledger[:-1] = 0
+    return replace(episode, ledger=ledger)
+
+
+def oracle_outcomes(tree: Tree, found: Sequence[Found], slm: Outcomes) -> Outcomes:
+    """What the oracle's answers come to; where it found none, the SLM's."""
+    ends = np.array([one.nodes[-1] for one in found])
+    terminated = tree.ends[ends] == TERMINATED
+    prompts = [len(tree.prompts[int(number)]) for number in tree.prompt_numbers[ends]]
+    entries = np.stack(
+        [
+            response_entries(prompt, one.writers, bool(end), len(tree.pool))
+            for one, prompt, end in zip(found, prompts, terminated, strict=True)
+        ]
+    )
+    price = Price(tree.pool.profiles, [cost for cost in ALL_COSTS if cost.name in slm.costs])
+    outcomes = Outcomes(
+        np.array([one.solved for one in found]),
+        terminated,
+        entries[:, 1:, WRITTEN].sum(1),
+        entries[:, :, WRITTEN].sum(1),
+        price.of(entries),
+    )
+    return _chosen(outcomes, slm, outcomes.correct)
