@@ -30,6 +30,9 @@ from envs.tasks.task import Example, Task, first_training_example
 from envs.tree import Tree
 from envs.walk import observation_at
 
+SEARCHED_AT_ONCE = 1000
+"""Problems searched between two savings of the tree."""
+
 
 @dataclass(frozen=True)
 class TaughtStates:
@@ -127,11 +130,13 @@ class Expert:
         tree = Tree(pool, task, self.max_new_tokens, self.memory, kept if kept and kept.is_file() else None)
         rng = np.random.default_rng(seed)
         numbers = list(range(len(examples)))
-        found = self.oracle.search(tree, examples)
+        found: list[Found] = []
+        for begin in range(0, len(examples), SEARCHED_AT_ONCE):
+            found += self.oracle.search(tree, examples[begin : begin + SEARCHED_AT_ONCE])
+            if kept is not None:
+                tree.save(kept)
         taught = TaughtStates.of(found, numbers)
         policy = self._train(tree, taught, found, seed, 1, track, folder)
-        if kept is not None:
-            tree.save(kept)
         for number in range(2, self.rounds + 1):
             if self.ties == "router":
                 taught = TaughtStates.of(self.oracle.search(tree, examples, likely=policy), numbers)

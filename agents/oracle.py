@@ -258,10 +258,7 @@ class _Searches:
         writers[: len(item.writers)] = item.writers
         if search.alone == UNKNOWN:
             search.alone, search.alone_writers = end, writers
-        if tree.verdicts[end] == UNKNOWN:
-            text = self.pool.decode(tree.written(tree.path(end)))
-            tree.verdicts[end] = tree.task.is_correct(search.example, text)
-        if tree.verdicts[end]:
+        if tree.correct(end, search.example):
             cost = self._cost(end, writers, bool(tree.ends[end] == TERMINATED))
             if cost < search.best:
                 search.best, search.end, search.writers = cost, end, writers

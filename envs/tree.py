@@ -24,7 +24,7 @@ from envs.files import write_tensors
 from envs.manifest import check_manifest, models_manifest
 from envs.models import ModelPool, gigabytes
 from envs.sampling import Sampling
-from envs.tasks.task import Task
+from envs.tasks.task import Example, Task
 
 FORMAT = "1"
 GOING_ON, TERMINATED, TRUNCATED = 0, 1, 2
@@ -203,6 +203,13 @@ class Tree:
             nodes[depth] = node
             node = int(self.parents[node])
         return nodes
+
+    def correct(self, node: int, example: Example) -> bool:
+        """Whether the answer that ends at `node` is right for `example`, judged once."""
+        if self.verdicts[node] == UNKNOWN:
+            text = self.pool.decode(self.written(self.path(node)))
+            self.verdicts[node] = self.task.is_correct(example, text)
+        return bool(self.verdicts[node])
 
     def descend(self, prompt: IntArray, tokens: IntArray) -> IntArray:
         """The states of a response that was walked, from the prompt on, (n + 1,); tokens (n,).

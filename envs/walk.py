@@ -286,8 +286,4 @@ class TreeSession:
 
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether a finished row answers `example`, judged once."""
-        node = self._nodes[row]
-        if self.tree.verdicts[node] == UNKNOWN:
-            text = self.pool.decode(self.response(row))
-            self.tree.verdicts[node] = task.is_correct(example, text)
-        return bool(self.tree.verdicts[node])
+        return self.tree.correct(int(self._nodes[row]), example)

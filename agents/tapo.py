@@ -1,0 +1,287 @@
+"""TAPO: policy gradient on counterfactual advantages in trees of routed continuations (the idea of AlphaRouter, 2026).
+
+The router answers training problems. At some states of each answer the other choice is followed too, to the end of the
+answer. The difference between what comes below the two branches, less what they cost, is the advantage of asking the
+LLM at that state, and the policy gradient is taken for both actions at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.citer import Citer
+from agents.expert import Expert
+from agents.networks import RouterNetwork
+from agents.policy import Track, load_policy, untracked
+from agents.preferences import Labels
+from agents.router import RouterPolicy
+from envs.cache import IntArray
+from envs.costs import FloatArray
+from envs.features import check_features, feature_width
+from envs.manifest import models_manifest
+from envs.models import ModelPool
+from envs.tasks.task import Example, Task, first_training_example
+from envs.tree import GOING_ON, Tree
+from envs.walk import Explorer, observation_at
+
+
+def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
+    """Minus the expected advantage of asking the LLM: its gradient is the all-action policy gradient at branchings.
+
+    Args:
+        logits: log-odds that the SLM should write, (n,).
+        advantages: outcome below the LLM's branch less that below the SLM's, costs included, (n,).
+    """
+    return -(torch.sigmoid(-logits) * advantages).mean()
+
+
+@dataclass(frozen=True)
+class Tapo:
+    """A router improved by counterfactual policy gradient.
+
+    Args:
+        start: the router to improve: `citer` or `expert`, trained first on the settings of that name, or `scratch`.
+        policy: the folder of a saved router to improve, instead of `start`.
+        citer: how the router of `start=citer` is trained.
+        expert: how the router of `start=expert` is trained.
+        examples: training problems; all of the train split where None.
+        iterations: of answering, branching and updating.
+        batch: problems an iteration.
+        branches: states per answer at which the other choice is followed, drawn where the router is least decided.
+        samples: continuations of each branch; 1 follows the router's better choice at every state, more are sampled.
+        cost_weight: the price of an LLM token, in right answers.
+        anneal: share of the iterations over which that price rises from 0: an untrained router would learn to be cheap
+            long before it learns where the LLM is worth its price.
+        llm_share: the share of tokens the router gives to the LLM at first.
+        epochs: passes over an iteration's branchings.
+        batch_size: branchings a step.
+        lr: of Adam.
+        features: what a router from scratch sees, one of `envs.features.FEATURES`.
+        max_new_tokens: the longest response.
+        memory: bytes of the replay tree.
+        rows: answers in flight.
+    """
+
+    start: Literal["citer", "expert", "scratch"] = "citer"
+    policy: str | None = None
+    citer: Citer = field(default_factory=lambda: Citer(features="hidden_logits", labels=Labels(on_agreement="slm")))
+    expert: Expert = field(default_factory=Expert)
+    examples: int | None = 2000
+    iterations: int = 20
+    batch: int = 256
+    branches: int = 8
+    samples: int = 1
+    cost_weight: float = 0.07
+    anneal: float = 0.0
+    llm_share: float = 0.06
+    epochs: int = 4
+    batch_size: int = 256
+    lr: float = 1e-3
+    features: Literal["hidden", "hidden_logits", "hidden_logits_history"] = "hidden_logits_history"
+    max_new_tokens: int = 128
+    memory: int = 2**31
+    rows: int = 256
+
+    def __post_init__(self) -> None:
+        check_features(self.features)
+        if self.start not in ("citer", "expert", "scratch"):
+            raise ValueError(f"unknown start {self.start!r}; choose citer, expert or scratch")
+        least = {"iterations": 1, "batch": 2, "branches": 1, "samples": 1, "epochs": 1, "batch_size": 1, "rows": 1}
+        for key, smallest in least.items():
+            if getattr(self, key) < smallest:
+                raise ValueError(f"{key} must be at least {smallest}, is {getattr(self, key)}")
+        if not 0 < self.llm_share < 1 or not 0 <= self.anneal <= 1 or self.cost_weight < 0 or self.lr <= 0:
+            raise ValueError(
+                f"llm_share ({self.llm_share}) must be in (0, 1), anneal ({self.anneal}) in [0, 1], cost_weight "
+                f"({self.cost_weight}) >= 0, lr ({self.lr}) > 0"
+            )
+
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> RouterPolicy:
+        begun = self._begin(pool, task, seed, track, folder)
+        examples = task.examples("train", self.examples, start=first_training_example(task, seed))
+        tree = Tree(pool, task, self.max_new_tokens, self.memory)
+        run = _Run(self, tree, examples, begun, seed)
+        with tqdm(total=self.iterations, desc="tapo", leave=False) as progress:
+            for number in range(self.iterations):
+                track({"run": "tapo", "iteration": number, **run.iterate(number)})
+                progress.update()
+        network = run.network.eval().requires_grad_(False)
+        return RouterPolicy(network, models_manifest(pool), begun.features)
+
+    def _begin(self, pool: ModelPool, task: Task, seed: int, track: Track, folder: Path | None) -> RouterPolicy:
+        """The router to improve.
+
+        Raises:
+            ValueError: `policy` is not the folder of a router.
+        """
+        if self.policy is not None:
+            policy = load_policy(Path(self.policy), pool)
+            if not isinstance(policy, RouterPolicy):
+                raise ValueError(f"{self.policy} holds a {type(policy).__name__}; give the folder of a router")
+            return policy
+        if self.start != "scratch":
+            learner = self.citer if self.start == "citer" else self.expert
+            with tempfile.TemporaryDirectory(prefix="tapo-") as temporary:
+                return learner.fit(pool, task, seed, track, (folder or Path(temporary)) / self.start)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = RouterNetwork(feature_width(self.features, pool.slm.width)).to(pool.slm.device)
+        return RouterPolicy(network.eval(), models_manifest(pool), self.features)
+
+
+class _Run:
+    """One training run."""
+
+    def __init__(self, settings: Tapo, tree: Tree, examples: Sequence[Example], begun: RouterPolicy, seed: int) -> None:
+        self.settings, self.tree, self.examples = settings, tree, examples
+        self.features = begun.features
+        self.network = begun.network.eval().requires_grad_(True)
+        self.explorer = Explorer(tree, settings.rows)
+        self.rng = np.random.default_rng([seed, 1])
+        self.llm = len(tree.pool) - 1
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
+        self.prompts = [tree.pool.encode(example.prompt) for example in examples]
+        self._set_out()
+
+    def _set_out(self) -> None:
+        """Move the router's threshold of one half to where the share of LLM tokens is the one to begin with."""
+        some = np.arange(min(len(self.examples), self.settings.batch))
+        roots = self._roots(some)
+        nothing = np.zeros(len(some), dtype=np.int64)
+        _, _, states = self._follow(roots, nothing, nothing - 1, False)
+        nodes, since = (np.concatenate(column) for column in zip(*states, strict=True))
+        seen = self._seen(nodes.astype(np.int64), since.astype(np.int64))
+        if self.settings.start == "scratch" and self.settings.policy is None:
+            # an untrained router sees inputs of unit scale
+            self.network.standardise(seen.mean(0), seen.std(0))
+        with torch.no_grad():
+            shift = self.network(seen).quantile(self.settings.llm_share)
+            last = self.network.layers[-1]
+            assert isinstance(last, torch.nn.Linear)
+            last.bias.sub_(shift)
+        self._release(some)
+
+    def iterate(self, number: int) -> dict[str, float]:
+        """Answer a batch of problems, branch, update; the row it is reported by."""
+        settings = self.settings
+        rising = settings.anneal * settings.iterations
+        price = settings.cost_weight * (min(1.0, number / rising) if rising else 1.0)
+        chosen = self.rng.choice(len(self.examples), min(settings.batch, len(self.examples)), replace=False)
+        roots = self._roots(chosen)
+        nothing = np.zeros(len(chosen), dtype=np.int64)
+        ends, calls, states = self._follow(roots, nothing, nothing - 1, settings.samples > 1)
+        right = self._right(ends, chosen)
+        nodes, since, owners = self._branchings(states)
+        advantages = self._advantages(nodes, since, chosen[owners], price)
+        seen, target = self._seen(nodes, since), torch.from_numpy(advantages).float().to(self.tree.pool.slm.device)
+        losses = []
+        for _ in range(settings.epochs):
+            for part in np.array_split(self.rng.permutation(len(nodes)), max(1, len(nodes) // settings.batch_size)):
+                loss = branch_loss(self.network(seen[torch.from_numpy(part)]), target[torch.from_numpy(part)])
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"tapo: the loss is {loss.item()}; lower lr, or look at the rewards")
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                losses.append(loss.item())
+        self._release(chosen)
+        tokens = self.tree.depths[ends].sum()
+        return {
+            "return": float((right - settings.cost_weight * calls).mean()),
+            "accuracy": float(right.mean()),
+            "llm_share": float(calls.sum() / tokens),
+            "loss": float(np.mean(losses)),
+            "decisive": float((np.abs(advantages) > 0.5).mean()),
+            "tree": len(self.tree),
+        }
+
+    def _branchings(self, states: Sequence[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray, IntArray]:
+        """States of each answer at which the other choice is followed: nodes, since_llm and answers, (n,) each."""
+        nodes, since, owners = [], [], []
+        for number, (where, ago) in enumerate(states):
+            with torch.no_grad():
+                slm = torch.sigmoid(self.network(self._seen(where, ago))).double().cpu().numpy()
+            weights = np.sqrt(slm * (1 - slm)) + 1e-3
+            drawn = self.rng.choice(
+                len(where), min(self.settings.branches, len(where)), replace=False, p=weights / weights.sum()
+            )
+            nodes.append(where[drawn])
+            since.append(ago[drawn])
+            owners.append(np.full(len(drawn), number))
+        return np.concatenate(nodes), np.concatenate(since), np.concatenate(owners)
+
+    def _advantages(self, nodes: IntArray, since: IntArray, problems: IntArray, price: float) -> FloatArray:
+        """What asking the LLM at each state brings over letting the SLM write, (n,)."""
+        values = []
+        for action in (self.llm, 0):
+            total = np.zeros(len(nodes))
+            for _ in range(self.settings.samples):
+                first = np.full(len(nodes), action)
+                ends, calls, _ = self._follow(nodes, since, first, self.settings.samples > 1)
+                total += self._right(ends, problems) - price * calls
+            values.append(total / self.settings.samples)
+        return np.asarray(values[0] - values[1])
+
+    def _follow(
+        self, nodes: IntArray, since: IntArray, first: IntArray, sampled: bool
+    ) -> tuple[IntArray, IntArray, list[tuple[IntArray, IntArray]]]:
+        """Go on from nodes to the ends of the answers.
+
+        Args:
+            nodes: (n,).
+            since: tokens since the LLM last wrote, (n,).
+            first: the first action, (n,); -1 leaves it to the router.
+            sampled: draw actions from the router's probabilities, instead of the better one.
+
+        Returns:
+            The ends (n,), the tokens the LLM wrote (n,), and of each answer its states with since_llm there.
+        """
+        at, ago, calls = nodes.astype(np.int64), since.copy(), np.zeros(len(nodes), dtype=np.int64)
+        forced = first.copy()
+        visited: list[tuple[IntArray, IntArray, IntArray]] = []
+        going = np.arange(len(nodes))
+        while len(going):
+            with torch.no_grad():
+                slm = torch.sigmoid(self.network(self._seen(at[going], ago[going]))).double().cpu().numpy()
+            drawn = self.rng.random(len(going)) if sampled else 0.5
+            actions = np.where(slm >= drawn, 0, self.llm)
+            actions = np.where(forced[going] >= 0, forced[going], actions)
+            forced[going] = -1
+            visited.append((going, at[going], ago[going]))
+            for begin in range(0, len(going), self.settings.rows):
+                part = going[begin : begin + self.settings.rows]
+                at[part] = self.explorer.step(np.arange(len(part)), at[part], actions[begin : begin + len(part)])
+            calls[going] += actions > 0
+            ago[going] = np.where(actions > 0, 0, ago[going] + 1)
+            going = going[self.tree.ends[at[going]] == GOING_ON]
+        answers, where, agos = (np.concatenate(column) for column in zip(*visited, strict=True))
+        order = np.argsort(answers, kind="stable")
+        cuts = np.cumsum(np.bincount(answers, minlength=len(nodes)))[:-1]
+        return at, calls, list(zip(np.split(where[order], cuts), np.split(agos[order], cuts), strict=True))
+
+    def _seen(self, nodes: IntArray, since: IntArray) -> Tensor:
+        return observation_at(self.tree, nodes, since).seen(self.features).to(self.tree.pool.slm.device)
+
+    def _right(self, ends: IntArray, problems: IntArray) -> FloatArray:
+        pairs = zip(ends.tolist(), problems.tolist(), strict=True)
+        return np.array([float(self.tree.correct(end, self.examples[problem])) for end, problem in pairs])
+
+    def _roots(self, problems: IntArray) -> IntArray:
+        rows = np.arange(self.settings.rows)
+        parts = [problems[i : i + len(rows)] for i in range(0, len(problems), len(rows))]
+        return np.concatenate([self.explorer.roots(rows[: len(p)], [self.prompts[n] for n in p]) for p in parts])
+
+    def _release(self, problems: IntArray) -> None:
+        for number in problems:
+            self.tree.release(self.prompts[number])
