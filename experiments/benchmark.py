@@ -3,6 +3,7 @@
     python -m experiments.benchmark suite=decode
     python -m experiments.benchmark suite=env
     python -m experiments.benchmark suite=collect
+    python -m experiments.benchmark suite=rl
 
 The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
 turn (A B A B ...) in one process, and medians are compared, since machines are noisy.
@@ -11,8 +12,6 @@ turn (A B A B ...) in one process, and medians are compared, since machines are 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -36,9 +34,9 @@ from envs.models import LanguageModel, ModelPool
 from envs.routing import RoutingVectorEnv
 from envs.session import Session
 from experiments.benchmark_collect import collect_suite
+from experiments.benchmark_rl import rl_suite
 from experiments.build import program
-
-Numbers = dict[str, float]
+from experiments.timing import Numbers, alternate, machine
 
 
 class _NoTokenizer:
@@ -75,17 +73,6 @@ def random_pool(config: DictConfig) -> ModelPool:
     return ModelPool(models)
 
 
-def alternate(actions: dict[str, Callable[[], float]], repeats: int, label: str) -> Numbers:
-    """Run each action in turn, `repeats` times; medians of what they return."""
-    values: dict[str, list[float]] = {name: [] for name in actions}
-    with tqdm(total=repeats * len(actions), desc=label, leave=False) as progress:
-        for _ in range(repeats):
-            for name, action in actions.items():
-                values[name].append(action())
-                progress.update()
-    return {name: float(np.median(found)) for name, found in values.items()}
-
-
 def random_prompts(count: int, config: DictConfig) -> list[IntArray]:
     """Prompts of random tokens, of ragged lengths."""
     rng = np.random.default_rng(0)
@@ -110,14 +97,12 @@ def routed_seconds(
     begun = time.perf_counter()
     session = Session(pool, rows, int(limits.max()), capacity=int(limits.max()) + max(map(len, prompts)))
     waiting = list(range(len(prompts)))
-    serving = np.zeros(rows, dtype=np.int64)
 
     def refill(free: IntArray) -> tuple[IntArray, IntArray]:
         taken = [waiting.pop(0) for _ in range(min(len(free), len(waiting)))]
         started = free[: len(taken)]
         if taken and not prompts_read:
             session.start(started, [prompts[i] for i in taken], np.array(taken), limits=limits[taken])
-            serving[started] = taken
         return started, np.full(len(started), UNDECIDED)
 
     if prompts_read:
@@ -360,23 +345,8 @@ SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {
     "decode": decode_suite,
     "env": env_suite,
     "collect": collect_suite,
+    "rl": rl_suite,
 }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor()
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 @program("benchmark")

@@ -15,6 +15,7 @@ from envs.embedded import embedded_pool
 from envs.models import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, Task
+from experiments.timing import Numbers, alternate
 
 
 def plain_preferences(pool: ModelPool, task: Task, examples: list[Example], max_new_tokens: int) -> list[list[int]]:
@@ -60,14 +61,12 @@ def collect_seconds(pool: ModelPool, task: Task, settings: Citer, seed: int) -> 
         return seconds, store.column("label").tolist(), float(sum(store.rows()))
 
 
-def collect_suite(config: DictConfig) -> tuple[dict[str, float], dict[str, float]]:
+def collect_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     """Ratio `plain_over_ours` on the same examples, and rate `reference_tokens_per_second`, on the embedded pair.
 
     Raises:
         RuntimeError: the two disagree on a label.
     """
-    from experiments.benchmark import alternate
-
     pool, task = embedded_pool(), ArithmeticTask()
     scheduling = Scheduling(rows=config.collect_rows)
     few = Citer(examples=config.plain_examples, scheduling=scheduling)

@@ -1,0 +1,291 @@
+"""The oracle, what is distilled from it, and counterfactual advantages: against plain decoding."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from agents.expert import Expert, TaughtStates
+from agents.networks import RouterNetwork
+from agents.oracle import Oracle
+from agents.policy import Always, Random
+from agents.rollout import Scheduling, decode
+from agents.router import RouterPolicy
+from agents.tapo import Tapo, _Run, branch_loss
+from envs.costs import ALL_COSTS, Bytes, response_entries
+from envs.features import feature_width
+from envs.manifest import models_manifest
+from envs.routing import RoutingVectorEnv
+from envs.steps import since_at_each, since_llm
+from envs.tree import TERMINATED, Tree
+from experiments.limits import RANDOM_SHARES, Limits, measure_limits, oracle_outcomes
+from experiments.metrics import above_random, monotone_hull
+from experiments.outcomes import Outcomes, sweep
+
+EXAMPLES = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def examples(task):
+    return task.examples("validation", EXAMPLES, start=500)
+
+
+@pytest.fixture(scope="module")
+def tree(pool, task):
+    return Tree(pool, task, memory=2**27)
+
+
+@pytest.fixture(scope="module")
+def found(tree, examples):
+    return Oracle(budget=200).search(tree, examples, label=None)
+
+
+def routed(pool, task, example, plans):
+    """Whether the answers routed by `plans`, (n, 128) of actions, are right; decoded live."""
+    environment = RoutingVectorEnv(len(plans), pool, task)
+    environment.reset(seed=0, options={"examples": [example] * len(plans)})
+    verdicts, finals = np.full(len(plans), -1), [None] * len(plans)
+    for step in range(plans.shape[1]):
+        *_, infos = environment.step(plans[:, step])
+        for row in np.flatnonzero(infos.get("_final_info", np.zeros(len(plans), dtype=bool))):
+            if verdicts[row] < 0:
+                verdicts[row] = infos["final_info"]["correct"][row]
+                finals[row] = {key: infos["final_info"][key][row] for key in ("llm_tokens", "total_cost_bytes")}
+        if (verdicts >= 0).all():
+            return verdicts, finals
+    raise AssertionError("responses go on beyond the limit")
+
+
+def plan_of(writers):
+    plan = np.zeros((1, 128), dtype=int)
+    plan[0, : len(writers)] = writers
+    return plan
+
+
+def test_what_the_oracle_finds_is_right_when_it_is_decoded(found, pool, task, examples, tree):
+    assert sum(one.solved for one in found) > EXAMPLES / 2
+    for one, example in zip(found, examples, strict=True):
+        verdicts, finals = routed(pool, task, example, plan_of(one.writers))
+        assert bool(verdicts[0]) == one.solved
+        assert finals[0]["llm_tokens"] == one.llm_tokens
+        prompt = len(pool.encode(example.prompt))
+        entries = response_entries(prompt, one.writers, tree.ends[one.nodes[-1]] == TERMINATED, len(pool))
+        assert Bytes().of(entries, pool.profiles) == pytest.approx(finals[0]["total_cost_bytes"])
+
+
+def test_no_routing_with_fewer_llm_tokens_is_right(found, pool, task, examples):
+    """All routings with one LLM token less, for problems that need one or two."""
+    counts = [one.llm_tokens for one in found if one.solved]
+    assert 1 in counts
+    for one, example in zip(found, examples, strict=True):
+        if one.solved and one.llm_tokens == 1:
+            assert not routed(pool, task, example, np.zeros((1, 128), dtype=int))[0].any()
+        elif one.solved and one.llm_tokens == 2:
+            assert not routed(pool, task, example, np.eye(128, dtype=int)[:100])[0].any()
+
+
+def test_the_least_cost_is_no_more_than_that_of_the_fewest_tokens(found, pool, examples, tree):
+    def cost(one, example):
+        prompt = len(pool.encode(example.prompt))
+        return float(Bytes().of(response_entries(prompt, one.writers, True, len(pool)), pool.profiles))
+
+    some = [i for i, one in enumerate(found) if one.solved and one.llm_tokens <= 1][:4]
+    cheapest = Oracle(cost="bytes", budget=2000).search(tree, [examples[i] for i in some], label=None)
+    for i, one in zip(some, cheapest, strict=True):
+        assert one.solved
+        assert not one.exhausted
+        assert cost(one, examples[i]) <= cost(found[i], examples[i])
+
+
+def test_a_budget_that_runs_out_is_reported(found, pool, task, examples):
+    hard = [i for i, one in enumerate(found) if one.llm_tokens > 0][:3]
+    cut = Oracle(budget=1).search(Tree(pool, task, memory=2**25), [examples[i] for i in hard], label=None)
+    assert all(one.exhausted and not one.solved and one.walks == 1 for one in cut)
+    alone = decode(pool, task, [examples[i] for i in hard], Always(slm=True))
+    for one, episode in zip(cut, alone, strict=True):
+        assert len(one.writers) == len(episode.tokens)
+        assert not one.writers.any()
+
+
+def test_a_search_goes_on_from_any_state(found, pool, task, examples, tree):
+    number = next(i for i, one in enumerate(found) if one.solved and one.llm_tokens == 1)
+    one = found[number]
+    depth = int(np.flatnonzero(one.writers)[0]) + 1  # behind the only LLM token
+    (rest,) = Oracle().search(
+        tree, [examples[number]], [int(one.nodes[depth])], [one.writers[:depth]], label=None
+    )  # fmt: skip
+    assert rest.solved
+    assert rest.llm_tokens == 0
+    np.testing.assert_array_equal(rest.nodes, one.nodes[depth:])
+
+
+def test_a_second_search_runs_no_model(found, examples, tree, monkeypatch):
+    monkeypatch.setattr("envs.models.LanguageModel.feed", None)
+    again = Oracle(budget=200).search(tree, examples, label=None)
+    assert [one.llm_tokens for one in again] == [one.llm_tokens for one in found]
+
+
+def test_oracle_settings_are_checked():
+    with pytest.raises(ValueError, match="seconds"):
+        Oracle(cost="seconds")
+    with pytest.raises(ValueError, match="budget"):
+        Oracle(budget=0)
+
+
+def test_since_at_each_by_hand():
+    writers = np.array([0, 1, 0, 0, 1, 1, 0], dtype=np.int8)
+    assert since_at_each(writers).tolist() == [0, 1, 0, 1, 2, 0, 0]
+    assert since_llm(writers) == 1
+    assert since_llm(writers[:0]) == 0
+    assert len(since_at_each(writers[:0])) == 0
+
+
+@pytest.fixture(scope="module")
+def measured(pool, task, examples, tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("limits")
+
+    def run(policy, threshold, label):
+        return decode(pool, task, examples, policy, threshold, scheduling=Scheduling(rows=16))
+
+    about = {"examples": len(examples)}
+    limits = measure_limits(run, pool, examples, Oracle(budget=200), lambda: tree, folder, about)
+    return limits, folder, run
+
+
+def test_limits_are_measured_once(measured, pool, examples):
+    limits, folder, _ = measured
+
+    def never(*args):
+        raise AssertionError("decoded again")
+
+    again = measure_limits(never, pool, examples, Oracle(budget=200), never, folder, {"examples": len(examples)})
+    for one, other in ((limits.oracle, again.oracle), (limits.random[0], again.random[0])):
+        np.testing.assert_array_equal(one.costs["bytes"], other.costs["bytes"])
+    with pytest.raises(ValueError, match="examples"):
+        measure_limits(never, pool, examples, None, never, folder, {"examples": 3})
+    assert len(limits.random) == len(RANDOM_SHARES)
+    assert Limits.load(folder).exhausted == limits.exhausted
+
+
+def test_the_frontier_rises_from_the_slm_to_the_oracle(measured, found, tree):
+    limits, _, _ = measured
+    frontier = limits.frontier("llm_tokens")
+    accuracies = [float(run.correct.mean()) for run in frontier]
+    tokens = [float(run.llm_tokens.sum()) for run in frontier]
+    assert accuracies == sorted(accuracies)
+    assert tokens == sorted(tokens)
+    assert accuracies[0] == limits.slm.correct.mean()
+    assert tokens[0] == 0
+    assert accuracies[-1] == np.mean([one.solved for one in found])
+    whole = oracle_outcomes(tree, found, limits.slm)
+    assert tokens[-1] == whole.llm_tokens[whole.correct & ~limits.slm.correct].sum()
+
+
+def test_shares_of_the_oracles_area(measured, pool):
+    limits, _, run = measured
+    even = np.full(EXAMPLES, 1 / EXAMPLES)
+
+    def of(runs):
+        return sweep(runs, limits.slm, limits.llm, "bytes")
+
+    random, oracle = of(limits.random), of(limits.frontier("bytes"))
+    assert above_random(random, random, oracle, even) == {"area_above_random": 0.0, "oracle_share": 0.0}
+    assert above_random(oracle, random, oracle, even)["oracle_share"] == pytest.approx(1)
+    other = of([Outcomes.of(run(Random(7), 0.4, ""), pool)])
+    assert above_random(other, random, oracle, even)["oracle_share"] < 1
+    assert "oracle_share" not in above_random(other, random, None, even)
+    # no cheaper point of any routing is above the oracle's
+    ours, best = monotone_hull(other.points(even)), monotone_hull(oracle.points(even))
+    assert (np.interp(ours[:-1, 0], best[:, 0], best[:, 1]) >= ours[:-1, 1]).all()
+
+
+def test_states_taught_are_those_of_live_decoding(found, pool, task, examples, tree):
+    number = next(i for i, one in enumerate(found) if one.solved and one.llm_tokens)
+    taught = TaughtStates.of([found[number]], [number])
+    environment = RoutingVectorEnv(1, pool, task, features="hidden_logits_history")
+    observation, _ = environment.reset(seed=0, options={"examples": [examples[number]]})
+    seen = taught.features(tree, "hidden_logits_history").float().numpy()
+    for row, prefers_slm in zip(seen, taught.prefers_slm, strict=True):
+        np.testing.assert_allclose(row, observation[0], rtol=2e-3, atol=2e-3)
+        observation = environment.step(np.array([int(not prefers_slm)]))[0]
+
+
+def test_the_expert_goes_on_from_what_it_found_and_iterates(pool, task, tmp_path, monkeypatch):
+    settings = {"examples": 24, "oracle": Oracle(budget=50), "memory": 2**26}
+    rows = []
+    first = Expert(**settings).fit(pool, task, track=rows.append, folder=tmp_path)
+    assert (tmp_path / "expert.tree").is_file()
+    assert all(json.dumps(row) for row in rows)
+    for kept in tmp_path.glob("round-*"):
+        kept.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("envs.models.LanguageModel.feed", None)  # all is known: no model runs
+        again = Expert(**settings).fit(pool, task, folder=tmp_path)
+    assert again.fingerprint == first.fingerprint
+    later = Expert(**settings, rounds=2, ties="router").fit(pool, task, track=rows.append, folder=tmp_path)
+    assert later.fingerprint != first.fingerprint
+    second = next(row for row in rows if row["run"] == "round 2" and "states" in row)
+    assert second["states"] > rows[0]["states"]
+    with pytest.raises(ValueError, match="raise memory"):
+        Expert(examples=24, memory=2**18).fit(pool, task)
+    with pytest.raises(ValueError, match="ties"):
+        Expert(ties="luck")
+
+
+def test_counterfactual_advantages_equal_plain_decoding(pool, task, examples):
+    """Of asking the LLM at a state, then following the router: both answers decoded live."""
+    torch.manual_seed(1)
+    features = "hidden_logits_history"
+    policy = RouterPolicy(
+        RouterNetwork(feature_width(features, pool.slm.width)).eval(), models_manifest(pool), features
+    )
+    settings = Tapo(start="scratch", examples=8, batch=8, rows=8, llm_share=0.2)
+    tree = Tree(pool, task, memory=2**26)
+    run = _Run(settings, tree, examples[:4], policy, seed=0)
+    problems = np.arange(4)
+    nothing = np.zeros(4, dtype=np.int64)
+    _, _, states = run._follow(run._roots(problems), nothing, nothing - 1, False)
+    position = 5
+    nodes, since = (np.array([column[position] for column in part]) for part in zip(*states, strict=True))
+    advantages = run._advantages(nodes, since, problems, price=0.1)
+    shifted = RouterPolicy(run.network, policy.models, features)
+
+    class Forced:
+        def __init__(self, action):
+            self.action = action
+
+        def score(self, observation):
+            scores = shifted.score(observation).detach()
+            scores[torch.from_numpy(observation.positions == position)] = float(self.action == 0)
+            return scores
+
+    values = []
+    for action in (1, 0):
+        episodes = decode(pool, task, examples[:4], Forced(action), 0.5)
+        calls = np.array([(episode.writers[position:] > 0).sum() for episode in episodes])
+        values.append(np.array([episode.correct for episode in episodes]) - 0.1 * calls)
+    np.testing.assert_allclose(advantages, values[0] - values[1])
+
+
+def test_the_branch_loss_raises_what_pays():
+    logits = torch.tensor([0.0, 0.0], requires_grad=True)
+    loss = branch_loss(logits, torch.tensor([0.9, -0.1]))
+    assert loss.item() == pytest.approx(-0.2)
+    loss.backward()
+    # towards the LLM where it brings 0.9, towards the SLM where it costs 0.1
+    assert logits.grad[0] == pytest.approx(0.25 * 0.9 / 2)
+    assert logits.grad[1] == pytest.approx(-0.25 * 0.1 / 2)
+
+
+def test_every_reproducible_cost_can_be_minimised():
+    for cost in ALL_COSTS:
+        assert not cost.reproducible or Oracle(cost=cost.name).cost == cost.name
