@@ -135,6 +135,11 @@ class Expert:
             found += self.oracle.search(tree, examples[begin : begin + SEARCHED_AT_ONCE])
             if kept is not None:
                 tree.save(kept)
+        if tree.evictions:
+            raise ValueError(
+                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(examples)} problems; raise "
+                "memory or lower examples"
+            )
         taught = TaughtStates.of(found, numbers)
         policy = self._train(tree, taught, found, seed, 1, track, folder)
         for number in range(2, self.rounds + 1):

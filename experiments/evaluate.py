@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from agents.oracle import Oracle
 from agents.policy import POLICY_FILE, Policy, load_policy
 from agents.rollout import Episode, Scheduling, decode
+from agents.speculative import speculate
 from envs.costs import ALL_COSTS
 from envs.files import write_text
 from envs.manifest import check_manifest, models_manifest
@@ -84,12 +86,19 @@ class Evaluation:
         """Each model alone, random routing and the oracle; taken from, or kept in, `settings.shared` if it is set."""
         oracle = Oracle(budget=settings.oracle) if settings.oracle else None
         place = Path(settings.shared) if settings.shared else self.folder
+        drafts = settings.draft_tokens
+        speculated = partial(self._speculated, drafts) if drafts else None
         limits = measure_limits(
-            self.run, self.pool, self.examples, oracle, self._searched, place, about, timed=self.tree is None
+            self.run, self.pool, self.examples, speculated, oracle, self._searched, place, about, self.tree is None
         )
         if self.folder and place != self.folder:
             limits.save(self.folder)
         return limits
+
+    def _speculated(self, draft_tokens: int) -> list[Episode]:
+        return speculate(
+            self.pool, self.task, self.examples, draft_tokens, self.max_new_tokens, self.scheduling, "speculative"
+        )
 
     def _searched(self) -> Tree:
         return self.tree or Tree(self.pool, self.task, self.max_new_tokens)
@@ -164,6 +173,7 @@ def evaluate(
         "models": models_manifest(pool),
         "examples": config.examples,
         "oracle": config.oracle,
+        "draft_tokens": config.draft_tokens,
         "thresholds_at": {"llm_shares": list(config.llm_shares), "examples": config.threshold_examples},
         "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
     }
@@ -180,16 +190,8 @@ def evaluate(
         thresholds = choose_thresholds(evaluation, for_thresholds, policies, config.llm_shares)
         manifest |= {"thresholds": thresholds, "trained": list(trained), "seed": seed}
         write_text(kept, json.dumps(manifest, indent=1) + "\n")
-    limits = evaluation.limits(
-        config,
-        {
-            **about,
-            "models": manifest["models"],
-            "examples": config.examples,
-            "oracle": config.oracle,
-            "timed": tree is None,
-        },
-    )
+    made_by = {key: manifest[key] for key in (*about, "models", "examples", "oracle", "draft_tokens")}
+    limits = evaluation.limits(config, {**made_by, "timed": tree is None})
     slm, llm = limits.slm, limits.llm
     runs: dict[str, list[Outcomes]] = {}
     rows: list[dict[str, Any]] = []
@@ -201,6 +203,8 @@ def evaluate(
 
     record("slm", None, slm)
     record("llm", None, llm)
+    if limits.speculative is not None:
+        record("speculative", None, limits.speculative)
     for outcomes in limits.frontier(config.cost):
         record("oracle", None, outcomes)
     with tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
@@ -255,6 +259,10 @@ def check_evaluation(config: DictConfig) -> None:
     """Refuse settings of an evaluation that would fail later."""
     if config.cost not in [cost.name for cost in ALL_COSTS]:
         raise ValueError(f"unknown cost {config.cost!r}; choose one of {', '.join(cost.name for cost in ALL_COSTS)}")
+    if config.draft_tokens < 0:
+        raise ValueError(
+            f"draft_tokens must be at least 1, or 0 for no speculative decoding; it is {config.draft_tokens}"
+        )
     if config.oracle < 0:
         raise ValueError(f"oracle is how many answers are tried per problem, 0 for none; it is {config.oracle}")
     if not config.llm_shares or not all(0 < share < 1 for share in config.llm_shares):

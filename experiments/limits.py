@@ -1,4 +1,4 @@
-"""What every policy lies between, and no policy changes: each model alone, random routing, and the oracle."""
+"""What no policy changes: each model alone, random routing, speculative decoding, and the oracle."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Limits:
         slm: the SLM alone.
         llm: the LLM alone.
         random: random routing, at RANDOM_SHARES.
+        speculative: greedy speculative decoding, which gives the LLM's answers; None where it was not asked.
         oracle: the cheapest right answer to each example, the SLM's where none was found; None where it was not asked.
         exhausted: how many searches ran out of their budget.
     """
@@ -45,6 +46,7 @@ class Limits:
     slm: Outcomes
     llm: Outcomes
     random: Sequence[Outcomes]
+    speculative: Outcomes | None
     oracle: Outcomes | None
     exhausted: int
 
@@ -65,7 +67,7 @@ class Limits:
 
     def save(self, folder: Path) -> None:
         """Write all of it into `folder`."""
-        pieces = {"slm": self.slm, "llm": self.llm, "oracle": self.oracle}
+        pieces = {"slm": self.slm, "llm": self.llm, "speculative": self.speculative, "oracle": self.oracle}
         pieces |= {random_name(share): run for share, run in zip(RANDOM_SHARES, self.random, strict=True)}
         for name, outcomes in pieces.items():
             if outcomes is not None:
@@ -79,9 +81,12 @@ class Limits:
         def piece(name: str) -> Outcomes:
             return Outcomes.load(folder / f"{name}.safetensors")
 
-        oracle = piece("oracle") if (folder / "oracle.safetensors").is_file() else None
+        def asked(name: str) -> Outcomes | None:
+            return piece(name) if (folder / f"{name}.safetensors").is_file() else None
+
         random = [piece(random_name(share)) for share in RANDOM_SHARES]
-        return cls(piece("slm"), piece("llm"), random, oracle, json.loads((folder / EXHAUSTED).read_text()))
+        exhausted = json.loads((folder / EXHAUSTED).read_text())
+        return cls(piece("slm"), piece("llm"), random, asked("speculative"), asked("oracle"), exhausted)
 
 
 def random_name(share: float) -> str:
@@ -108,6 +113,7 @@ def measure_limits(
     decode: Decode,
     pool: ModelPool,
     examples: Sequence[Example],
+    speculate: Callable[[], Sequence[Episode]] | None,
     oracle: Oracle | None,
     tree: Callable[[], Tree],
     folder: Path | None,
@@ -120,6 +126,7 @@ def measure_limits(
         decode: answers the examples with a policy at a threshold; the last argument is a label.
         pool: the models.
         examples: what is answered.
+        speculate: answers the examples by speculative decoding; None for none.
         oracle: how to search; None for no oracle.
         tree: opens the tree that is searched.
         folder: where each piece is kept when it is made; nothing is kept where None.
@@ -152,8 +159,10 @@ def measure_limits(
         )
 
     slm = kept("slm", lambda: Outcomes.of(decode(Always(slm=True), 0.5, "slm only"), pool, timed=timed))
-    limits = Limits(slm, kept("llm", llm_only), [], None, 0)
+    limits = Limits(slm, kept("llm", llm_only), [], None, None, 0)
     limits = replace(limits, random=[kept(random_name(share), partial(random, share)) for share in RANDOM_SHARES])
+    if speculate is not None:
+        limits = replace(limits, speculative=kept("speculative", lambda: Outcomes.of(speculate(), pool, timed=timed)))
     if oracle is not None and not (folder and (folder / EXHAUSTED).is_file()):
         place = tree()
         found = oracle.search(place, examples)

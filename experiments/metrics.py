@@ -114,6 +114,22 @@ def above_random(sweep: Sweep, random: Sweep, oracle: Sweep | None, weights: Flo
     return found
 
 
+def over_price(found: Mapping[str, float], price: FloatArray, llm: FloatArray, weights: FloatArray) -> dict[str, float]:
+    """A policy's costs over those of a way to decode that has but one.
+
+    Args:
+        found: `cost_at_X` of the policy, relative to LLM-only decoding.
+        price: cost of each answer the other way, (examples,).
+        llm: cost of each answer by the LLM alone, (examples,).
+        weights: of the examples, (examples,).
+
+    Returns:
+        over_speculative_at_X.
+    """
+    relative = float(price @ weights / (llm @ weights))
+    return {f"over_speculative_at_{level:.2f}": found[f"cost_at_{level:.2f}"] / relative for level in LEVELS}
+
+
 def comparison(sweep: Sweep, other: Sweep, weights: FloatArray) -> dict[str, float]:
     """What a policy saves and gains over another one, both in the same unit.
 

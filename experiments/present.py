@@ -24,8 +24,8 @@ UNITS = {
 }
 
 
-AREAS = ("aiq", "area_above_random", "oracle_share")
-COMPARED = ("ratio_at_0.95", "largest_gain", "largest_loss")
+MEASURED = ("over_speculative_at_0.99", "area_above_random", "oracle_share")
+COMPARED = ("ratio_at_0.95", "largest_gain")
 
 
 def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
@@ -45,6 +45,9 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
         grid, low, high = (np.array(column, dtype=float) for column in zip(*policy["band"], strict=True))
         axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
     for name, limit in summary["limits"].items():
+        if "curve" not in limit:
+            axes.plot(limit[f"cost_{summary['cost']}"], limit["accuracy"], "k*", label=name, zorder=3)
+            continue
         axes.plot(*zip(*limit["curve"], strict=True), color="black" if name == "oracle" else "grey", ls=":", label=name)
     for name in ("slm", "llm"):
         model = summary["models"][name]
@@ -75,8 +78,8 @@ def table(summary: Mapping[str, Any]) -> Table:
         result.add_column(f"cost at {float(level):.0%} of\nthe LLM's accuracy", justify="right")
     result.add_column(f"at 95%: cost\nover {first}'s", justify="right")
     result.add_column(f"most above\n{first}", justify="right")
-    result.add_column(f"most below\n{first}", justify="right")
-    result.add_column("AIQ", justify="right")
+    if "speculative" in summary["limits"]:
+        result.add_column("at 99%: cost over\nspeculative's", justify="right")
     result.add_column("area above\nrandom", justify="right")
     if "oracle" in summary["limits"]:
         result.add_column("share of the\noracle's", justify="right")
@@ -90,9 +93,12 @@ def table(summary: Mapping[str, Any]) -> Table:
         compared = [_measured(against[key]) if name != first else "" for key in COMPARED]
         tokens = _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"])
         label = f"{name} ({policy['seeds']})"
-        areas = [_measured(policy["measures"][key]) for key in AREAS if key in policy["measures"]]
+        areas = [_measured(policy["measures"][key]) for key in MEASURED if key in policy["measures"]]
         result.add_row(label, "", "", *cells, *compared, *areas, tokens)
     for name, limit in summary["limits"].items():
+        if "curve" not in limit:
+            result.add_row(name, f"{limit['accuracy']:.1%}", _number(limit[f"cost_{summary['cost']}"]))
+            continue
         by_unit = limit["cost_at_by_unit"]
         cells = [_number(cost) for cost in by_unit[summary["cost"]].values()]
         empty = len(result.columns) - len(cells) - 4

@@ -25,7 +25,7 @@ from experiments.limits import Limits
 from experiments.outcomes import Outcomes
 from experiments.summary import Results, summarize
 
-SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle")
+SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens")
 
 
 def gather(folder: Path, first: str | None = None) -> Results:

@@ -21,6 +21,7 @@ from experiments.metrics import (
     finite,
     measures,
     monotone_hull,
+    over_price,
     over_seeds,
 )
 from experiments.outcomes import Outcomes, sweep
@@ -76,7 +77,10 @@ def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str,
 
         def own(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
             found = measures(in_unit[name][number], calls[name][number], weights)
-            return found | above_random(in_unit[name][number], random, oracle, weights)
+            found |= above_random(in_unit[name][number], random, oracle, weights)
+            if limits.speculative is not None:
+                found |= over_price(found, limits.speculative.costs[unit], limits.llm.costs[unit], weights)
+            return found
 
         def above(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
             # seeds are paired as far as they go; one that is not trained has one
@@ -127,6 +131,8 @@ def _limits(results: Results, unit: str, weights: FloatArray) -> dict[str, Any]:
         }
         for name, some in runs.items()
     }
+    if limits.speculative is not None:
+        found["speculative"] = limits.speculative.row(limits.llm)
     if limits.oracle:
         found["oracle"] |= {
             "solved": float(limits.oracle.correct.mean()),

@@ -124,7 +124,7 @@ def test_a_policy_pays_for_its_own_parameters():
 def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     pool, task = embedded_pool(), ArithmeticTask()
     evaluation = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path)
-    settings = config_of("evaluate", "oracle=0")
+    settings = config_of("evaluate", "oracle=0", "draft_tokens=4")
     limits = evaluation.limits(settings, {"about": "this test"})
     slm, llm = limits.slm, limits.llm
     row = llm.row(llm)
@@ -232,7 +232,7 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
     names = {path.name for path in evaluated.iterdir()}
     assert {"config.yaml", "results.jsonl", "summary.json", "curve.png", "table.md", "transcripts.html"} <= names
     rows = [json.loads(line) for line in (evaluated / "results.jsonl").read_text().splitlines()]
-    assert {row["policy"] for row in rows} == {"slm", "llm", "oracle", "citer", "random", "entropy"}
+    assert {row["policy"] for row in rows} == {"slm", "llm", "speculative", "oracle", "citer", "random", "entropy"}
     assert all(
         {"accuracy", "threshold", "seed", "cost_bytes", "cost_seconds", "llm_share"} <= row.keys() for row in rows
     )

@@ -157,7 +157,7 @@ def measured(pool, task, examples, tree, tmp_path_factory):
         return decode(pool, task, examples, policy, threshold, scheduling=Scheduling(rows=16))
 
     about = {"examples": len(examples)}
-    limits = measure_limits(run, pool, examples, Oracle(budget=200), lambda: tree, folder, about)
+    limits = measure_limits(run, pool, examples, None, Oracle(budget=200), lambda: tree, folder, about)
     return limits, folder, run
 
 
@@ -167,11 +167,11 @@ def test_limits_are_measured_once(measured, pool, examples):
     def never(*args):
         raise AssertionError("decoded again")
 
-    again = measure_limits(never, pool, examples, Oracle(budget=200), never, folder, {"examples": len(examples)})
+    again = measure_limits(never, pool, examples, None, Oracle(budget=200), never, folder, {"examples": len(examples)})
     for one, other in ((limits.oracle, again.oracle), (limits.random[0], again.random[0])):
         np.testing.assert_array_equal(one.costs["bytes"], other.costs["bytes"])
     with pytest.raises(ValueError, match="examples"):
-        measure_limits(never, pool, examples, None, never, folder, {"examples": 3})
+        measure_limits(never, pool, examples, None, None, never, folder, {"examples": 3})
     assert len(limits.random) == len(RANDOM_SHARES)
     assert Limits.load(folder).exhausted == limits.exhausted
 

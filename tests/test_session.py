@@ -139,10 +139,11 @@ class Script:
         if not rows:
             return 0
         chunks = [self.rng.integers(2, 30, self.rng.integers(1, MAX_NEW - self.rows[r].new)) for r in rows]
-        self.session.extend(array(*rows), chunks)
+        model = int(self.rng.integers(len(self.pool)))
+        self.session.extend(array(*rows), chunks, model)
         for r, chunk in zip(rows, chunks, strict=True):
             row = self.rows[r]
-            self.rows[r] = Row(row.prompt, (*row.ids, *chunk.tolist()), (*row.writers, *[0] * len(chunk)))
+            self.rows[r] = Row(row.prompt, (*row.ids, *chunk.tolist()), (*row.writers, *[model] * len(chunk)))
         return 1
 
     def free(self):
@@ -450,6 +451,25 @@ def test_the_ledger_of_a_scripted_episode_equals_hand_counts(tiny_pool):
     assert not session.ledger[[0, 1, 3]].any()
 
 
+def test_what_a_row_is_taught_the_slm_reads_with_what_it_left_unread(tiny_pool):
+    session, columns = unending(tiny_pool), [PASSES, READ, CONTEXT, PAIRS, WRITTEN]
+    session.start(array(2), [array(5, 6, 7)])
+    session.extend(array(2), [array(8, 9)])  # in one pass with the prompt
+    session.extend(array(2), [array(10)], model=1)
+    assert session.ledger[2][:, columns].tolist() == [[1, 6, 0, 21, 2], [0, 0, 0, 0, 1]]
+    assert session.observe(array(2)).since_llm[0] == 0
+    session.step(array(2), array(0))
+    session.extend(array(2), [array(11, 12)])  # with the token just written, over 6
+    assert session.ledger[2][:, columns].tolist() == [[2, 9, 6, 45, 5], [0, 0, 0, 0, 1]]
+    seen = session.observe(array(2))
+    assert (seen.since_llm[0], seen.positions[0]) == (3, 6)
+    assert session.writers(2).tolist() == [0, 0, 1, 0, 0, 0]
+    ids = [5, 6, 7, *session.response(2).tolist()]
+    assert int(seen.logits.argmax()) == Plain(tiny_pool).token(0, ids)
+    assert session.step(array(2), array(1)).tokens[0] == Plain(tiny_pool).token(1, ids)
+    assert session.ledger[2, 1, [PASSES, READ, WRITTEN]].tolist() == [1, 9, 2]
+
+
 def test_a_terminated_row_is_not_read_by_the_slm(tiny_pool):
     session = Session(ending_with(tiny_pool, *range(97)), 1, MAX_NEW)
     session.start(array(0), [array(5, 6, 7)])
@@ -652,6 +672,15 @@ def test_extend_refuses_to_fill_a_response_or_a_row_not_in_flight(running):
         with pytest.raises(ValueError, match=rf"rows \[{row}\] cannot take \[{len(chunk)}\] more tokens"):
             running.extend(array(row), [chunk])
     assert running.step(array(0), array(1)).truncated[0]
+
+
+def test_extend_refuses_chunks_without_tokens_and_models_out_of_range(running):
+    with pytest.raises(ValueError, match=r"rows \[1\] are given no tokens"):
+        running.extend(array(0, 1), [array(9), array()])
+    for model in (-1, 2):
+        with pytest.raises(ValueError, match=rf"model must be in 0\.\.1, is {model}"):
+            running.extend(array(0), [array(9)], model)
+    assert running.lengths(array(0, 1)).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("broken", [0, 1])

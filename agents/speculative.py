@@ -1,0 +1,105 @@
+"""Greedy speculative decoding: what the LLM would write, for less than it takes alone; the price to beat.
+
+Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", the greedy case: the SLM drafts a
+few tokens, the LLM reads them all in one pass, which tells what it would have written in the place of each, and the
+first that it would not have written is replaced by its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from agents.rollout import Episode, Scheduling
+from envs.cache import IntArray
+from envs.costs import COLUMNS
+from envs.models import ModelPool
+from envs.tasks.task import Example, Task
+from envs.teacher import TeacherSession
+
+
+def speculate(
+    pool: ModelPool,
+    task: Task,
+    examples: Sequence[Example],
+    draft_tokens: int = 16,
+    max_new_tokens: int = 128,
+    scheduling: Scheduling | None = None,
+    label: str | None = None,
+) -> list[Episode]:
+    """Answer every example with the tokens the LLM alone would write, most of them drafted by the SLM.
+
+    Drafts that are right count as the SLM's tokens. The ledger has each pass that was made, those for drafts that were
+    forgotten too: that is the price of speculation. An LLM pass that checks needs its output head at every drafted
+    position, where the ledger counts it once, as for any pass.
+
+    Args:
+        pool: the models; the first drafts, the last one checks.
+        task: judges the answers.
+        examples: what to answer; their positions number the episodes.
+        draft_tokens: how many tokens the SLM drafts before the LLM checks them; fewer where it ends the response or
+            nears its limit.
+        max_new_tokens: the longest response.
+        scheduling: how many rows share passes; they draft together, and none is gathered for.
+        label: of the progress bar; none is shown without.
+
+    Returns:
+        Episodes in the order of `examples`; nobody decides, so that decisions and scores are zeros.
+
+    Raises:
+        ValueError: there are no examples or draft tokens, or a prompt does not fit the cache.
+    """
+    if draft_tokens < 1:
+        raise ValueError(f"draft_tokens must be at least 1, is {draft_tokens}")
+    if not examples:
+        raise ValueError("there are no examples to decode")
+    rows = min((scheduling or Scheduling()).rows_for(pool), len(examples))
+    session = TeacherSession(pool, rows, max_new_tokens)
+    prompts = [pool.encode(example.prompt) for example in examples]
+    for example, prompt in zip(examples, prompts, strict=True):
+        session.check_fit(f"example {example.id}", prompt)
+    episodes: list[Episode | None] = [None] * len(examples)
+    serving = np.zeros(rows, dtype=np.int64)
+    limits = np.zeros(rows, dtype=np.int64)
+    free, busy, started = np.arange(rows), np.zeros(0, dtype=np.int64), 0
+
+    def finish(row: int, terminated: bool) -> None:
+        example, tokens = examples[serving[row]], session.response(row)
+        episodes[serving[row]] = Episode(
+            example, tokens, session.writers(row), pool.decode(tokens), session.correct(row, task, example), terminated,
+            session.ledger[row].copy(), np.zeros(COLUMNS), np.zeros(len(tokens), dtype=np.float32),
+        )  # fmt: skip
+        progress.update()
+
+    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+        while len(busy) or started < len(examples):
+            new = free[: len(examples) - started]
+            if len(new):
+                numbers = np.arange(started, started + len(new))
+                session.start(new, [prompts[n] for n in numbers], numbers)
+                serving[new] = numbers
+                limits[new] = session.lengths(new) + max_new_tokens
+                started += len(new)
+                busy = np.sort(np.concatenate([busy, new]))
+            begun = session.lengths(busy)
+            # the LLM writes a token of its own behind a draft: the last one of a response need not be drafted
+            draft(session, busy, np.minimum(begun + draft_tokens, limits[busy] - 1))
+            terminated, truncated = session.verify(busy, session.lengths(busy) - begun, len(pool) - 1)
+            ended = terminated | truncated
+            for row, by_itself in zip(busy[ended], terminated[ended], strict=True):
+                finish(int(row), bool(by_itself))
+            free, busy = np.union1d(free[len(new) :], busy[ended]), busy[~ended]
+    return [episode for episode in episodes if episode is not None]
+
+
+def draft(session: TeacherSession, rows: IntArray, lengths: IntArray) -> None:
+    """Let the SLM write in each row, (n,), until it has ended or holds so many tokens, (n,), prompt included."""
+    while True:
+        short = session.lengths(rows) < lengths
+        rows, lengths = rows[short], lengths[short]
+        if not len(rows):
+            return
+        ended = session.step(rows, np.zeros_like(rows)).terminated
+        rows, lengths = rows[~ended], lengths[~ended]

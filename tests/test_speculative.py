@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from agents.policy import Always
+from agents.rollout import Scheduling, decode
+from agents.speculative import speculate
+from envs.costs import COLUMNS, CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
+from envs.models import LanguageModel, ModelPool
+from envs.sampling import Sampling
+from envs.tasks.task import Example, Task
+from envs.teacher import TeacherSession
+
+FAMILIES = ["llama", "qwen2", "gpt2"]
+DRAFTS = [1, 3, 16, 200]
+MAX_NEW = 24
+COUNTED = [column for column in range(COLUMNS) if column != SECONDS]
+
+
+def array(*values):
+    return np.array(values, dtype=np.int64)
+
+
+class Letters(Task):
+    """Prompts of random characters; right is a response of an even length."""
+
+    name = "letters"
+
+    def size(self, split):
+        return 30
+
+    def example(self, split, index):
+        rng = np.random.default_rng(index)
+        prompt = "".join(rng.choice(list("abcdefghijkl 0123456789"), rng.integers(1, 12))) + "?"
+        return Example(f"letters/{index}", prompt, "x", "x")
+
+    def is_correct(self, example, response):
+        return len(response) % 2 == 0
+
+
+def kin_of(pool, seed=0):
+    """The LLM of a pool behind a copy of itself with noise in its weights, which often writes the same."""
+    network = copy.deepcopy(pool.models[-1].network)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.03 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return ModelPool([LanguageModel("kin", network, pool.tokenizer), pool.models[-1]])
+
+
+@pytest.fixture(scope="module")
+def kin(pools):
+    return {family: kin_of(pools[family]) for family in FAMILIES}
+
+
+def successors(name, tokenizer, end, **others):
+    """A model that writes token t + 1 after token t, or what `others` say after `t<t>`: a script."""
+    size = len(tokenizer)
+    config = LlamaConfig(
+        hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8, vocab_size=size,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=end, pad_token_id=1,
+    )  # fmt: skip
+    network = LlamaForCausalLM(config)
+    follows = {token: token + 1 for token in range(size - 1)} | {int(t[1:]): token for t, token in others.items()}
+    with torch.no_grad():
+        for parameter in network.model.layers.parameters():
+            parameter.zero_()
+        network.model.embed_tokens.weight.copy_(torch.eye(size, 128))
+        network.lm_head.weight.zero_()
+        for token, following in follows.items():
+            network.lm_head.weight[following, token] = 1
+    return LanguageModel(name, network, tokenizer)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The passes that models make: which model, and the tokens of each row."""
+    made, feed = [], LanguageModel.feed
+
+    def counted(self, cache, rows, chunks, every_position=False):
+        made.append((self.name, [chunk.tolist() for chunk in chunks]))
+        return feed(self, cache, rows, chunks, every_position)
+
+    monkeypatch.setattr(LanguageModel, "feed", counted)
+    return made
+
+
+def assert_same_answers(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert (one.example, one.text, one.correct) == (other.example, other.text, other.correct)
+        assert one.terminated == other.terminated
+
+
+def assert_sound(episode, llm):
+    """Laws of every ledger of speculation."""
+    written = np.bincount(episode.writers, minlength=llm + 1)
+    np.testing.assert_array_equal(episode.ledger[:, WRITTEN], written)
+    assert set(episode.writers) <= {0, llm}
+    # each of its passes writes a token, but for one that finds a drafted end right
+    assert episode.ledger[llm, PASSES] == written[llm] + (episode.writers[-1] == 0)
+    assert not episode.ledger[1:llm].any()
+    assert not episode.decisions.any()
+    assert episode.scores.tolist() == [0] * len(episode.tokens)
+
+
+# -- the tokens -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft_tokens", DRAFTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_are_those_the_llm_writes_alone(pools, kin, family, draft_tokens):
+    task, drafted, by_llm = Letters(), 0, 0
+    for pool in (pools[family], kin[family]):
+        examples = task.examples("test")
+        expected = decode(pool, task, examples, Always(slm=False), max_new_tokens=MAX_NEW)
+        # fewer rows than examples: they are refilled as they end
+        found = speculate(pool, task, examples, draft_tokens, MAX_NEW, Scheduling(rows=7))
+        assert_same_answers(found, expected)
+        for episode in found:
+            assert_sound(episode, llm=1)
+        drafted += sum((episode.writers == 0).sum() for episode in found)
+        by_llm += sum((episode.writers == 1).sum() for episode in found)
+        assert {episode.terminated for episode in found} == {True, False}
+    ends = {int(episode.writers[-1]) for episode in found if episode.terminated}
+    assert min(drafted, by_llm) > 50
+    assert 0 in ends, "no drafted end was right"
+
+
+@pytest.mark.parametrize("max_new_tokens", range(1, 7))
+def test_a_response_has_its_limit_wherever_that_falls(kin, max_new_tokens):
+    pool, task = kin["llama"], Letters()
+    examples = task.examples("test", 12)
+    expected = decode(pool, task, examples, Always(slm=False), max_new_tokens=max_new_tokens)
+    for draft_tokens in (1, 2, 3, 5):
+        found = speculate(pool, task, examples, draft_tokens, max_new_tokens, Scheduling(rows=5))
+        assert_same_answers(found, expected)
+        for episode in found:
+            assert_sound(episode, llm=1)
+
+
+@pytest.mark.parametrize("draft_tokens", DRAFTS)
+def test_the_embedded_pair_writes_what_its_llm_writes_alone(pool, task, draft_tokens):
+    examples = task.examples("test", 16)
+    expected = decode(pool, task, examples, Always(slm=False), max_new_tokens=96)
+    found = speculate(pool, task, examples, draft_tokens, 96, Scheduling(rows=6))
+    assert_same_answers(found, expected)
+    assert sum((episode.writers == 0).mean() for episode in found) > 0.4 * len(found)
+
+
+def test_of_a_larger_pool_the_first_drafts_and_the_last_checks(pools):
+    pool, task = pools["three"], Letters()
+    examples = task.examples("test", 10)
+    expected = decode(pool, task, examples, Always(slm=False), max_new_tokens=MAX_NEW)
+    found = speculate(pool, task, examples, 3, MAX_NEW, Scheduling(rows=4))
+    assert_same_answers(found, expected)
+    for episode in found:
+        assert_sound(episode, llm=2)
+
+
+def test_scheduling_changes_neither_tokens_nor_ledger(kin):
+    pool, task = kin["qwen2"], Letters()
+    runs = [speculate(pool, task, task.examples("test", 12), 4, MAX_NEW, Scheduling(rows)) for rows in (1, 5, 12)]
+    for run in runs[1:]:
+        assert_same_answers(run, runs[0])
+        for one, other in zip(run, runs[0], strict=True):
+            np.testing.assert_array_equal(one.writers, other.writers)
+            np.testing.assert_array_equal(one.ledger[:, COUNTED], other.ledger[:, COUNTED])
+
+
+# -- the ledger -------------------------------------------------------------------------------------------------------
+
+END = 26
+
+
+@pytest.mark.parametrize(
+    ("draft_tokens", "limit", "slm_writes", "tokens", "writers", "passes_of_slm", "passes_of_llm"),
+    [
+        # The prompt is 5 6 7; the LLM counts up, but writes 20 after 12. A draft that is right is read with what
+        # follows it in the next pass; after 12 the SLM forgets 13 and goes on with 20; nobody reads 14 but the LLM.
+        (
+            3, 16, {}, [8, 9, 10, 11, 12, 20, 21, 22, 23, 24, 25, END], "000101000100",
+            [[5, 6, 7], [8], [9], [10, 11], [12], [13], [20], [21], [22], [23, 24], [25]],
+            [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [20, 21, 22, 23], [24, 25]],
+        ),
+        # the last token is the LLM's: it is not drafted, and the SLM reads nothing any more
+        (3, 4, {}, [8, 9, 10, 11], "0001", [[5, 6, 7], [8], [9]], [[5, 6, 7, 8, 9, 10]]),
+        (3, 5, {}, [8, 9, 10, 11, 12], "00011", [[5, 6, 7], [8], [9]], [[5, 6, 7, 8, 9, 10], [11]]),
+        (1, 3, {}, [8, 9, 10], "011", [[5, 6, 7]], [[5, 6, 7, 8], [9]]),
+        # an end that is drafted is not read, and may be wrong
+        (5, 4, {"t9": END}, [8, 9, 10, 11], "0011", [[5, 6, 7], [8], [9]], [[5, 6, 7, 8, 9], [10]]),
+        # nothing that is drafted is right: it is read once by the LLM, and all but its last by the SLM
+        (
+            2, 3, {"t7": 50, "t8": 60}, [8, 9, 10], "111", [[5, 6, 7], [50], [8]],
+            [[5, 6, 7, 50, 51], [8, 60], [9]],
+        ),
+        # an end the LLM writes itself, behind a draft or in the place of one
+        (
+            5, 16, {}, [8, 9, 10, 11, 12, 20, 21, 22, 23, 24, 25, END], "000001000001",
+            [[5, 6, 7], [8], [9], [10], [11], [12, 20], [21], [22], [23], [24]],
+            [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25]],
+        ),
+        (
+            6, 16, {"t25": 1}, [8, 9, 10, 11, 12, 20, 21, 22, 23, 24, 25, END], "000001000001",
+            [[5, 6, 7], [8], [9], [10], [11], [12], [20], [21], [22], [23], [24], [25]],
+            [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22, 23, 24, 25, 1]],
+        ),
+    ],
+)  # fmt: skip
+def test_the_ledger_of_a_script_equals_hand_counts(
+    make_tokenizer, passes, draft_tokens, limit, slm_writes, tokens, writers, passes_of_slm, passes_of_llm
+):
+    tokenizer = make_tokenizer()
+    models = successors("slm", tokenizer, END, **slm_writes), successors("llm", tokenizer, END, t12=20)
+    examples = [Example("script", "345", "x", "x")]
+    (episode,) = speculate(ModelPool(models), Letters(), examples, draft_tokens, limit)
+    assert episode.tokens.tolist() == tokens
+    assert "".join(map(str, episode.writers)) == writers
+    assert [read for name, (read,) in passes if name == "slm"] == passes_of_slm
+    assert [read for name, (read,) in passes if name == "llm"] == passes_of_llm
+    for model, made in enumerate((passes_of_slm, passes_of_llm)):
+        assert episode.ledger[model, PASSES] == len(made)
+        assert episode.ledger[model, READ] == sum(map(len, made))
+        assert episode.ledger[model, WRITTEN] == writers.count(str(model))
+        assert episode.ledger[model, SECONDS] > 0
+
+
+def test_the_contexts_of_a_script_equal_hand_counts(make_tokenizer):
+    tokenizer = make_tokenizer()
+    models = successors("slm", tokenizer, END), successors("llm", tokenizer, END, t12=20)
+    (episode,) = speculate(ModelPool(models), Letters(), [Example("script", "345", "x", "x")], 3, 16)
+    # The SLM: the prompt over 0, then 8 and 9 over 3 and 4; 10 and 11 over 5, 12 and 13 over 7 and 8; of 9 tokens 13 is
+    # forgotten, 20, 21 and 22 over 8, 9 and 10; 23 and 24 over 11, 25 over 13.
+    # The LLM: 6 tokens over 0, 4 over 6; of 10 tokens two are forgotten, 4 over 8, and 2 over 12.
+    expected = [[11, 15, 78, 6 + 4 + 5 + 13 + 8 + 9 + 9 + 10 + 11 + 25 + 14], [4, 16, 26, 21 + 34 + 42 + 27]]
+    assert episode.ledger[:, [PASSES, READ, CONTEXT, PAIRS]].tolist() == expected
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 3, 16])
+def test_the_ledger_has_every_pass_that_is_made_and_no_other(kin, passes, draft_tokens):
+    pool, task = kin["llama"], Letters()
+    found = speculate(pool, task, task.examples("test", 8), draft_tokens, MAX_NEW, Scheduling(rows=1))
+    ledger = np.sum([episode.ledger for episode in found], axis=0)
+    for name, entry in zip(pool.names, ledger, strict=True):
+        reads = [len(read) for model, (read,) in passes if model == name]
+        assert entry[[PASSES, READ]].tolist() == [len(reads), sum(reads)]
+
+
+# -- checking in a session --------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """What a model writes next when it reads a whole sequence."""
+
+    def __init__(self, pool):
+        self.pool = pool
+
+    def token(self, model, ids):
+        with torch.inference_mode():
+            logits = self.pool.models[model].network(torch.tensor([list(map(int, ids))]), use_cache=False).logits
+        return int(logits[0, -1].argmax())
+
+
+def unending(pool, rows=4, **settings):
+    """A session in which no token ends a response."""
+    other = ModelPool(pool.models)
+    other.end_tokens = array()
+    return TeacherSession(other, rows, MAX_NEW, capacity=40, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_were_checked_go_on_like_any_others(kin, family):
+    """Steps, drafts, taught tokens, copies and cuts, one after the other, against decoding without a cache."""
+    pool, rng, counts = kin[family], np.random.default_rng(2), {"right": 0, "wrong": 0}
+    session, plain, rows = unending(pool), Plain(pool), np.arange(4)
+    prompts = [rng.integers(2, 96, rng.integers(1, 9)) for _ in rows]
+    session.start(rows, prompts)
+    for _ in range(30):
+        some = rng.permutation(rows)[: rng.integers(1, 5)]
+        before = {row: [*prompts[row], *session.response(row)] for row in some}
+        if max(map(len, before.values())) - 1 > MAX_NEW - 8:
+            session.rewind(some, array(*(len(prompts[row]) for row in some)))
+            continue
+        written, drafted = {row: session.writers(row).tolist() for row in some}, rng.integers(0, 5, len(some))
+        for count in range(4):
+            if (drafted > count).any():
+                session.step(some[drafted > count], np.zeros((drafted > count).sum(), dtype=int))
+        terminated, truncated = session.verify(some, drafted, 1)
+        assert not (terminated | truncated).any()
+        for row, count in zip(some, drafted, strict=True):
+            ids, agreed = before[row], 0
+            while agreed < count and plain.token(0, ids) == plain.token(1, ids):
+                ids, agreed = [*ids, plain.token(1, ids)], agreed + 1
+            ids = [*ids, plain.token(1, ids)]
+            counts["right" if agreed == count else "wrong"] += count > 0
+            assert [*prompts[row], *session.response(row)] == ids
+            assert session.writers(row).tolist() == [*written[row], *[0] * agreed, 1]
+            assert session.ledger[row, :, WRITTEN].tolist() == np.bincount(session.writers(row)).tolist()
+        if rng.random() < 0.5:
+            seen = session.observe(some)
+            assert not seen.since_llm.any()
+            for row, logits in zip(some, seen.logits, strict=True):
+                assert int(logits.argmax()) == plain.token(0, [*prompts[row], *session.response(row)])
+        if rng.random() < 0.3:
+            session.extend(some, [rng.integers(2, 96, 2) for _ in some], int(rng.integers(2)))
+        if rng.random() < 0.3 and len(some) < 4:
+            target = int(np.setdiff1d(rows, some)[0])
+            session.fork(some[:1], array(target))
+            prompts[target] = prompts[some[0]]
+        if rng.random() < 0.5:
+            actions = rng.integers(2, size=len(some))
+            expected = [
+                plain.token(action, [*prompts[row], *session.response(row)])
+                for row, action in zip(some, actions, strict=True)
+            ]
+            assert session.step(some, actions).tokens.tolist() == expected
+    assert min(counts.values()) > 5
+
+
+@pytest.mark.parametrize("whole", [False, True, np.array([True, False, True])])
+def test_a_model_may_read_the_last_token_along(tiny_pool, whole):
+    session, plain, rng = unending(tiny_pool), Plain(tiny_pool), np.random.default_rng(4)
+    prompts = [rng.integers(2, 96, count) for count in (4, 2, 7)]
+    session.start(np.arange(3), prompts, responses=[array(9), array(5, 6, 7), array()])
+    rows = array(2, 0, 1)
+    found = session.read_along(rows, 1, whole)
+    for row, last, tokens in zip(rows, np.broadcast_to(whole, 3), found, strict=True):
+        ids = [*prompts[row], *session.response(row)]
+        expected = [plain.token(1, ids[: count + 1]) for count in range(len(ids) - (not last))]
+        assert tokens.tolist() == expected
+        assert session.ledger[row, 1, [PASSES, READ]].tolist() == [1, len(expected)]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft_tokens", [0, -3])
+def test_drafts_without_tokens_are_refused(tiny_pool, draft_tokens, passes):
+    with pytest.raises(ValueError, match=f"draft_tokens must be at least 1, is {draft_tokens}"):
+        speculate(tiny_pool, Letters(), Letters().examples("test", 2), draft_tokens)
+    assert not passes
+
+
+def test_examples_are_refused_by_name_before_any_model_runs(tiny_pool, passes):
+    examples = Letters().examples("test", 2)
+    with pytest.raises(ValueError, match="no examples to decode"):
+        speculate(tiny_pool, Letters(), [])
+    long = [examples[0], replace(examples[1], prompt="a" * 120)]
+    with pytest.raises(ValueError, match=r"example letters/1 has a prompt of 120 tokens; the cache of 128 .* raise"):
+        speculate(tiny_pool, Letters(), long, max_new_tokens=MAX_NEW)
+    assert not passes
+
+
+@pytest.mark.parametrize(
+    ("rows", "drafted", "model", "named"),
+    [
+        ([0], [1], 0, r"in 1\.\.1, is 0"),
+        ([0], [1], 2, r"in 1\.\.1, is 2"),
+        ([0], [3], 1, r"between 0 and the \[2\] tokens written, it is \[3\]"),
+        ([0], [-1], 1, r"it is \[-1\]"),
+        ([0], [1, 1], 1, r"it is \[1, 1\]"),
+        ([0, 3], [1, 0], 1, r"rows \[3\] are not in flight"),
+        ([0, 1], [1, 2], 1, r"llama_large has read what was drafted in rows \[1\] already"),
+    ],
+)
+def test_verify_refuses_what_is_no_draft(tiny_pool, rows, drafted, model, named):
+    session = unending(tiny_pool)
+    session.start(array(0, 1, 2, 3), [array(5, 6, 7)] * 4)
+    session.step(array(0, 1), array(0, 0))
+    session.step(array(0, 1), array(0, 1))
+    session.free(array(3))
+    ledger = session.ledger.copy()
+    with pytest.raises(ValueError, match=named):
+        session.verify(np.array(rows), np.array(drafted), model)
+    np.testing.assert_array_equal(session.ledger, ledger)
+
+
+def test_verify_refuses_a_session_that_samples(tiny_pool):
+    session = unending(tiny_pool, sampling=Sampling(temperature=1.0))
+    session.start(array(0), [array(5)], generators=[np.random.default_rng(0)])
+    with pytest.raises(ValueError, match="without sampling"):
+        session.verify(array(0), array(0), 1)
