@@ -11,7 +11,7 @@ from torch import Tensor
 from envs.cache import IntArray
 from envs.costs import COLUMNS, WRITTEN, pass_entry
 from envs.session import Session
-from envs.steps import BoolArray, since_llm
+from envs.steps import BoolArray
 
 # Logits held at once while references are read, in elements (256 MB in float32).
 LOGITS_AT_ONCE = 2**26
@@ -211,15 +211,13 @@ class TeacherSession(Session):
         self._unread[rows] = False
 
     def _cut(self, rows: IntArray, lengths: IntArray) -> None:
-        """Forget the tokens of each row beyond `lengths`, (n,), where others will follow: no model has to read anew."""
+        """Forget the tokens of each row beyond `lengths`, (n,), where a model's own will follow: none is read anew."""
         for cache in self._caches:
             cache.rewind(rows, lengths)
         self._lengths[rows] = lengths
         for row in rows:
             # tokens that are gone were not written
-            writers = self.writers(row)
-            self.ledger[row, :, WRITTEN] = np.bincount(writers, minlength=len(self.pool))
-            self._since_llm[row] = since_llm(writers)
+            self.ledger[row, :, WRITTEN] = np.bincount(self.writers(row), minlength=len(self.pool))
 
     def _append(self, rows: IntArray, chunks: Sequence[IntArray] | IntArray, model: int) -> None:
         """Write given tokens, as a model's."""

@@ -19,7 +19,21 @@ from envs.tasks.task import Example
 from experiments.build import CONF, build, register_schemas
 
 AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
-QUICK = {"examples": 24, "training.epochs": 2, "training.batch_size": 64, "scheduling.rows": 16}
+QUICK = {
+    "examples": 24,
+    "training.epochs": 2,
+    "training.batch_size": 64,
+    "scheduling.rows": 16,
+    "steps": 256,
+    "num_envs": 8,
+    "memory": 2**26,
+    "iterations": 2,
+    "batch": 8,
+    "rows": 8,
+    **{f"{part}.examples": 24 for part in ("citer", "expert")},
+    **{f"{part}.training.epochs": 2 for part in ("citer", "expert")},
+    "expert.memory": 2**26,
+}
 
 
 def agent(name):

@@ -1,0 +1,308 @@
+"""Routers trained by Stable-Baselines3 (Raffin et al., JMLR 2021) and sb3-contrib on the routing environments."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.policy import Track, untracked
+from agents.sb3_policy import CostWeights, Sb3Policy, algorithm_named
+from envs.costs import ALL_COSTS
+from envs.features import Features, check_features
+from envs.models import ModelPool
+from envs.rewards import OutcomeReward
+from envs.tasks.task import FirstExamples, Task, first_training_example
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+# Of the rollout that standardises inputs: about as long as a response, so that every part of one is seen.
+STATISTICS_STEPS = 64
+ROWS_REPORTED = 50
+
+
+@dataclass(frozen=True)
+class Play:
+    """What an environment is made with.
+
+    Attributes:
+        rows: episodes in flight.
+        task: the training problems, so many of them.
+        examples: how many.
+        cost_weight: the price of one LLM token.
+        arguments: those that all environments take by the same names.
+    """
+
+    rows: int
+    task: Task
+    examples: int
+    cost_weight: float
+    arguments: dict[str, Any]
+
+
+def tree_environment(play: Play) -> VectorEnv:
+    """Every visited transition is remembered."""
+    from envs.tree_routing import TreeRoutingVectorEnv
+
+    return TreeRoutingVectorEnv(play.rows, task=play.task, reward=OutcomeReward(play.cost_weight), **play.arguments)
+
+
+def token_environment(play: Play) -> VectorEnv:
+    """Every token is decoded."""
+    from envs.routing import RoutingVectorEnv
+
+    return RoutingVectorEnv(play.rows, task=play.task, reward=OutcomeReward(play.cost_weight), **play.arguments)
+
+
+def shortcut_environment(play: Play) -> VectorEnv:
+    """Reference solutions, teacher-forced."""
+    from envs.shortcut import ShortcutRoutingVectorEnv
+
+    return ShortcutRoutingVectorEnv(
+        play.rows,
+        task=play.task,
+        cost_weight=play.cost_weight,
+        examples=play.examples,
+        start=0,
+        **play.arguments,
+    )
+
+
+ENVIRONMENTS: dict[str, Callable[[Play], VectorEnv]] = {
+    "tree": tree_environment, "token": token_environment, "shortcut": shortcut_environment
+}  # fmt: skip
+
+
+def _ppo(rows: int) -> dict[str, Any]:
+    # two minibatches an epoch: rewards at the end of an answer are noisy, and many small steps fit the noise
+    return {"n_steps": 32, "batch_size": 16 * rows, "n_epochs": 4, "gae_lambda": 0.99, "ent_coef": 0.001}
+
+
+def _a2c(rows: int) -> dict[str, Any]:
+    return {"n_steps": 16, "gae_lambda": 0.99, "normalize_advantage": True, "ent_coef": 0.001}
+
+
+def _dqn(rows: int) -> dict[str, Any]:
+    return {
+        "buffer_size": 100_000, "learning_starts": 16 * rows, "batch_size": 512, "train_freq": 1, "gradient_steps": 4,
+        "n_steps": 32, "tau": 0.05, "target_update_interval": rows, "exploration_fraction": 0.3,
+        "exploration_final_eps": 0.02,
+    }  # fmt: skip
+
+
+def _qrdqn(rows: int) -> dict[str, Any]:
+    return _dqn(rows) | {"policy_kwargs": {"n_quantiles": 25}}
+
+
+def _recurrent_ppo(rows: int) -> dict[str, Any]:
+    return _ppo(rows) | {"policy_kwargs": {"lstm_hidden_size": 64}}
+
+
+DEFAULTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "ppo": _ppo, "a2c": _a2c, "dqn": _dqn, "qrdqn": _qrdqn, "recurrent_ppo": _recurrent_ppo
+}  # fmt: skip
+"""Arguments that suit many rows: Stable-Baselines3's own defaults are meant for one or eight."""
+
+OWN = {
+    "learning_rate": "lr", "gamma": "gamma", "net_arch": "net_arch", "seed": "the run's seed",
+    "env": "environment", "device": "the models' device",
+}  # fmt: skip
+"""Arguments that are settings of their own."""
+WITHHELD = {
+    "self", "policy", "verbose", "tensorboard_log", "_init_setup_model", "observation_space", "action_space",
+    "lr_schedule", "features_extractor_class", "features_extractor_kwargs",
+}  # fmt: skip
+"""Arguments that are the learner's business."""
+
+
+@dataclass(frozen=True)
+class StableBaselines:
+    """An algorithm of Stable-Baselines3 or sb3-contrib that plays a routing environment.
+
+    Args:
+        algorithm: `ppo` (Schulman et al. 2017), `a2c` (Mnih et al. 2016), `dqn` (Mnih et al. 2015), `qrdqn` (Dabney et
+            al. 2018) or `recurrent_ppo` (PPO with an LSTM).
+        environment: `tree` (every visited transition is remembered), `token` (every token is decoded) or `shortcut`
+            (reference solutions, teacher-forced).
+        steps: tokens routed in training, all rows together; a few more where a rollout does not divide them.
+        num_envs: rows.
+        examples: training problems.
+        cost_weight: the price of one LLM token, in right answers.
+        cost: the cost model behind the reward, one of `envs.costs.ALL_COSTS`.
+        features: what the router sees, one of `envs.features.FEATURES`.
+        max_new_tokens: the longest response.
+        net_arch: units of the hidden layers.
+        lr: learning rate.
+        gamma: discount. What counts is accuracy less cost, in which a token's price does not depend on when it is
+            paid; every episode ends, so that 1 is well-defined, and PPO and A2C bound the variance by `gae_lambda`. At
+            0.99 a right answer 60 tokens ahead would be worth 0.55.
+        slm_prior: the probability of the SLM before training, where the algorithm has an actor; also its share in the
+            rollout that standardises inputs. Most tokens need no LLM, and an answer in which half are the LLM's is
+            dear and says little about any one of them; but near 1 the LLM is hardly ever tried. On the embedded pair,
+            whose SLM is often wrong, 0.9 learns more slowly than 0.5 to 0.7.
+        bootstrap: what a response cut off at `max_new_tokens` is to the agent: one that goes on, its value being
+            estimated, or (False) one that is over. It has been judged and rewarded where it stands, and evaluation
+            stops it there too: an estimate of more would pay for babbling on, and at a `gamma` of 1 a loop that never
+            ends could be worth anything.
+        arguments: further arguments of the algorithm's class, and in `policy_kwargs` of its network's.
+        conditioned: draw a cost weight for every episode and show it to the agent, so that one policy covers them all;
+            `cost_weight` is not used then.
+
+    Raises:
+        ValueError: a setting is unknown or out of range; the error names it.
+    """
+
+    algorithm: Literal["ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"] = "ppo"
+    environment: Literal["tree", "token", "shortcut"] = "tree"
+    steps: int = 1_000_000
+    num_envs: int = 256
+    examples: int = 2000
+    cost_weight: float = 0.01
+    cost: str = "llm_tokens"
+    features: Features = "hidden_logits"
+    max_new_tokens: int = 128
+    net_arch: Sequence[int] = field(default_factory=lambda: [64, 64])
+    lr: float = 1e-3
+    gamma: float = 1.0
+    slm_prior: float = 0.7
+    bootstrap: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    conditioned: CostWeights | None = None
+
+    def __post_init__(self) -> None:
+        algorithm = algorithm_named(self.algorithm)
+        for key, value, known in (
+            ("environment", self.environment, list(ENVIRONMENTS)),
+            ("cost", self.cost, [cost.name for cost in ALL_COSTS]),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {key} {value!r}; choose one of {', '.join(known)}")
+        check_features(self.features)
+        for key in ("steps", "num_envs", "examples", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, is {getattr(self, key)}")
+        if any(units < 1 for units in self.net_arch):
+            raise ValueError(f"net_arch must hold numbers of units above 0, is {list(self.net_arch)}")
+        OutcomeReward(self.cost_weight)
+        if not (math.isfinite(self.lr) and self.lr > 0) or not 0 < self.gamma <= 1 or not 0 < self.slm_prior < 1:
+            raise ValueError(
+                f"lr ({self.lr}) must be above 0, gamma ({self.gamma}) in (0, 1] and slm_prior ({self.slm_prior}) in "
+                "(0, 1)"
+            )
+        if self.conditioned is not None and not isinstance(self.conditioned, CostWeights):
+            raise ValueError(f"conditioned must be CostWeights or None, is {self.conditioned}")
+        if self.arguments:
+            given = plain(self.arguments)
+            check_arguments(given, algorithm.kind, "arguments")
+            check_arguments(given.get("policy_kwargs") or {}, algorithm.network, "arguments.policy_kwargs")
+
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Sb3Policy:
+        environment = self.make(pool, task, seed)
+        try:
+            trained = train(environment, self, seed, track, pool.slm.device)
+        finally:
+            environment.close()
+        return Sb3Policy.of(trained, self.algorithm, pool, self.features, self.conditioned)
+
+    def make(self, pool: ModelPool, task: Task, seed: int) -> VectorEnv:
+        """The environment to train in."""
+        arguments = {
+            "pool": pool,
+            "cost": next(cost for cost in ALL_COSTS if cost.name == self.cost),
+            "max_new_tokens": self.max_new_tokens,
+            "features": self.features,
+        }
+        problems = FirstExamples(task, self.examples, start=first_training_example(task, seed))
+        weight = self.cost_weight if self.conditioned is None else 0.0
+        return ENVIRONMENTS[self.environment](Play(self.num_envs, problems, self.examples, weight, arguments))
+
+    def constructor_arguments(self, rows: int, mean: Tensor, deviation: Tensor) -> dict[str, Any]:
+        """Arguments of the algorithm's class, for so many rows and inputs of these statistics, (width,) each."""
+        from agents.sb3_bridge import Standardised
+
+        defaults, given = DEFAULTS[self.algorithm](rows), plain(self.arguments)
+        network = (
+            defaults.pop("policy_kwargs", {})
+            | (given.pop("policy_kwargs", None) or {})
+            | {
+                "net_arch": list(self.net_arch),
+                "features_extractor_class": Standardised,
+                "features_extractor_kwargs": {"mean": mean, "deviation": deviation},
+            }
+        )
+        # means over so many of the last episodes: a thousand rows may end a hundred at once
+        return {
+            "stats_window_size": 1000, "learning_rate": self.lr, "gamma": self.gamma, **defaults, **given,
+            "policy_kwargs": network,
+        }  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Settings as dictionaries and lists, whatever kinds of mappings and sequences hold them."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def check_arguments(given: Mapping[str, Any], kind: Callable[..., object], where: str) -> None:
+    """Refuse arguments that a class does not take, or that are settings of their own.
+
+    Raises:
+        ValueError: the error names them, and those there are.
+    """
+    known = [name for name in inspect.signature(kind).parameters if name not in WITHHELD | set(OWN)]
+    for name in given:
+        if name in OWN:
+            raise ValueError(f"{where}: {name} has a place of its own: {OWN[name]}")
+        if name not in known:
+            raise ValueError(f"{where}: {kind.__name__} takes no {name!r} here; it takes {', '.join(known)}")
+
+
+def train(
+    environment: VectorEnv, settings: StableBaselines, seed: int, track: Track, device: torch.device
+) -> BaseAlgorithm:
+    """Train an algorithm of Stable-Baselines3 in an environment of same-step autoreset.
+
+    Args:
+        environment: may be any; rewards, spaces and rows are its own.
+        settings: how to train.
+        seed: of the environment's rows (row i: seed + i), the network and its batches.
+        track: receives rows of what Stable-Baselines3 logs.
+        device: of the network.
+
+    Returns:
+        The trained algorithm of Stable-Baselines3.
+
+    Raises:
+        FloatingPointError: an observation, a reward or a loss is not finite.
+    """
+    from stable_baselines3.common.logger import Logger
+
+    from agents.sb3_bridge import Reporting, Rows, VectorEnvBridge, input_statistics, random_state_kept
+
+    algorithm = algorithm_named(settings.algorithm)
+    bridge = VectorEnvBridge(environment, settings.conditioned, settings.bootstrap)
+    with random_state_kept(device), tqdm(total=settings.steps, desc=settings.algorithm, leave=False) as progress:
+        statistics = input_statistics(bridge, settings.slm_prior, STATISTICS_STEPS, seed)
+        arguments = settings.constructor_arguments(bridge.num_envs, *statistics)
+        learner: Any = algorithm.kind(algorithm.policy, bridge, seed=seed, device=device, **arguments)
+        head = getattr(learner.policy, "action_net", None)
+        if head is not None:
+            others = head.bias.shape[0] - 1
+            with torch.no_grad():
+                head.bias[0] = math.log(settings.slm_prior * others / (1 - settings.slm_prior))
+        learner.set_logger(Logger(None, [Rows(track, settings.algorithm)]))
+        reporting = Reporting(settings.steps // ROWS_REPORTED, progress)
+        trained: BaseAlgorithm = learner.learn(settings.steps, callback=reporting, log_interval=None)
+    return trained
