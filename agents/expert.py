@@ -137,8 +137,8 @@ class Expert:
                 tree.save(kept)
         if tree.evictions:
             raise ValueError(
-                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(examples)} problems; raise "
-                "memory or lower examples"
+                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(examples)} problems; "
+                "raise memory or lower examples"
             )
         taught = TaughtStates.of(found, numbers)
         policy = self._train(tree, taught, found, seed, 1, track, folder)

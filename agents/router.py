@@ -62,6 +62,7 @@ class RouterPolicy:
             "models": self.models,
             "features": self.features,
             "width": self.network.width,
+            "units": self.network.units,
             "calibration": self.calibration,
         }
         write_text(folder / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
@@ -85,7 +86,7 @@ class RouterPolicy:
                 f"{folder}: the router was trained for {_named(settings['models'])} ({settings['width']} features); "
                 f"the pool is {_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for it"
             )
-        network = RouterNetwork(settings["width"])
+        network = RouterNetwork(settings["width"], units=settings["units"])
         network.load_state_dict(weights)
         network.eval().requires_grad_(False)
         return cls(network.to(pool.slm.device), settings["models"], settings["features"], settings["calibration"])

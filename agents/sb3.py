@@ -153,6 +153,8 @@ class StableBaselines:
             estimated, or (False) one that is over. It has been judged and rewarded where it stands, and evaluation
             stops it there too: an estimate of more would pay for babbling on, and at a `gamma` of 1 a loop that never
             ends could be worth anything.
+        threads: of torch while the network learns. It is small: where cores are shared, threads that wait for each
+            other make it ten times slower.
         arguments: further arguments of the algorithm's class, and in `policy_kwargs` of its network's.
         conditioned: draw a cost weight for every episode and show it to the agent, so that one policy covers them all;
             `cost_weight` is not used then.
@@ -175,6 +177,7 @@ class StableBaselines:
     gamma: float = 1.0
     slm_prior: float = 0.7
     bootstrap: bool = False
+    threads: int = 1
     arguments: Mapping[str, Any] = field(default_factory=dict)
     conditioned: CostWeights | None = None
 
@@ -187,7 +190,7 @@ class StableBaselines:
             if value not in known:
                 raise ValueError(f"unknown {key} {value!r}; choose one of {', '.join(known)}")
         check_features(self.features)
-        for key in ("steps", "num_envs", "examples", "max_new_tokens"):
+        for key in ("steps", "num_envs", "examples", "max_new_tokens", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, is {getattr(self, key)}")
         if any(units < 1 for units in self.net_arch):
@@ -289,11 +292,15 @@ def train(
     """
     from stable_baselines3.common.logger import Logger
 
-    from agents.sb3_bridge import Reporting, Rows, VectorEnvBridge, input_statistics, random_state_kept
+    from agents.sb3_bridge import Reporting, Rows, VectorEnvBridge, input_statistics, random_state_kept, threads
 
     algorithm = algorithm_named(settings.algorithm)
     bridge = VectorEnvBridge(environment, settings.conditioned, settings.bootstrap)
-    with random_state_kept(device), tqdm(total=settings.steps, desc=settings.algorithm, leave=False) as progress:
+    with (
+        random_state_kept(device),
+        threads(settings.threads),
+        tqdm(total=settings.steps, desc=settings.algorithm, leave=False) as progress,
+    ):
         statistics = input_statistics(bridge, settings.slm_prior, STATISTICS_STEPS, seed)
         arguments = settings.constructor_arguments(bridge.num_envs, *statistics)
         learner: Any = algorithm.kind(algorithm.policy, bridge, seed=seed, device=device, **arguments)

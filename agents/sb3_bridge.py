@@ -46,6 +46,8 @@ class VectorEnvBridge(VecEnv):
     last number of the observation, and `weight x info["cost"]` is taken from the reward, so that the environment should
     take nothing itself.
 
+    The environment runs with as many threads as there were when it was wrapped, whatever the agent learns with.
+
     Args:
         environment: steps all rows at once.
         weights: a range to draw cost weights from.
@@ -73,14 +75,15 @@ class VectorEnvBridge(VecEnv):
         self._weights = np.ones(rows)
         self._generators = [np.random.default_rng() for _ in range(rows)] if weights is not None else []
         self._examples: npt.NDArray[Any] = np.full(rows, None)
-        self._made = time.perf_counter()
+        self._made, self._threads = time.perf_counter(), torch.get_num_threads()
 
     def reset(self) -> FloatRows:
         seeds = None if self._seeds[0] is None else list(self._seeds)
         if seeds is not None and self.weights is not None:
             # another stream than the environment's, which is seeded with the same numbers
             self._generators = [np.random.default_rng([1, seed or 0]) for seed in seeds]
-        observations, infos = self.environment.reset(seed=seeds)  # type: ignore[arg-type]
+        with threads(self._threads):
+            observations, infos = self.environment.reset(seed=seeds)  # type: ignore[arg-type]
         self._reset_seeds()
         self._returns[:], self._lengths[:] = 0, 0
         self._examples = infos.get("example", self._examples)
@@ -91,7 +94,8 @@ class VectorEnvBridge(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[FloatRows, FloatRows, BoolArray, list[Info]]:
-        observations, rewards, terminated, truncated, infos = self.environment.step(self._actions)
+        with threads(self._threads):
+            observations, rewards, terminated, truncated, infos = self.environment.step(self._actions)
         ended = np.asarray(terminated | truncated)
         rows = np.flatnonzero(ended)
         rewards = np.array(rewards, dtype=np.float64)
@@ -332,3 +336,14 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(plain)
             np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads, and then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

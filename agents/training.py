@@ -39,6 +39,7 @@ class RouterTraining:
         weight_decay: of AdamW.
         dropout: of the router.
         validation_share: share of the examples held out; the split is by example, never by token.
+        units: of the router's hidden layers; twice the features and as many as these where None, as published.
         balanced: weigh the two classes alike in the loss. By default they are not: most tokens prefer the SLM, the
             score stays a probability, and the threshold, chosen by quantiles of the score, does the trading.
     """
@@ -50,6 +51,7 @@ class RouterTraining:
     weight_decay: float = 0.01
     dropout: float = 0.1
     validation_share: float = 0.1
+    units: list[int] | None = None
     balanced: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class RouterTraining:
                 f"epochs ({self.epochs}) and patience ({self.patience}) must be at least 1 and batch_size "
                 f"({self.batch_size}) at least 2"
             )
+        if self.units is not None and (not self.units or min(self.units) < 1):
+            raise ValueError(f"units must hold at least one number above 0, are {list(self.units)}")
         if not 0 < self.validation_share < 1 or not 0 <= self.dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"validation_share ({self.validation_share}) must be in (0, 1), dropout ({self.dropout}) in [0, 1), "
@@ -240,7 +244,7 @@ class _Run:
         self.weights = (1.0, 1.0) if not settings.balanced else (0.5 / (1 - share), 0.5 / share)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = RouterNetwork(data.width, settings.dropout).to(device)
+            self.network = RouterNetwork(data.width, settings.dropout, settings.units).to(device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )

@@ -211,7 +211,7 @@ class TeacherSession(Session):
         self._unread[rows] = False
 
     def _cut(self, rows: IntArray, lengths: IntArray) -> None:
-        """Forget the tokens of each row beyond `lengths`, (n,), where a model's own will follow: none is read anew."""
+        """Forget tokens beyond `lengths`, (n,), of rows another model writes in next; what stays is not read again."""
         for cache in self._caches:
             cache.rewind(rows, lengths)
         self._lengths[rows] = lengths

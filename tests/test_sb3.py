@@ -20,15 +20,6 @@ from envs.tasks.task import first_training_example
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other cost more than such small networks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Toy(VectorEnv):
     """What same-step environments share; subclasses say what is seen and earned."""
 
@@ -346,6 +337,24 @@ def test_a_loss_that_is_not_finite_ends_training():
     assert kept == [{"run": "ppo", "n": 3.0}]
     with pytest.raises(FloatingPointError, match="train/loss is nan after 9 steps"):
         writer.write({"train/loss": float("nan")}, {}, 9)
+
+
+def test_the_network_learns_with_its_own_threads_and_the_environment_with_all():
+    class Watched(TwoStates):
+        def step(self, actions):
+            used.add(torch.get_num_threads())
+            return super().step(actions)
+
+    used, before = set(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        learning = []
+        train(Watched(16), small("ppo"), 0, lambda row: learning.append(torch.get_num_threads()), CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert used == {2}
+    assert set(learning) == {1}
 
 
 # ---------------------------------------------------------------- policies
