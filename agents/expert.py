@@ -135,11 +135,6 @@ class Expert:
             found += self.oracle.search(tree, examples[begin : begin + SEARCHED_AT_ONCE])
             if kept is not None:
                 tree.save(kept)
-        if tree.evictions:
-            raise ValueError(
-                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(examples)} problems; "
-                "raise memory or lower examples"
-            )
         taught = TaughtStates.of(found, numbers)
         policy = self._train(tree, taught, found, seed, 1, track, folder)
         for number in range(2, self.rounds + 1):
@@ -152,6 +147,8 @@ class Expert:
                     policy if self.ties == "router" else None,
                 )  # fmt: skip
                 taught = taught.joined(TaughtStates.of(found, owners))
+                if kept is not None:
+                    tree.save(kept)
             policy = self._train(tree, taught, found, seed, number, track, folder)
         return policy
 
@@ -191,6 +188,12 @@ class Expert:
         track: Track,
         folder: Path | None,
     ) -> RouterPolicy:
+        # a forgotten state's number names another one
+        if tree.evictions:
+            raise ValueError(
+                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(found)} problems; "
+                "raise memory or lower examples"
+            )
         name = f"round {number}"
         track(
             {
