@@ -168,7 +168,7 @@ class StableBaselines:
     steps: int = 1_000_000
     num_envs: int = 256
     examples: int = 2000
-    cost_weight: float = 0.01
+    cost_weight: float = 0.03
     cost: str = "llm_tokens"
     features: Features = "hidden_logits"
     max_new_tokens: int = 128

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -16,6 +15,7 @@ from envs.cache import IntArray
 from envs.costs import ALL_COSTS, CostModel, FloatArray, LlmTokens, Price
 from envs.embedded import embedded_pool
 from envs.features import Features, check_features, feature_width
+from envs.infos import Info, all_masked, masked, row_generators, scalars
 from envs.models import ModelPool
 from envs.render import ansi
 from envs.rewards import OutcomeReward, Reward, Transition
@@ -27,7 +27,6 @@ from envs.tasks.task import Example, Split, Task, check_split
 from envs.tree import Tree, check_tree
 from envs.walk import TreeSession
 
-Info = dict[str, Any]
 # Far beyond what a normalised hidden state takes; finite, since an unbounded box cannot be sampled sensibly.
 HIDDEN_BOUND = 1e6
 ENCODED_PROMPTS = 2**14
@@ -238,12 +237,12 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
         super().reset(seed=seed)
         example = (options or {}).get("example")
         info = self.routing.start(self._row, [self.np_random], [example])
-        return self.routing.observe(self._row)[0], _scalars(info)
+        return self.routing.observe(self._row)[0], scalars(info)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, Info]:
         step, rewards, info, finals = self.routing.step(self._row, np.array([action]))
         observation = self.routing.observe(self._row, step.terminated)[0]
-        info = _scalars(info) | (finals[0] if finals else {})
+        info = scalars(info) | (finals[0] if finals else {})
         return observation, float(rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), info
 
     def render(self) -> str | None:
@@ -312,32 +311,26 @@ class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Info | None = None
     ) -> tuple[np.ndarray, Info]:
-        seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int) else seed
-        if seeds is None:
-            self._generators = self._generators or [seeding.np_random()[0] for _ in range(self.num_envs)]
-        else:
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"seed holds {len(seeds)} seeds for {self.num_envs} environments")
-            self._generators = [seeding.np_random(row_seed)[0] for row_seed in seeds]
+        self._generators = row_generators(seed, self.num_envs, self._generators)
         examples = (options or {}).get("examples") or [None] * self.num_envs
         if len(examples) != self.num_envs:
             raise ValueError(f"options['examples'] holds {len(examples)} examples for {self.num_envs} environments")
         info = self.routing.start(self._rows, self._generators, examples)
-        return self.routing.observe(self._rows), _masked(info, self._rows, self.num_envs)
+        return self.routing.observe(self._rows), masked(info, self._rows, self.num_envs)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Info]:
         step, rewards, info, finals = self.routing.step(self._rows, np.asarray(actions))
         ended = np.flatnonzero(step.terminated | step.truncated)
         if not len(ended):
-            return self.routing.observe(self._rows), rewards, step.terminated, step.truncated, _all_masked(info)
+            return self.routing.observe(self._rows), rewards, step.terminated, step.truncated, all_masked(info)
         going_on = np.setdiff1d(self._rows, ended)
-        infos = _masked({key: value[going_on] for key, value in info.items()}, going_on, self.num_envs)
+        infos = masked({key: value[going_on] for key, value in info.items()}, going_on, self.num_envs)
         final_observations = self.routing.observe(ended, step.terminated[ended])
         for row, final, observation in zip(ended, finals, final_observations, strict=True):
-            whole = _scalars({key: value[row : row + 1] for key, value in info.items()}) | final
+            whole = scalars({key: value[row : row + 1] for key, value in info.items()}) | final
             infos = self._add_info(infos, {"final_obs": observation, "final_info": whole}, int(row))
         started = self.routing.start(ended, [self._generators[row] for row in ended], [None] * len(ended))
-        infos = _masked(started, ended, self.num_envs, infos)
+        infos = masked(started, ended, self.num_envs, infos)
         return self.routing.observe(self._rows), rewards, step.terminated, step.truncated, infos
 
     def render(self) -> tuple[str, ...] | None:
@@ -348,25 +341,3 @@ def check_render_mode(render_mode: str | None) -> None:
     """Refuse a render mode that does not exist."""
     if render_mode not in (None, "ansi"):
         raise ValueError(f"unknown render_mode {render_mode!r}; choose 'ansi' or None")
-
-
-def _scalars(info: Info) -> Info:
-    """The infos of one row out of arrays of one."""
-    return {key: value[0].item() if isinstance(value[0], np.generic) else value[0] for key, value in info.items()}
-
-
-def _all_masked(info: Info) -> Info:
-    """Vector infos in which every row has a value."""
-    masks = {f"_{key}": np.ones(len(value), dtype=bool) for key, value in info.items()}
-    return info | masks
-
-
-def _masked(info: Info, rows: IntArray, num_envs: int, infos: Info | None = None) -> Info:
-    """Vector infos, added to `infos`: values of `rows`, each key with its mask, as Gymnasium has them."""
-    infos = {} if infos is None else infos
-    for key, value in info.items():
-        empty = np.full(num_envs, None if value.dtype == object else 0, dtype=value.dtype)
-        whole = infos.setdefault(key, empty)
-        mask = infos.setdefault(f"_{key}", np.zeros(num_envs, dtype=bool))
-        whole[rows], mask[rows] = value, True
-    return infos

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, get_args
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -17,9 +16,10 @@ from envs.cache import IntArray
 from envs.costs import CostModel, FloatArray, LlmTokens, step_entries
 from envs.embedded import embedded_pool
 from envs.features import HISTORY_FEATURES, Features, check_features, feature_width, history_features
+from envs.infos import Info, all_masked, masked, row_generators, scalars
 from envs.models import ModelPool
 from envs.references import NOT_ROLLED_OUT, References, check_outcomes
-from envs.routing import HIDDEN_BOUND, Info, _all_masked, _masked, _scalars
+from envs.routing import HIDDEN_BOUND
 from envs.session import checked_actions
 from envs.steps import BoolArray
 from envs.tasks.arithmetic import ArithmeticTask
@@ -285,13 +285,13 @@ class ShortcutRoutingEnv(gym.Env[np.ndarray, int]):
         super().reset(seed=seed)
         index = check_options(options, "index")
         info = self.shortcut.start(self._row, [self.np_random], [index])
-        return self.shortcut.observe()[0], _scalars(info)
+        return self.shortcut.observe()[0], scalars(info)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, Info]:
         rewards, ended, info, finals = self.shortcut.step(np.array([action]))
         if not ended[0]:
-            return self.shortcut.observe()[0], float(rewards[0]), False, False, _scalars(info)
-        return self.shortcut.last_observation(), float(rewards[0]), True, False, _scalars(info | finals)
+            return self.shortcut.observe()[0], float(rewards[0]), False, False, scalars(info)
+        return self.shortcut.last_observation(), float(rewards[0]), True, False, scalars(info | finals)
 
 
 class ShortcutRoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -354,34 +354,28 @@ class ShortcutRoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Info | None = None
     ) -> tuple[np.ndarray, Info]:
-        seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int) else seed
-        if seeds is None:
-            self._generators = self._generators or [seeding.np_random()[0] for _ in range(self.num_envs)]
-        else:
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"seed holds {len(seeds)} seeds for {self.num_envs} environments")
-            self._generators = [seeding.np_random(row_seed)[0] for row_seed in seeds]
+        self._generators = row_generators(seed, self.num_envs, self._generators)
         indices = check_options(options, "indices")
         indices = [None] * self.num_envs if indices is None else indices
         if len(indices) != self.num_envs:
             raise ValueError(f"options['indices'] holds {len(indices)} indices for {self.num_envs} environments")
         info = self.shortcut.start(self._rows, self._generators, indices)
-        return self.shortcut.observe(), _all_masked(info)
+        return self.shortcut.observe(), all_masked(info)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Info]:
         rewards, terminated, info, finals = self.shortcut.step(actions)
         truncated = np.zeros(self.num_envs, dtype=bool)
         ended = np.flatnonzero(terminated)
         if not len(ended):
-            return self.shortcut.observe(), rewards, terminated, truncated, _all_masked(info)
+            return self.shortcut.observe(), rewards, terminated, truncated, all_masked(info)
         going_on = np.flatnonzero(~terminated)
-        infos = _masked({key: value[going_on] for key, value in info.items()}, going_on, self.num_envs)
+        infos = masked({key: value[going_on] for key, value in info.items()}, going_on, self.num_envs)
         final_observations = np.full(self.num_envs, None, dtype=object)
         for row in ended:
             final_observations[row] = self.shortcut.last_observation()
         infos |= {"final_obs": final_observations, "_final_obs": terminated.copy()}
         whole = {key: value[ended] for key, value in info.items()} | finals
-        infos |= {"final_info": _masked(whole, ended, self.num_envs), "_final_info": terminated.copy()}
+        infos |= {"final_info": masked(whole, ended, self.num_envs), "_final_info": terminated.copy()}
         started = self.shortcut.start(ended, [self._generators[row] for row in ended], [None] * len(ended))
-        infos = _masked(started, ended, self.num_envs, infos)
+        infos = masked(started, ended, self.num_envs, infos)
         return self.shortcut.observe(), rewards, terminated, truncated, infos
