@@ -64,6 +64,43 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+LEARNING = {
+    "time/total_timesteps": ("rollout/ep_rew_mean", "rollout/success_rate"),
+    "iteration": ("return", "accuracy", "llm_share"),
+    "epoch": ("loss", "validation_loss"),
+}
+"""By what a learner counts its progress: the measurements that are drawn over it."""
+
+
+def plot_learning(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draw learning curves to a PNG file, a panel per run of the learner; False where its rows hold none."""
+    curves: dict[str, tuple[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        for count in LEARNING:
+            if count in row:
+                curves.setdefault(f"{row.get('run', '')}", (count, []))[1].append(row)
+    if not curves:
+        return False
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(6 * len(curves), 4), layout="constrained", squeeze=False)
+    for panel, (name, (count, measured)) in zip(axes[0], curves.items(), strict=True):
+        for key in LEARNING[count]:
+            points = [(row[count], row[key]) for row in measured if key in row and count in row]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=key.removeprefix("rollout/"))
+        panel.set_title(name)
+        panel.set_xlabel("tokens" if count == "time/total_timesteps" else count)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    plt.close(figure)
+    return True
+
+
 def table(summary: Mapping[str, Any]) -> Table:
     """The comparison as a table, with 95 % intervals: costs at shares of the LLM's accuracy, areas, and gains."""
     first = summary["first"]

@@ -3,9 +3,9 @@
     python -m experiments.train agent=citer
     python -m experiments.train -m agent=citer,citer_s seed=0,1,2 evaluate=true
 
-The run's folder receives `config.yaml`, `metrics.jsonl`, `summary.json` and, in `policy/`, the policy; with
-`evaluate=true` also an evaluation, in `evaluation/`. Started again in the same folder (`hydra.run.dir=...`), a run goes
-on after the last shard of preferences, epoch or threshold that is done.
+The run's folder receives `config.yaml`, `metrics.jsonl`, `learning.png`, `summary.json` and, in `policy/`, the policy;
+with `evaluate=true` also an evaluation, in `evaluation/`. Started again in the same folder (`hydra.run.dir=...`), a run
+goes on after the last shard of preferences, epoch or threshold that is done.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from agents.policy import SavedPolicy
 from envs.files import write_text
 from experiments.build import build, program
 from experiments.evaluate import check_evaluation, evaluate
+from experiments.present import plot_learning
 
 
 @program("train")
@@ -45,12 +46,13 @@ def main(config: DictConfig, folder: Path) -> None:
             print(f"saved {folder / 'policy'} after {summary['seconds']} s")
         if getattr(policy, "calibration", None):
             summary["calibration"] = policy.calibration
-        images = {}
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        images = {"learning": folder / "learning.png"} if plot_learning(rows, folder / "learning.png") else {}
         if config.evaluate:
             trained = [name] if isinstance(policy, SavedPolicy) else []
             place = folder / "evaluation"
             evaluated = evaluate(config.evaluation, place, track, pool, task, {name: policy}, trained, config.seed)
-            summary["policies"], images = evaluated["policies"], {"curve": place / "curve.png"}
+            summary["policies"], images["curve"] = evaluated["policies"], place / "curve.png"
         track.summary(summary, images)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 

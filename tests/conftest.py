@@ -4,6 +4,8 @@ import os
 import string
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches the network
+# Models here are tiny: threads that wait for each other take longer, many times so where other work shares the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from envs.models import ModelPool
 
+torch.set_num_threads(1)
 CHARACTERS = string.printable[:95]
 ENDS = [0, 30, 45, 60, 75, 90]  # several end tokens, so that random text ends now and then
 PLAIN = {"max_position_embeddings": 128, "tie_word_embeddings": False}

@@ -26,14 +26,6 @@ from experiments.outcomes import Outcomes, sweep
 EXAMPLES = 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def examples(task):
     return task.examples("validation", EXAMPLES, start=500)

@@ -6,7 +6,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import RecordEpisodeStatistics
 from safetensors import safe_open
@@ -47,15 +46,6 @@ class Sums(Task):
 
     def is_correct(self, example, response):
         return len(response) % 2 == int(example.answer) % 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Passes this small gain nothing by a second thread, and wait for it where others need the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
