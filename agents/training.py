@@ -60,8 +60,10 @@ class RouterTraining:
                 f"epochs ({self.epochs}) and patience ({self.patience}) must be at least 1 and batch_size "
                 f"({self.batch_size}) at least 2"
             )
-        if self.units is not None and (not self.units or min(self.units) < 1):
-            raise ValueError(f"units must hold at least one number above 0, are {list(self.units)}")
+        if self.units is not None:
+            if not self.units or min(self.units) < 1:
+                raise ValueError(f"units must hold at least one number above 0, are {list(self.units)}")
+            object.__setattr__(self, "units", [int(units) for units in self.units])  # whatever sequence came in
         if not 0 < self.validation_share < 1 or not 0 <= self.dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"validation_share ({self.validation_share}) must be in (0, 1), dropout ({self.dropout}) in [0, 1), "
