@@ -86,7 +86,7 @@ class RouterPolicy:
                 f"{folder}: the router was trained for {_named(settings['models'])} ({settings['width']} features); "
                 f"the pool is {_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for it"
             )
-        network = RouterNetwork(settings["width"], units=settings["units"])
+        network = RouterNetwork(settings["width"], units=settings.get("units"))
         network.load_state_dict(weights)
         network.eval().requires_grad_(False)
         return cls(network.to(pool.slm.device), settings["models"], settings["features"], settings["calibration"])
