@@ -91,12 +91,11 @@ class Citer:
         policy: RouterPolicy | None = None
         for number in range(1, (self.rounds if rolls and self.continuation == "router" else 1) + 1):
             if policy is not None:
-                if not self.labels.rolled_out(columns).any():
+                redone = self.labels.rolled_out(columns)
+                if not redone.any():
                     break  # nothing to redo: no token is in case 3
                 store = collection.collect(folder / f"round-{number}", policy, first, number)
-                redone = np.flatnonzero(self.labels.rolled_out(columns))
                 for name in ("slm_outcome", "llm_outcome"):
-                    columns[name] = columns[name].copy()
                     columns[name][redone] = store.column(name)
             columns["label"] = self.labels.of(columns)
             track({"run": f"round {number}", "skipped": first.skipped(), **shares(columns)})

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.policy import Policy, Track, untracked
+from agents.policy import Track, untracked
 from agents.rollout import Scheduling, decode
 from agents.router import RouterPolicy
 from agents.training import LabelledTokens, RouterTraining, fit_router
@@ -19,17 +19,19 @@ from envs.steps import Observation
 from envs.tasks.task import Task, first_training_example
 
 
+@dataclass
 class QueryPolicy(RouterPolicy):
     """Scores the first observation of a response, and keeps that score to its end."""
 
+    _kept: dict[int, float] = field(default_factory=dict, init=False, repr=False)
+
     def score(self, observation: Observation) -> Tensor:
         scores: Tensor = super().score(observation)
-        kept = self.__dict__.setdefault("_kept", {})
         for i, (episode, position) in enumerate(zip(observation.episodes, observation.positions, strict=True)):
             # a response forked from another starts where that one stood
-            if position == 0 or int(episode) not in kept:
-                kept[int(episode)] = scores[i].item()
-            scores[i] = kept[int(episode)]
+            if position == 0 or int(episode) not in self._kept:
+                self._kept[int(episode)] = scores[i].item()
+            scores[i] = self._kept[int(episode)]
         return scores
 
 
@@ -66,9 +68,8 @@ class QueryClassifier:
     ) -> QueryPolicy:
         examples = task.examples("train", self.examples, start=first_training_example(task, seed))
         seen = _FirstStates()
-        policy: Policy = seen
         episodes = decode(
-            pool, task, examples, policy, 0.5, self.max_new_tokens, self.scheduling, label="queries answered by the SLM"
+            pool, task, examples, seen, 0.5, self.max_new_tokens, self.scheduling, label="queries answered by the SLM"
         )
         states = torch.stack([seen.states[i] for i in range(len(examples))])
         right = np.array([episode.correct for episode in episodes])

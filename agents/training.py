@@ -203,13 +203,13 @@ def fit_router(
     """
     held_out = held_out_rows(data.examples, settings.validation_share, np.random.default_rng(seed))
     train, validation = data.kept & ~held_out, data.kept & held_out
-    shares = [float(data.prefers_slm[rows].mean()) if rows.any() else math.nan for rows in (train, validation)]
-    if not 0 < shares[0] < 1:
+    share = float(data.prefers_slm[train].mean()) if train.any() else math.nan
+    if not 0 < share < 1:
         raise ValueError(
-            f"{label}: all {int(train.sum())} training labels are the same (share of SLM labels {shares[0]}): there is "
+            f"{label}: all {int(train.sum())} training labels are the same (share of SLM labels {share}): there is "
             "nothing to learn; collect on more examples, or change the labels' settings"
         )
-    run = _Run(data, settings, seed, device, label, train, shares[0])
+    run = _Run(data, settings, seed, device, label, train, share)
     if checkpoint is not None and checkpoint.is_file():
         run.restore(checkpoint)
     for row in run.history:
@@ -224,7 +224,7 @@ def fit_router(
     run.network.load_state_dict(run.best)
     network = run.network.eval().requires_grad_(False)
     scores, rows = predict(network, data, validation, device)
-    report = {"train_labels": int(train.sum()), "prefers_slm": shares[0]}
+    report = {"train_labels": int(train.sum()), "prefers_slm": share}
     return network, report | calibration(scores, data.prefers_slm[rows])
 
 
