@@ -41,7 +41,7 @@ def rl_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     rows = config.rl_envs
     problems = FirstExamples(task, config.rl_known_examples)
     live = RoutingVectorEnv(config.envs, pool, task)
-    shortcut = ShortcutRoutingVectorEnv(rows, pool, task)
+    shortcut = ShortcutRoutingVectorEnv(rows, pool, task, examples=config.rl_references)
     tree = TreeRoutingVectorEnv(rows, pool=pool, task=problems)
     # Every seed goes through the same episodes, so that states met in a first round are known in the next.
     choices = (rng.random((config.rl_steps, rows)) < config.llm_share).astype(np.int64)
@@ -67,7 +67,7 @@ def rl_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     Oracle().search(Tree(pool, task), searched)
     rates["oracle_seconds"] = time.perf_counter() - begun
 
-    settings = StableBaselines(steps=config.rl_ppo_steps)
+    settings = StableBaselines(steps=config.rl_ppo_steps, num_envs=config.rl_ppo_envs)
     begun = time.perf_counter()
     environment = settings.make(pool, task, seed=0)
     train(environment, settings, 0, untracked, torch.device("cpu"))

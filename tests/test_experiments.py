@@ -327,7 +327,7 @@ def test_a_mistake_ends_a_program_with_one_line_and_no_traceback(script, overrid
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("suite", ["decode", "env", "collect"])
+@pytest.mark.parametrize("suite", ["decode", "env", "collect", "rl"])
 def test_benchmarks_print_their_report_last(suite, tmp_path):
     tiny = "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, mlp_size: 32}"
     sizes = [f"slm={tiny}", f"llm={tiny}", "vocab_size=64", "prompt_tokens=8", "new_tokens=8", "rate_tokens=4"]
@@ -342,6 +342,13 @@ def test_benchmarks_print_their_report_last(suite, tmp_path):
         "plain_examples=2",
         "collect_examples=3",
         "collect_repeats=1",
+        "rl_envs=4",
+        "rl_steps=3",
+        "rl_known_examples=4",
+        "rl_references=8",
+        "rl_oracle_examples=3",
+        "rl_ppo_steps=64",
+        "rl_ppo_envs=2",
     ]
     done = run("benchmark", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     report = json.loads(done.stdout.strip().splitlines()[-1])
@@ -357,8 +364,14 @@ def test_benchmarks_print_their_report_last(suite, tmp_path):
         },
         "env": set(),
         "collect": {"plain_over_ours"},
+        "rl": {"shortcut_over_live", "tree_over_live"},
     }[suite]
     assert report["ratios"].keys() == names
     assert all(value > 0 for value in [*report["ratios"].values(), *report["rates"].values()])
-    rates = {"env": "vector_steps_per_second", "collect": "reference_tokens_per_second"}
-    assert suite == "decode" or rates[suite] in report["rates"]
+    rates = {
+        "decode": set(),
+        "env": {"vector_steps_per_second"},
+        "collect": {"reference_tokens_per_second"},
+        "rl": {"shortcut_steps_per_second", "tree_steps_per_second", "ppo_steps_per_second"},
+    }[suite]
+    assert rates <= report["rates"].keys()
