@@ -25,6 +25,7 @@ UNITS = {
 
 
 MEASURED = ("over_speculative_at_0.99", "area_above_random", "oracle_share")
+LIMITS = {"random": "random routing", "speculative": "speculative decoding", "oracle": "oracle"}
 COMPARED = ("ratio_at_0.95", "largest_gain")
 
 
@@ -46,9 +47,14 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
         axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
     for name, limit in summary["limits"].items():
         if "curve" not in limit:
-            axes.plot(limit[f"cost_{summary['cost']}"], limit["accuracy"], "k*", label=name, zorder=3)
+            axes.plot(limit[f"cost_{summary['cost']}"], limit["accuracy"], "k*", label=LIMITS[name], zorder=3)
             continue
-        axes.plot(*zip(*limit["curve"], strict=True), color="black" if name == "oracle" else "grey", ls=":", label=name)
+        axes.plot(
+            *zip(*limit["curve"], strict=True),
+            color="black" if name == "oracle" else "grey",
+            ls=":",
+            label=LIMITS[name],
+        )
     for name in ("slm", "llm"):
         model = summary["models"][name]
         axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=f"{name} only", zorder=3)
@@ -134,12 +140,12 @@ def table(summary: Mapping[str, Any]) -> Table:
         result.add_row(label, "", "", *cells, *compared, *areas, tokens)
     for name, limit in summary["limits"].items():
         if "curve" not in limit:
-            result.add_row(name, f"{limit['accuracy']:.1%}", _number(limit[f"cost_{summary['cost']}"]))
+            result.add_row(LIMITS[name], f"{limit['accuracy']:.1%}", _number(limit[f"cost_{summary['cost']}"]))
             continue
         by_unit = limit["cost_at_by_unit"]
         cells = [_number(cost) for cost in by_unit[summary["cost"]].values()]
         empty = len(result.columns) - len(cells) - 4
-        result.add_row(name, "", "", *cells, *[""] * empty, _number(by_unit["llm_tokens"]["0.95"]))
+        result.add_row(LIMITS[name], "", "", *cells, *[""] * empty, _number(by_unit["llm_tokens"]["0.95"]))
     return result
 
 

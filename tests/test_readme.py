@@ -62,7 +62,8 @@ def test_the_sections_script_runs(copy, blocks):
     assert re.search(r"^\d+ of 50 right$", run(copy, "script.py"), re.MULTILINE)
 
 
-def test_the_first_example_runs(copy):
-    (first, *_) = [code for kind, code in BLOCK.findall(section("The environment")) if kind == "python"]
-    (copy / "first.py").write_text(first)
-    assert "True" in (printed := run(copy, "first.py")) or "False" in printed
+def test_examples_of_the_environments_run(copy):
+    first, tree, _ = [code for kind, code in BLOCK.findall(section("The environment")) if kind == "python"]
+    (copy / "first.py").write_text(first + tree.replace("1024", "8"))
+    assert re.search(r" (True|False) \d+ ", run(copy, "first.py"))
+    assert (copy / "train.tree").is_file()
