@@ -63,7 +63,7 @@ def test_the_sections_script_runs(copy, blocks):
 
 
 def test_examples_of_the_environments_run(copy):
-    first, tree, _ = [code for kind, code in BLOCK.findall(section("The environment")) if kind == "python"]
+    first, _, tree = [code for kind, code in BLOCK.findall(section("The environment")) if kind == "python"]
     (copy / "first.py").write_text(first + tree.replace("1024", "8"))
     assert re.search(r" (True|False) \d+ ", run(copy, "first.py"))
     assert (copy / "train.tree").is_file()
