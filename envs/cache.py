@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, owner: SlotCache) -> None:
         super().__init__()
         # weak, or the stores would stay in memory until the garbage collector comes by
-        self._owner: Any = weakref.proxy(owner)
+        self._owner = cast("SlotCache", weakref.proxy(owner))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = (self._owner.rows, self._owner.capacity + 1)
