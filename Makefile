@@ -25,7 +25,7 @@ test: $(STAMP) ## run the tests, except the slow ones
 	$(BIN)/python -m pytest
 
 test-slow: pretrained ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 0 -m slow
 
 check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
