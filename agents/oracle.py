@@ -277,8 +277,8 @@ class _Searches:
         """Cost of a response, or of the beginning of one, by these writers."""
         if self.cost.name == "llm_tokens":
             return float((writers > 0).sum())
-        prompt = len(self.tree.prompts[int(self.tree.prompt_numbers[node])])
-        entries: FloatArray = response_entries(prompt, writers, terminated, len(self.pool))
+        prompt = self.tree.prompt(node)
+        entries: FloatArray = response_entries(len(prompt), writers, terminated, len(self.pool))
         return float(self.cost.of(entries, self.pool.profiles))
 
     def _close(self, progress: tqdm[Any]) -> None:
@@ -295,5 +295,5 @@ class _Searches:
                 search.writers if solved else search.alone_writers,
                 search.walks,
             )
-            self.tree.release(self.pool.encode(search.example.prompt))
+            self.tree.release(self.tree.prompt(search.start))
             progress.update()

@@ -17,12 +17,11 @@ from agents.store import FEATURES, Columns
 from envs.cache import IntArray
 from envs.features import all_features, feature_width
 from envs.models import ModelPool
-from envs.references import cases
+from envs.references import NOT_ROLLED_OUT, cases, check_end, encode
 from envs.steps import BoolArray
 from envs.tasks.task import Example, Task
 from envs.teacher import TeacherSession
 
-NOT_ROLLED_OUT = -1
 DROPPED = -1
 CASE_3 = ("rollout", "slm", "llm", "agreement", "drop")
 
@@ -124,8 +123,7 @@ class Collector:
             raise ValueError("there are no examples to collect preferences on")
         self.pool, self.task, self.examples = pool, task, examples
         self.scheduling = scheduling or Scheduling()
-        self._prompts = [pool.encode(example.prompt) for example in examples]
-        self._references = [pool.encode_response(example.reference) for example in examples]
+        self._prompts, self._references = encode(pool, examples)
         # half of the rows hold references, the others are forked from them
         self._rows = max(1, self.scheduling.rows_for(pool) // 2)
         self._session = TeacherSession(pool, 2 * self._rows, max_new_tokens)
@@ -133,11 +131,7 @@ class Collector:
         self.fits = np.ones(len(examples), dtype=bool)
         for number, (example, prompt) in enumerate(zip(examples, self._prompts, strict=True)):
             reference = self._references[number]
-            if np.isin(reference[:-1], pool.end_tokens).any():
-                raise ValueError(
-                    f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the "
-                    "task's source or drop the example"
-                )
+            check_end(example, reference, pool)
             try:
                 self._session.check_fit(f"example {example.id}", prompt, reference)
             except ValueError:

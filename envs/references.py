@@ -140,11 +140,7 @@ class References:
         session = TeacherSession(pool, rows, max_new_tokens)
         for example, prompt, solution in zip(examples, prompts, solutions, strict=True):
             session.check_fit(f"example {example.id}", prompt, solution)
-            if np.isin(solution[:-1], pool.end_tokens).any():
-                raise ValueError(
-                    f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the "
-                    "task's source or drop the example"
-                )
+            check_end(example, solution, pool)
         starts = offsets(solutions)
         features = np.empty(shape_that_fits(int(starts[-1]), pool), dtype=np.float32)
         tokens: IntArray = np.empty((starts[-1], 2), dtype=np.int64)
@@ -237,6 +233,15 @@ def encode(pool: ModelPool, examples: Sequence[Example]) -> tuple[list[IntArray]
     """Tokens of the examples' prompts, and of their references with their ends."""
     prompts = [pool.encode(example.prompt) for example in examples]
     return prompts, [pool.encode_response(example.reference) for example in examples]
+
+
+def check_end(example: Example, solution: IntArray, pool: ModelPool) -> None:
+    """Refuse a reference, (tokens,), that ends before its last token."""
+    if np.isin(solution[:-1], pool.end_tokens).any():
+        raise ValueError(
+            f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the task's "
+            "source or drop the example"
+        )
 
 
 def offsets(solutions: Sequence[IntArray]) -> IntArray:

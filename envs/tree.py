@@ -139,6 +139,10 @@ class Tree:
         number = self._numbers.get(prompt.tobytes())
         return UNKNOWN if number is None else self._roots[number]
 
+    def prompt(self, node: int) -> IntArray:
+        """The prompt a node stands behind."""
+        return self.prompts[int(self.prompt_numbers[node])]
+
     def features(self, nodes: IntArray) -> npt.NDArray[np.float32]:
         """The SLM's hidden state and logit features at nodes that have not terminated: float32, (n, width)."""
         mapped = len(self._mapped)

@@ -104,7 +104,7 @@ class Explorer:
         responses = [tree.written(tree.path(int(node))) for node in nodes]
         if tokens is not None:
             responses = [np.append(response, token) for response, token in zip(responses, tokens, strict=True)]
-        prompts = [tree.prompts[int(tree.prompt_numbers[node])] for node in nodes]
+        prompts = [tree.prompt(node) for node in nodes]
         self.session.start(rows, prompts, responses=responses)
 
     def _expand(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> None:

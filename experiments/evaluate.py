@@ -75,12 +75,8 @@ class Evaluation:
     def outcomes(self, policy: Policy, threshold: float, name: str, number: int) -> Outcomes:
         """What a policy's answers at its threshold `number` come to."""
         path = self.folder and self.folder / name / f"{number:02d}.safetensors"
-        if path and path.is_file():
-            return Outcomes.load(path)
-        found = Outcomes.of(self.run(policy, threshold, name), self.pool, policy, timed=self.tree is None)
-        if path:
-            found.save(path)
-        return found
+        timed = self.tree is None
+        return Outcomes.kept(path, lambda: Outcomes.of(self.run(policy, threshold, name), self.pool, policy, timed))
 
     def limits(self, settings: DictConfig, about: Mapping[str, Any]) -> Limits:
         """Each model alone, random routing and the oracle; taken from, or kept in, `settings.shared` if it is set."""

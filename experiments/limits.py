@@ -141,13 +141,7 @@ def measure_limits(
             write_text(manifest, json.dumps(about, indent=1) + "\n")
 
     def kept(name: str, make: Callable[[], Outcomes]) -> Outcomes:
-        path = folder and folder / f"{name}.safetensors"
-        if path and path.is_file():
-            return Outcomes.load(path)
-        found = make()
-        if path:
-            found.save(path)
-        return found
+        return Outcomes.kept(folder and folder / f"{name}.safetensors", make)
 
     def random(share: float) -> Outcomes:
         return Outcomes.of(decode(Random(0), share, f"random, {share:.0%} LLM"), pool, timed=timed)
@@ -186,7 +180,7 @@ def oracle_outcomes(tree: Tree, found: Sequence[Found], slm: Outcomes) -> Outcom
     """What the oracle's answers come to; where it found none, the SLM's."""
     ends = np.array([one.nodes[-1] for one in found])
     terminated = tree.ends[ends] == TERMINATED
-    prompts = [len(tree.prompts[int(number)]) for number in tree.prompt_numbers[ends]]
+    prompts = [len(tree.prompt(end)) for end in ends]
     entries = np.stack(
         [
             response_entries(prompt, one.writers, bool(end), len(tree.pool))

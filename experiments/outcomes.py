@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,16 @@ class Outcomes:
             ledgers[:, :, WRITTEN].sum(1),
             costs,
         )
+
+    @classmethod
+    def kept(cls, path: Path | None, make: Callable[[], Outcomes]) -> Outcomes:
+        """Those at `path` if they are there; else what `make` gives, kept there; nothing is kept where it is None."""
+        if path and path.is_file():
+            return cls.load(path)
+        made = make()
+        if path:
+            made.save(path)
+        return made
 
     def row(self, llm: Outcomes) -> dict[str, Any]:
         """Accuracy, cost relative to `llm` in every unit, and token shares."""

@@ -13,13 +13,14 @@ import envs.files
 from agents.citer import Citer
 from agents.networks import RouterNetwork
 from agents.policy import Always
-from agents.preferences import DROPPED, NOT_ROLLED_OUT, Collector, Labels, shares
+from agents.preferences import DROPPED, Collector, Labels, shares
 from agents.rollout import Scheduling
 from agents.router import RouterPolicy
 from agents.store import COLUMNS, FEATURES, PreferenceStore
 from agents.training import RouterTraining
 from agents.uncertainty import Uncertainty
 from envs.features import all_features, feature_width, logit_features
+from envs.references import NOT_ROLLED_OUT
 from envs.steps import Observation
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
