@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-from envs.embedded import EMBEDDED, embedded_folder
+from envs.embedded import EMBEDDED_MODELS, embedded_folder
 from envs.models import (
     LanguageModel,
     ModelPool,
@@ -151,7 +151,7 @@ class _Source:
         except (OSError, ValueError, ImportError) as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(
-                f"unknown model {spec.name!r}: neither an embedded model ({', '.join(EMBEDDED)}), nor a local "
+                f"unknown model {spec.name!r}: neither an embedded model ({', '.join(EMBEDDED_MODELS)}), nor a local "
                 f"folder or GGUF file, nor a hub id that can be reached ({type(error).__name__}: {reason})"
             ) from error
         if spec.layers is not None:

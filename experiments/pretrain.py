@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from envs.files import write_text
-from envs.tasks.arithmetic import LEVELS, ArithmeticTask
+from envs.tasks.arithmetic import LEVELS, OPERATIONS, ArithmeticTask
 from experiments.build import program
 
 SECOND_CYCLE_FROM = 500_000
@@ -49,9 +49,12 @@ class Recipe:
     second_peak: float = 0.3  # its learning rate, over the first one's
     equations_until: float = 0.7  # share of the steps in which bare equations are mixed in
     equations_share: float = 0.9  # of the examples, at the start; falls to 0 linearly
+    operations: str = OPERATIONS  # a specialist sees problems of these alone
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
+            if name == "operations":
+                continue  # the task checks them
             if value < 0 or (value == 0 and name not in ("second_cycle", "equations_share")):
                 raise ValueError(f"recipe: {name} must be positive, is {value}")
 
@@ -98,7 +101,7 @@ def packed_batches(
             filled = document = 0
             while True:
                 if rng.random() < bare:
-                    prompt, response = _bare_equation(LEVELS["default"].largest, rng)
+                    prompt, response = _bare_equation(LEVELS["default"].largest, rng, task.operations)
                 else:
                     example = task.example("train", index)
                     prompt, response = example.prompt, example.reference
@@ -117,9 +120,9 @@ def packed_batches(
         yield tuple(torch.from_numpy(array) for array in (ids, positions, documents, labels))  # type: ignore[misc]
 
 
-def _bare_equation(largest: int, rng: np.random.Generator) -> tuple[str, str]:
+def _bare_equation(largest: int, rng: np.random.Generator, operations: str) -> tuple[str, str]:
     """An equation as solutions write it, the loss on its result alone: many more of them fit a row than stories do."""
-    sign = str(rng.choice(list("+-*/")))
+    sign = str(rng.choice(list(operations)))
     if sign in "+-":
         left, right = sorted(int(n) for n in rng.integers(0, largest + 1, size=2))
         left, right, result = (left, right - left, right) if sign == "+" else (right, right - left, left)
@@ -289,6 +292,7 @@ def main(config: DictConfig, folder: Path) -> None:
         raise ValueError(f"only: unknown models {', '.join(sorted(unknown))}; the recipes are {', '.join(recipes)}")
     for name in config.only or recipes:
         first = None if config.first_cycle is None else Path(config.first_cycle)
+        task = ArithmeticTask(operations=recipes[name].operations)
         print(name, pretrain(name, recipes[name], task, tokenizer, config.seed, Path(config.folder), first))
 
 

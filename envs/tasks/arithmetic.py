@@ -54,6 +54,7 @@ STEPS = {
     "together": ("Together they have {e} {u}.", "In all there are {e} {u}.", "The sum is {e} {u}."),
 }
 _MONEY_EVENTS = {"gain": "earn", "lose": "spend", "times": "grow", "share": "split"}
+OPERATIONS = "+-*/"
 SIGNS = {"gain": "+", "lose": "-", "times": "*", "share": "/", "sell": "*"}
 
 
@@ -100,17 +101,24 @@ class ArithmeticTask(Task):
 
     Args:
         level: `easy`, `default` (the embedded pair is trained on it) or `hard` (more steps, larger numbers).
+        operations: signs out of `+-*/`; only problems whose solutions need no other ones are drawn.
     """
 
     level: Literal["easy", "default", "hard"] = "default"
+    operations: str = OPERATIONS
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ValueError(f"unknown level {self.level!r} of task arithmetic; choose one of {', '.join(LEVELS)}")
+        if not self.operations or not set(self.operations) <= set(OPERATIONS):
+            raise ValueError(
+                f"operations of task arithmetic must be signs out of {OPERATIONS}, are {self.operations!r}"
+            )
 
     @property
     def name(self) -> str:
-        return "arithmetic" if self.level == "default" else f"arithmetic-{self.level}"
+        level = "arithmetic" if self.level == "default" else f"arithmetic-{self.level}"
+        return level if set(self.operations) == set(OPERATIONS) else f"{level} {self.operations}"
 
     def size(self, split: Split) -> None:
         check_split(split)
@@ -120,11 +128,14 @@ class ArithmeticTask(Task):
         rng = np.random.default_rng([index, list(LEVELS).index(self.level), SPLITS.index(split)])
         while True:
             steps, pair = _chain(LEVELS[self.level], rng)
+            if not {SIGNS[step.kind] for step in steps} <= set(self.operations):
+                continue
             chain = "; ".join(step.equation for step in steps)
             if _SPLIT_OF_RESIDUE[zlib.crc32(chain.encode()) % len(_SPLIT_OF_RESIDUE)] == split:
                 break
         prompt, reference = _tell(steps, pair, rng)
-        return Example(f"arithmetic/{self.level}/{split}/{index}", prompt, reference, str(steps[-1].result))
+        kind = self.level if set(self.operations) == set(OPERATIONS) else f"{self.level} {self.operations}"
+        return Example(f"arithmetic/{kind}/{split}/{index}", prompt, reference, str(steps[-1].result))
 
     def is_correct(self, example: Example, response: str) -> bool:
         """The number behind the last `####` of the response equals the answer."""
