@@ -45,6 +45,14 @@ def decision_profile(policy: Policy) -> ModelProfile:
     return ModelProfile("policy", 0, parameters, bytes_per_parameter=4, kv_bytes_per_token=0, attention_width=0)
 
 
+def decides_once(policy: Policy) -> bool:
+    """Whether a policy chooses one model for a whole response: it says so by an attribute `per_response`.
+
+    It is then asked once a response, and the SLM reads no further than that where another model writes.
+    """
+    return bool(getattr(policy, "per_response", False))
+
+
 @runtime_checkable
 class SavedPolicy(Policy, Protocol):
     """A policy that can be written to a folder and read again by `load_policy`."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from agents.policy import Policy
+from agents.policy import Policy, decides_once
 from envs.cache import IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS, FloatArray
 from envs.models import ModelPool
@@ -182,12 +182,14 @@ def drive(
         FloatingPointError: a score is not a number.
     """
     llm = len(session.pool) - 1
+    once = decides_once(policy)
     actions = np.full(session.rows, UNDECIDED)
+    lasting = np.full(session.rows, UNDECIDED)  # the action of a whole response, once it is decided
     free, busy = np.asarray(rows), np.zeros(0, dtype=np.int64)
     while True:
         if len(free):
             started, first = refill(free)
-            actions[started] = first
+            actions[started], lasting[started] = first, UNDECIDED
             free = np.setdiff1d(free, started)
             busy = np.sort(np.concatenate([busy, started]))
         if not len(busy):
@@ -203,13 +205,20 @@ def drive(
             if decisions is not None:
                 decisions[undecided, PASSES] += 1
                 decisions[undecided, SECONDS] += (time.perf_counter() - begun) / len(undecided)
+            actions[undecided] = np.where(score >= threshold, 0, llm)
             if scores is not None:
                 scores[undecided, observation.positions] = score
-            actions[undecided] = np.where(score >= threshold, 0, llm)
+            if once:
+                lasting[undecided] = actions[undecided]
+                if scores is not None:
+                    scores[undecided] = score[:, None]
+                given = undecided[actions[undecided] > 0]
+                if len(given):
+                    session.release_slm(given)
         waiting = actions[busy] > 0
         go = busy if waiting.sum() >= max(1.0, gather * len(busy)) or waiting.all() else busy[~waiting]
         step = session.step(go, actions[go])
-        actions[go] = UNDECIDED
+        actions[go] = lasting[go]
         ended = step.terminated | step.truncated
         if ended.any():
             for row, terminated in zip(go[ended], step.terminated[ended], strict=True):

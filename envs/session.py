@@ -55,6 +55,14 @@ def checked_actions(actions: IntArray, count: int, models: int) -> IntArray:
     return actions.astype(np.int64)  # booleans would index as a mask
 
 
+def check_followed(rows: IntArray, followed: BoolArray) -> None:
+    """Refuse rows, (n,), that the SLM was released from; `followed` says it of every row of a session."""
+    if not followed[rows].all():
+        raise ValueError(
+            f"the SLM was released from rows {rows[~followed[rows]].tolist()}; other models write them to their ends"
+        )
+
+
 class Session:
     """Up to `rows` sequences in flight over a pool of models; the one place where a routed token is decoded.
 
@@ -98,6 +106,7 @@ class Session:
         self._since_llm: IntArray = np.zeros(rows, dtype=np.int64)
         self._active: BoolArray = np.zeros(rows, dtype=bool)
         self._unread: BoolArray = np.zeros(rows, dtype=bool)  # the SLM has tokens to read before the next decision
+        self._followed: BoolArray = np.ones(rows, dtype=bool)  # the SLM reads what is written
         self._generators: list[np.random.Generator | None] = [None] * rows
         self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
         self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
@@ -163,6 +172,7 @@ class Session:
         for position, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[position]
         self._active[rows] = begun < self._limits[rows]
+        self._followed[rows] = True
         self.ledger[rows] = 0
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         work[:, 0, WRITTEN] = begun
@@ -178,13 +188,14 @@ class Session:
             actions: 0 for the SLM, k for model k of the pool, (n,).
 
         Raises:
-            ValueError: an action out of range, or a row that is not in flight.
+            ValueError: an action out of range, a row that is not in flight, or one for the SLM that was released.
             FloatingPointError: a model's logits are not numbers.
         """
         rows = self._checked(rows)
         actions = checked_actions(actions, len(rows), len(self.pool))
         if not self._active[rows].all():
             raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
+        check_followed(rows[actions == 0], self._followed)
         self._catch_up(rows)
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         slm_tokens = self._slm_tokens[rows]
@@ -254,7 +265,7 @@ class Session:
             # a model must have a token to read when it is next asked for one
             cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
         rowwise = (self._tokens, self._writers, self._prompts, self._limits, self._episodes, self._slm_tokens)
-        for state in (*rowwise, self._since_llm, self.ledger):
+        for state in (*rowwise, self._since_llm, self._followed, self.ledger):
             state[targets] = state[sources]
         for target, source in zip(targets, sources, strict=True):
             generator = self._generators[source]
@@ -282,6 +293,11 @@ class Session:
         """Forget the tokens of each row beyond `lengths`, (n,), prompt included; the rows go on from there."""
         self.fork(rows, rows, lengths)
 
+    def release_slm(self, rows: IntArray) -> None:
+        """Let the SLM read no more of `rows`, (n,), which other models write to their ends and nobody observes."""
+        self._catch_up(self._checked(rows))
+        self._followed[rows] = False
+
     def free(self, rows: IntArray) -> None:
         """Take rows out of flight."""
         self._active[rows] = self._unread[rows] = False
@@ -289,6 +305,7 @@ class Session:
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
         rows = np.asarray(rows, dtype=np.int64)
+        check_followed(rows, self._followed)
         self._catch_up(rows)
         index = torch.from_numpy(rows).to(self._hidden.device)
         positions = self._lengths[rows] - self._prompts[rows]
@@ -329,6 +346,8 @@ class Session:
 
     def _leave_unread(self, rows: IntArray, work: FloatArray, entries: IntArray) -> None:
         """Enter what the SLM has to read of rows at `work[entries, 0]`; it does so when they are next looked at."""
+        follow = self._followed[rows]
+        rows, entries = rows[follow], entries[follow]
         if not len(rows):
             return
         before = self._caches[0].lengths[rows]

@@ -13,7 +13,7 @@ from envs.costs import COLUMNS, FloatArray, pass_entry, step_entries
 from envs.features import LOGIT_FEATURES, all_features
 from envs.models import gigabytes
 from envs.sampling import Sampling
-from envs.session import check_fit, checked_actions, sequence_capacity
+from envs.session import check_fit, check_followed, checked_actions, sequence_capacity
 from envs.steps import Observation, Step
 from envs.tasks.task import Example, Task
 from envs.teacher import TeacherSession
@@ -201,6 +201,7 @@ class TreeSession:
         self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
         self._read: IntArray = np.zeros((rows, len(self.pool)), dtype=np.int64)
         self._active = np.zeros(rows, dtype=bool)
+        self._followed = np.ones(rows, dtype=bool)
         self.ledger: FloatArray = np.zeros((rows, len(self.pool), COLUMNS))
         """What decoding each row would have taken, (rows, models, COLUMNS); no seconds, since nothing was timed."""
 
@@ -227,7 +228,7 @@ class TreeSession:
         self._written[rows] = self._since_llm[rows] = 0
         self._episodes[rows] = rows if episodes is None else episodes
         self._read[rows] = 0
-        self._active[rows] = True
+        self._active[rows] = self._followed[rows] = True
         self.ledger[rows] = 0
         self.ledger[rows, 0] = pass_entry(self._prompt_lengths[rows], np.zeros_like(rows), 0.0)
         return self.ledger[rows]
@@ -237,13 +238,14 @@ class TreeSession:
         rows, actions = np.asarray(rows, dtype=np.int64), checked_actions(actions, len(rows), len(self.pool))
         if not self._active[rows].all():
             raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
+        check_followed(rows[actions == 0], self._followed)
         tree, nodes, written = self.tree, self._nodes[rows], self._written[rows]
         nexts = self.explorer.step(rows, nodes, actions)
         tokens, slm_tokens = tree.tokens[nodes, actions].astype(np.int64), tree.tokens[nodes, 0].astype(np.int64)
         ends = tree.ends[nexts]
         terminated, truncated = ends == TERMINATED, ends == TRUNCATED
         read = self._read[rows]
-        work = step_entries(actions, self._prompt_lengths[rows] + written, read, ~terminated)
+        work = step_entries(actions, self._prompt_lengths[rows] + written, read, ~terminated & self._followed[rows])
         self._read[rows] = read
         self.ledger[rows] += work
         self._tokens[rows, written], self._writers[rows, written] = tokens, actions
@@ -255,7 +257,12 @@ class TreeSession:
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); without logits, of which the tree keeps the features alone."""
         rows = np.asarray(rows, dtype=np.int64)
+        check_followed(rows, self._followed)
         return observation_at(self.tree, self._nodes[rows], self._since_llm[rows], self._episodes[rows])
+
+    def release_slm(self, rows: IntArray) -> None:
+        """Let the SLM read no more of `rows`, (n,); see `Session.release_slm`."""
+        self._followed[rows] = False
 
     def free(self, rows: IntArray) -> None:
         """Take rows out of flight; their prompts may be forgotten when room is needed."""
