@@ -39,7 +39,8 @@ class RouterTraining:
         weight_decay: of AdamW.
         dropout: of the router.
         validation_share: share of the examples held out; the split is by example, never by token.
-        units: of the router's hidden layers; twice the features and as many as these where None, as published.
+        units: of the router's hidden layers; twice the features and as many as these where None, as published; a linear
+            router where empty.
         balanced: weigh the two classes alike in the loss. By default they are not: most tokens prefer the SLM, the
             score stays a probability, and the threshold, chosen by quantiles of the score, does the trading.
     """
@@ -61,8 +62,8 @@ class RouterTraining:
                 f"({self.batch_size}) at least 2"
             )
         if self.units is not None:
-            if not self.units or min(self.units) < 1:
-                raise ValueError(f"units must hold at least one number above 0, are {list(self.units)}")
+            if min(self.units, default=1) < 1:
+                raise ValueError(f"units must be above 0, are {list(self.units)}; none of them makes a linear router")
             object.__setattr__(self, "units", [int(units) for units in self.units])  # whatever sequence came in
         if not 0 < self.validation_share < 1 or not 0 <= self.dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
             raise ValueError(
@@ -98,6 +99,14 @@ class LabelledTokens:
             lambda shard: features, [len(features)], prefers_slm, examples, np.ones(len(features), dtype=bool),
             features.shape[1],
         )  # fmt: skip
+
+    def loss(self, logits: Tensor, rows: IntArray, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        """What training lowers: the mean loss of some rows, whose logits are (m,), with numbers `rows`, (m,).
+
+        `weights` are those of tokens labelled LLM and SLM.
+        """
+        labels = torch.from_numpy(self.prefers_slm[rows]).to(logits.device)
+        return preference_loss(logits, labels.to(logits.dtype), torch.where(labels, weights[1], weights[0]))
 
     def blocks(self, where: BoolArray, order: Sequence[int] | None = None) -> Iterator[tuple[Tensor, IntArray]]:
         """Rows `where` (n,), shard by shard: features (m, width) float16 and the numbers of the rows (m,)."""
@@ -182,17 +191,19 @@ def fit_router(
     device: torch.device,
     label: str,
     checkpoint: Path | None = None,
+    start: RouterNetwork | None = None,
 ) -> tuple[RouterNetwork, dict[str, Any]]:
     """Train a router network on labelled tokens.
 
     Args:
-        data: the tokens.
+        data: the tokens, and their loss.
         settings: how to train.
         seed: of split, initialisation and batches.
         track: receives a row per epoch.
         device: where to train.
         label: names the run in rows and on the progress bar.
         checkpoint: file that is written after every epoch, and gone on from where it is there.
+        start: a network of the same layers to train on from, which stays as it is; an untrained one where None.
 
     Returns:
         The network, and its calibration on the examples held out.
@@ -209,7 +220,7 @@ def fit_router(
             f"{label}: all {int(train.sum())} training labels are the same (share of SLM labels {share}): there is "
             "nothing to learn; collect on more examples, or change the labels' settings"
         )
-    run = _Run(data, settings, seed, device, label, train, share)
+    run = _Run(data, settings, seed, device, label, train, share, start)
     if checkpoint is not None and checkpoint.is_file():
         run.restore(checkpoint)
     for row in run.history:
@@ -223,9 +234,9 @@ def fit_router(
             progress.update()
     run.network.load_state_dict(run.best)
     network = run.network.eval().requires_grad_(False)
-    scores, rows = predict(network, data, validation, device)
+    logits, rows = predict(network, data, validation, device)
     report = {"train_labels": int(train.sum()), "prefers_slm": share}
-    return network, report | calibration(scores, data.prefers_slm[rows])
+    return network, report | calibration(torch.sigmoid(logits).numpy(), data.prefers_slm[rows])
 
 
 class _Run:
@@ -240,13 +251,16 @@ class _Run:
         label: str,
         train: BoolArray,
         share: float,
+        start: RouterNetwork | None,
     ) -> None:
         self.data, self.settings, self.seed, self.device, self.label = data, settings, seed, device, label
-        self.train = train
+        self.train, self.start = train, start
         self.weights = (1.0, 1.0) if not settings.balanced else (0.5 / (1 - share), 0.5 / share)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = RouterNetwork(data.width, settings.dropout, settings.units).to(device)
+        if start is not None:
+            self.network.load_state_dict(start.state_dict())
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
@@ -264,7 +278,7 @@ class _Run:
     def epoch(self, validation: BoolArray) -> dict[str, Any]:
         """One pass over the training rows; the row it is reported by."""
         number = len(self.history)
-        if number == 0:
+        if number == 0 and self.start is None:
             self.network.standardise(*self._statistics())
         rng = np.random.default_rng([self.seed, number])
         total = steps = 0.0
@@ -275,9 +289,7 @@ class _Run:
                 position = (number * self.per_epoch + steps) / (self.settings.epochs * self.per_epoch)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
-                labels = torch.from_numpy(self.data.prefers_slm[rows]).to(self.device)
-                weight = torch.where(labels, self.weights[1], self.weights[0])
-                loss = preference_loss(self.network(features.to(self.device).float()), labels.float(), weight)
+                loss = self.data.loss(self.network(features.to(self.device).float()), rows, self.weights)
                 if not torch.isfinite(loss):
                     ids = np.unique(self.data.examples[rows])[:5].tolist()
                     raise FloatingPointError(
@@ -315,6 +327,7 @@ class _Run:
                 "rows": int(self.train.sum()),
                 "prefers_slm": int(self.data.prefers_slm[self.train].sum()),
                 "width": self.data.width,
+                **({"started": True} if self.start is not None else {}),
             }
         )
 
@@ -353,22 +366,20 @@ class _Run:
 @torch.no_grad()
 def predict(
     network: RouterNetwork, data: LabelledTokens, where: BoolArray, device: torch.device
-) -> tuple[FloatArray, IntArray]:
-    """Scores of the rows `where`, (m,), and their numbers, (m,)."""
+) -> tuple[Tensor, IntArray]:
+    """Logits of the rows `where`, float64, (m,), and their numbers, (m,)."""
     network.eval()
-    scores, numbers = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
+    logits, numbers = [torch.zeros(0).double()], [np.zeros(0, dtype=np.int64)]
     for features, rows in data.blocks(where):
-        for part in features.split(65536):
-            scores.append(torch.sigmoid(network(part.to(device).float()).double()).cpu().numpy())
+        logits += [network(part.to(device).float()).double().cpu() for part in features.split(65536)]
         numbers.append(rows)
-    return np.concatenate(scores), np.concatenate(numbers)
+    return torch.cat(logits), np.concatenate(numbers)
 
 
 def evaluate_loss(network: RouterNetwork, data: LabelledTokens, where: BoolArray, device: torch.device) -> float:
-    """Mean preference loss of the rows `where`, (n,)."""
-    scores, rows = predict(network, data, where, device)
-    likelihood = np.where(data.prefers_slm[rows], scores, 1 - scores)
-    return float(-np.log(likelihood.clip(1e-300)).mean()) if len(rows) else 0.0
+    """Mean loss of the rows `where`, (n,)."""
+    logits, rows = predict(network, data, where, device)
+    return data.loss(logits, rows).item() if len(rows) else 0.0
 
 
 def held_out_rows(examples: IntArray, share: float, rng: np.random.Generator) -> BoolArray:

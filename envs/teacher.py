@@ -6,16 +6,24 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from envs.cache import IntArray
-from envs.costs import COLUMNS, WRITTEN, pass_entry
+from envs.costs import COLUMNS, WRITTEN, FloatArray, pass_entry
 from envs.session import Session
 from envs.steps import BoolArray
 
 # Logits held at once while references are read, in elements (256 MB in float32).
 LOGITS_AT_ONCE = 2**26
 View = Callable[[Tensor, Tensor], Tensor]
+
+
+def log_probability(logits: Tensor, tokens: IntArray) -> FloatArray:
+    """Log-probabilities of given tokens, (n,), under next-token logits (n, vocab): (n,)."""
+    logits = logits.float()
+    chosen = logits.gather(-1, torch.from_numpy(tokens).to(logits.device)[:, None])[:, 0]
+    return np.asarray((chosen - logits.logsumexp(-1)).double().cpu().numpy())
 
 
 class TeacherSession(Session):
@@ -99,6 +107,7 @@ class TeacherSession(Session):
         prompts: Sequence[IntArray],
         responses: Sequence[IntArray],
         view: View | None = None,
+        log_probabilities: list[FloatArray] | None = None,
     ) -> tuple[list[Tensor], list[IntArray]]:
         """Start rows that hold whole reference responses, read by every model in one teacher-forced pass.
 
@@ -110,6 +119,8 @@ class TeacherSession(Session):
             responses: n arrays of token ids, the end-of-sequence token included.
             view: what to make of the SLM's hidden states (tokens, width) and logits (tokens, vocab); the hidden states
                 in float32 where None.
+            log_probabilities: gains, for each row, each model's log-probabilities of the response's own tokens
+                (length, models); they are not computed where None.
 
         Returns:
             For each row the view before each token of the response (length, ...), and the tokens each model would write
@@ -125,16 +136,23 @@ class TeacherSession(Session):
             self._tokens[row, : len(whole)], self._writers[row, : len(whole)] = whole, 0
             self._prompts[row], self._lengths[row] = len(prompt), len(whole)
         self._active[rows], self._unread[rows], self._episodes[rows], self.ledger[rows] = False, False, rows, 0
+        self._followed[rows] = True
         self._limits[rows] = self.max_new_tokens
         views: list[Tensor] = []
         choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]
+        likely = [np.empty(chosen.shape) for chosen in choices]
         for model, cache in enumerate(self._caches):
             cache.free(rows)
             seen = view or (lambda states, logits: states.float())
-            found, tokens = self._read_every(model, rows, seen if model == 0 else None)
+            own: list[FloatArray] | None = None if log_probabilities is None else []
+            found, tokens = self._read_every(model, rows, seen if model == 0 else None, own=own)
             views += [states[-len(response) :] for states, response in zip(found, responses, strict=False)]
             for i, response in enumerate(responses):
                 choices[i][:, model] = tokens[i][-len(response) :]
+                if own is not None:
+                    likely[i][:, model] = own[i][-len(response) :]
+        if log_probabilities is not None:
+            log_probabilities += likely
         return views, choices
 
     def read_along(self, rows: IntArray, model: int, whole: bool | BoolArray = False) -> list[IntArray]:
@@ -152,9 +170,17 @@ class TeacherSession(Session):
         return self._read_every(model, self._checked(rows), None, whole)[1]
 
     def _read_every(
-        self, model: int, rows: IntArray, view: View | None, whole: bool | BoolArray = False
+        self,
+        model: int,
+        rows: IntArray,
+        view: View | None,
+        whole: bool | BoolArray = False,
+        own: list[FloatArray] | None = None,
     ) -> tuple[list[Tensor], list[IntArray]]:
-        """Let a model read all but the last tokens, or all; views and greedy tokens at each token read, a row each."""
+        """Let a model read all but the last tokens, or all; views and greedy tokens at each token read, a row each.
+
+        `own` gains, for each row, the log-probability of the row's own token behind each token read (all but the last).
+        """
         cache = self._caches[model]
         before, after = cache.lengths[rows], self._lengths[rows] - np.where(whole, 0, 1)
         # logits of every position are large: few rows at a time where the vocabulary is
@@ -175,6 +201,13 @@ class TeacherSession(Session):
             if view:
                 pieces = zip(states.split(read.tolist()), logits.split(read.tolist()), strict=True)
                 views += [view(*piece) for piece in pieces]
+            if own is not None:
+                # row by row: a distribution of every token at once would be a second copy of all logits
+                behind = [
+                    self._tokens[row, b + 1 : a + 1]
+                    for row, b, a in zip(rows[part], before[part], after[part], strict=True)
+                ]
+                own += [log_probability(*piece) for piece in zip(logits.split(read.tolist()), behind, strict=True)]
         return views, greedy
 
     def _check_drafts(self, rows: IntArray, drafted: IntArray, model: int) -> None:

@@ -33,6 +33,7 @@ QUICK = {
     **{f"{part}.examples": 24 for part in ("citer", "expert")},
     **{f"{part}.training.epochs": 2 for part in ("citer", "expert")},
     "expert.memory": 2**26,
+    "validation_examples": 8,
 }
 
 
