@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from agents.policy import Policy, Track, untracked
 from agents.preferences import DROPPED, Collector, Labels, continuation_policy, shares
 from agents.rollout import Scheduling
 from agents.router import RouterPolicy
-from agents.store import COLUMNS, Columns, PreferenceStore
+from agents.store import COLUMNS, Columns, PreferenceStore, shard_ranges
 from agents.training import LabelledTokens, RouterTraining, fit_router
 from envs.features import feature_width
 from envs.manifest import check_manifest, models_manifest
@@ -151,8 +150,7 @@ class Collection:
         self.settings, self.pool, self.task, self.seed = settings, pool, task, seed
         self.start = first_training_example(task, seed)
         self.examples = task.examples("train", settings.examples, start=self.start)
-        size = settings.shard_examples
-        self.parts = [range(i, min(i + size, len(self.examples))) for i in range(0, len(self.examples), size)]
+        self.parts = shard_ranges(len(self.examples), settings.shard_examples)
         self._collector: Collector | None = None
 
     @property
@@ -217,18 +215,15 @@ class Collection:
             number: of the round.
         """
         store = PreferenceStore(folder, self.manifest(policy, number), len(self.parts))
-        for shard in store.check(discard=True):
-            tqdm.write(f"{store.path(shard)} is damaged; making it again")
-        missing = store.missing()
-        with tqdm(total=len(self.examples), desc=f"preferences, round {number}", leave=False) as progress:
-            progress.update(sum(len(part) for shard, part in enumerate(self.parts) if shard not in missing))
-            for shard in missing:
-                columns = self._make(shard, first, policy)
-                columns["label"] = self.settings.labels.of(columns)
-                columns["round"] = np.full(len(columns["label"]), number, dtype=np.int8)
-                skipped = [self.examples[e].id for e in self.parts[shard] if not self.collector.fits[e]]
-                store.write(shard, columns, {"skipped": skipped})
-                progress.update(len(self.parts[shard]))
+
+        def make(shard: int) -> tuple[Columns, dict[str, Any]]:
+            columns = self._make(shard, first, policy)
+            columns["label"] = self.settings.labels.of(columns)
+            columns["round"] = np.full(len(columns["label"]), number, dtype=np.int8)
+            skipped = [self.examples[e].id for e in self.parts[shard] if not self.collector.fits[e]]
+            return columns, {"skipped": skipped}
+
+        store.complete(self.parts, make, f"preferences, round {number}")
         return store
 
     def _make(self, shard: int, first: PreferenceStore | None, policy: Policy | None) -> Columns:

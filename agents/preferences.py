@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,26 @@ from agents.policy import Always, Policy
 from agents.rollout import Scheduling, drive
 from agents.store import FEATURES, Columns
 from envs.cache import IntArray
-from envs.features import all_features, feature_width
+from envs.features import all_features
 from envs.models import ModelPool
 from envs.references import NOT_ROLLED_OUT, cases, check_end, encode
 from envs.steps import BoolArray
 from envs.tasks.task import Example, Task
-from envs.teacher import TeacherSession
+from envs.teacher import TeacherSession, View
 
 DROPPED = -1
 CASE_3 = ("rollout", "slm", "llm", "agreement", "drop")
+
+
+class Rollouts(Protocol):
+    """Says what is rolled out."""
+
+    @property
+    def branches(self) -> Literal["slm", "both"]:
+        """Whether the SLM's token is rolled out, or the LLM's too."""
+
+    def rolled_out(self, columns: Columns) -> BoolArray:
+        """Which tokens need a rollout, (n,), by their `case`, `slm_token` and `llm_token`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,8 @@ class Collector:
         max_new_tokens: the longest response; references must fit.
         scheduling: how rollouts share passes.
         skip_too_long: leave examples out that do not fit, instead of refusing them.
+        responses: tokens to walk in place of each example's reference, the end of sequence included.
+        view: what to keep of the SLM's hidden state and logits at each token, one row of numbers.
 
     Attributes:
         fits: which examples are used, (examples,).
@@ -118,16 +131,20 @@ class Collector:
         max_new_tokens: int = 128,
         scheduling: Scheduling | None = None,
         skip_too_long: bool = False,
+        responses: Sequence[IntArray] | None = None,
+        view: View = all_features,
     ) -> None:
         if not examples:
             raise ValueError("there are no examples to collect preferences on")
         self.pool, self.task, self.examples = pool, task, examples
         self.scheduling = scheduling or Scheduling()
-        self._prompts, self._references = encode(pool, examples)
+        self._prompts, references = encode(pool, examples)
+        self._references = references if responses is None else responses
         # half of the rows hold references, the others are forked from them
         self._rows = max(1, self.scheduling.rows_for(pool) // 2)
         self._session = TeacherSession(pool, 2 * self._rows, max_new_tokens)
-        self._no_features = torch.zeros(0, feature_width("hidden_logits", pool.slm.width), dtype=torch.float16)
+        self._view = view
+        self._no_features = view(torch.zeros(0, pool.slm.width), torch.zeros(0, pool.vocab_size)).half()
         self.fits = np.ones(len(examples), dtype=bool)
         for number, (example, prompt) in enumerate(zip(examples, self._prompts, strict=True)):
             reference = self._references[number]
@@ -141,7 +158,7 @@ class Collector:
         if not self.fits.any():
             raise ValueError(f"none of the {len(examples)} examples fits; raise max_new_tokens or capacity")
 
-    def collect(self, chosen: Sequence[int], labels: Labels, policy: Policy, threshold: float) -> Columns:
+    def collect(self, chosen: Sequence[int], labels: Rollouts, policy: Policy, threshold: float) -> Columns:
         """Cases of every token of some examples, and the outcomes of those that `labels` rolls out.
 
         One teacher-forced pass of each model over a solution gives its cases (the shortcut); rollouts are forked from
@@ -166,7 +183,7 @@ class Collector:
         order = np.lexsort((columns["position"], columns["example"]))
         return {name: values[order] for name, values in columns.items()}
 
-    def redo(self, columns: Columns, labels: Labels, policy: Policy, threshold: float) -> None:
+    def redo(self, columns: Columns, labels: Rollouts, policy: Policy, threshold: float) -> None:
         """Roll out again, by another policy, all tokens of `columns`, whose outcomes are written; see `collect`."""
         for batch in self._batches(np.unique(columns["example"]).tolist()):
             self._load(batch)
@@ -194,7 +211,7 @@ class Collector:
         self,
         columns: Columns,
         where: BoolArray,
-        labels: Labels,
+        labels: Rollouts,
         batch: Sequence[int],
         policy: Policy,
         threshold: float,
@@ -243,7 +260,7 @@ class Collector:
     def _load(self, batch: Sequence[int]) -> tuple[list[Tensor], list[IntArray]]:
         rows = np.arange(len(batch))
         prompts, references = ([of[e] for e in batch] for of in (self._prompts, self._references))
-        return self._session.start_references(rows, prompts, references, all_features)
+        return self._session.start_references(rows, prompts, references, self._view)
 
 
 def continuation_policy(continuation: str, previous: Policy | None) -> Policy:

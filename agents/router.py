@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,28 @@ class RouterPolicy:
     def save(self, folder: Path) -> None:
         """Write `router.safetensors` and `policy.json`."""
         write_tensors(folder / "router.safetensors", self.network.state_dict())
-        settings = {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+        settings = {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.settings()}
+        write_text(folder / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """What stands in `policy.json` beside the class."""
+        return {
             "models": self.models,
             "features": self.features,
             "width": self.network.width,
             "units": self.network.units,
             "calibration": self.calibration,
         }
-        write_text(folder / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
+
+    @classmethod
+    def seen_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
+        """Numbers seen at a decision over `pool` by a policy of these `settings`."""
+        return feature_width(settings["features"], pool.slm.width)
+
+    @classmethod
+    def restored(cls, network: RouterNetwork, settings: Mapping[str, Any], pool: ModelPool) -> RouterPolicy:
+        """The policy of these `settings` over `pool`, with a network in evaluation mode."""
+        return cls(network, settings["models"], settings["features"], settings["calibration"])
 
     @classmethod
     def load(cls, folder: Path, pool: ModelPool) -> RouterPolicy:
@@ -79,9 +93,7 @@ class RouterPolicy:
             weights = load_file(folder / "router.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no readable router; train one with experiments.train") from error
-        if settings["models"] != models_manifest(pool) or settings["width"] != feature_width(
-            settings["features"], pool.slm.width
-        ):
+        if settings["models"] != models_manifest(pool) or settings["width"] != cls.seen_width(settings, pool):
             raise ValueError(
                 f"{folder}: the router was trained for {_named(settings['models'])} ({settings['width']} features); "
                 f"the pool is {_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for it"
@@ -89,7 +101,7 @@ class RouterPolicy:
         network = RouterNetwork(settings["width"], units=settings.get("units"))
         network.load_state_dict(weights)
         network.eval().requires_grad_(False)
-        return cls(network.to(pool.slm.device), settings["models"], settings["features"], settings["calibration"])
+        return cls.restored(network.to(pool.slm.device), settings, pool)
 
 
 def _named(models: list[dict[str, str]]) -> str:

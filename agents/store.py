@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from envs.files import write_text, write_whole
 from envs.manifest import check_manifest
@@ -31,9 +32,14 @@ COLUMNS = {
     "round": "int8",
 }
 FEATURES = "features"
-"""Column of the SLM's hidden state followed by its logit features, float16."""
+"""Column of what is kept of the SLM at each token, its hidden state first, float16."""
 
 Columns = dict[str, npt.NDArray[Any]]
+
+
+def shard_ranges(examples: int, size: int) -> list[range]:
+    """The numbers of `examples` examples in shards of `size`, the last one perhaps smaller."""
+    return [range(first, min(first + size, examples)) for first in range(0, examples, size)]
 
 
 class PreferenceStore:
@@ -82,6 +88,25 @@ class PreferenceStore:
     def missing(self) -> list[int]:
         """Shards that are not there yet."""
         return [shard for shard in range(self.shards) if not self.path(shard, "json").is_file()]
+
+    def complete(
+        self, parts: Sequence[range], make: Callable[[int], tuple[Columns, Mapping[str, Any]]], label: str
+    ) -> None:
+        """Make the shards that are not there yet, and those that are damaged.
+
+        Args:
+            parts: the examples of each shard.
+            make: makes a shard's columns, and the note to keep beside it.
+            label: of the progress bar.
+        """
+        for shard in self.check(discard=True):
+            tqdm.write(f"{self.path(shard)} is damaged; making it again")
+        missing = self.missing()
+        with tqdm(total=sum(len(part) for part in parts), desc=label, leave=False) as progress:
+            progress.update(sum(len(part) for shard, part in enumerate(parts) if shard not in missing))
+            for shard in missing:
+                self.write(shard, *make(shard))
+                progress.update(len(parts[shard]))
 
     def write(self, shard: int, columns: Columns, note: Mapping[str, Any]) -> None:
         """Write a shard: all of it, or nothing.
@@ -161,7 +186,7 @@ class PreferenceStore:
         return [int(self.note(shard)["rows"]) for shard in range(self.shards)]
 
     def skipped(self) -> int:
-        """How many examples were left out because they do not fit."""
+        """How many examples were left out."""
         return sum(len(self.note(shard)["skipped"]) for shard in range(self.shards))
 
     def column(self, name: str) -> npt.NDArray[Any]:
