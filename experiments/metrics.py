@@ -66,12 +66,12 @@ def area(hull: FloatArray, low: float, high: float) -> float:
     return float(np.trapezoid(np.interp(costs, hull[:, 0], hull[:, 1]), costs))
 
 
-def measures(sweep: Sweep, calls: Sweep, weights: FloatArray) -> dict[str, float]:
+def measures(sweep: Sweep, calls: Sweep | None, weights: FloatArray) -> dict[str, float]:
     """All that is reported of one sweep.
 
     Args:
         sweep: in the unit that is compared.
-        calls: the same in LLM tokens: RouteLLM's measures count strong calls.
+        calls: the same in LLM tokens: RouteLLM's measures count strong calls; None where there are more models.
         weights: of the examples, (examples,).
 
     Returns:
@@ -88,6 +88,8 @@ def measures(sweep: Sweep, calls: Sweep, weights: FloatArray) -> dict[str, float
     found["aiq"] = found["deferral_area"] / (llm[0] - slm[0]) if llm[0] > slm[0] else float("nan")
     best = slm if slm[1] >= llm[1] else llm
     found["qnc"] = cost_at(hull, best[1]) / best[0] if best[0] > 0 else float("nan")
+    if calls is None:
+        return found
     by_calls = monotone_hull(calls.points(weights))
     gap = llm[1] - slm[1]
     if gap > 0:

@@ -22,15 +22,30 @@ UNITS = {
     "seconds": "seconds of forward passes",
     "dollars": "price",
 }
+ALONE = ("slm only", "llm only")
 
 
 MEASURED = ("over_speculative_at_0.99", "area_above_random", "oracle_share")
-LIMITS = {"random": "random routing", "speculative": "speculative decoding", "oracle": "oracle"}
+LIMITS = {
+    "random": "random routing",
+    "query_oracle": "oracle, per query",
+    "speculative": "speculative decoding",
+    "oracle": "oracle",
+}
 COMPARED = ("ratio_at_0.95", "largest_gain")
 
 
-def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
-    """Draw accuracy over relative cost, a line per policy, to a PNG file."""
+def plot_curves(
+    summary: Mapping[str, Any], path: Path, whole: str = "LLM-only decoding", alone: Sequence[str] = ALONE
+) -> None:
+    """Draw accuracy over relative cost, a line per policy, to a PNG file.
+
+    Args:
+        summary: of an evaluation.
+        path: of the file.
+        whole: what has the cost 1.
+        alone: what the two ends of all curves are called.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -38,10 +53,10 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    for number, (name, policy) in enumerate(summary["policies"].items()):
+    for position, (name, policy) in enumerate(summary["policies"].items()):
         costs, accuracies = zip(*policy["curve"], strict=True)
         style = "-" if policy["trained"] else "--"
-        colour = colours[number % 10]
+        colour = colours[position % 10]
         axes.plot(costs, accuracies, style, marker="." if len(costs) < 25 else "", color=colour, label=name)
         grid, low, high = (np.array(column, dtype=float) for column in zip(*policy["band"], strict=True))
         axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -51,15 +66,15 @@ def plot_curves(summary: Mapping[str, Any], path: Path) -> None:
             continue
         axes.plot(
             *zip(*limit["curve"], strict=True),
-            color="black" if name == "oracle" else "grey",
-            ls=":",
+            color="grey" if name == "random" else "black",
+            ls="-." if name == "query_oracle" else ":",
             label=LIMITS[name],
         )
-    for name in ("slm", "llm"):
+    for name, label in zip(("slm", "llm"), alone, strict=True):
         model = summary["models"][name]
-        axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=f"{name} only", zorder=3)
+        axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=label, zorder=3)
     axes.axhline(0.95 * summary["models"]["llm"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel(f"cost relative to LLM-only decoding ({UNITS[summary['cost']]})")
+    axes.set_xlabel(f"cost relative to {whole} ({UNITS[summary['cost']]})")
     axes.set_ylabel(f"accuracy ({summary['examples']} {summary['split']} problems)")
     axes.set_title(f"{summary['task']}: {' -> '.join(summary['pool'])}")
     axes.set_xlim(0, 1.03)
@@ -131,42 +146,81 @@ def table(summary: Mapping[str, Any]) -> Table:
         model = summary["models"][name]
         result.add_row(f"{name} only", f"{model['accuracy']:.1%}", f"{model['cost']:.3f}")
     for name, policy in summary["policies"].items():
-        cells = [_with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()]
+        cells = [with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()]
         against = policy[f"against_{first}"]
         compared = [_measured(against[key]) if name != first else "" for key in COMPARED]
-        tokens = _number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"])
+        tokens = number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"])
         label = f"{name} ({policy['seeds']})"
         areas = [_measured(policy["measures"][key]) for key in MEASURED if key in policy["measures"]]
         result.add_row(label, "", "", *cells, *compared, *areas, tokens)
     for name, limit in summary["limits"].items():
         if "curve" not in limit:
-            result.add_row(LIMITS[name], f"{limit['accuracy']:.1%}", _number(limit[f"cost_{summary['cost']}"]))
+            result.add_row(LIMITS[name], f"{limit['accuracy']:.1%}", number(limit[f"cost_{summary['cost']}"]))
             continue
         by_unit = limit["cost_at_by_unit"]
-        cells = [_number(cost) for cost in by_unit[summary["cost"]].values()]
+        cells = [number(cost) for cost in by_unit[summary["cost"]].values()]
         empty = len(result.columns) - len(cells) - 4
-        result.add_row(LIMITS[name], "", "", *cells, *[""] * empty, _number(by_unit["llm_tokens"]["0.95"]))
+        result.add_row(LIMITS[name], "", "", *cells, *[""] * empty, number(by_unit["llm_tokens"]["0.95"]))
+    return result
+
+
+QUERY_MEASURES = {
+    "area_above_random": "area above\nrandom",
+    "aiq": "AIQ",
+    "qnc": "QNC",
+    "peak_accuracy": "peak\naccuracy",
+    "apgr": "APGR",
+    "cpt_0.50": "CPT(50%)",
+    "cpt_0.80": "CPT(80%)",
+}
+COMPARED_QUERIES = ("qnc", "aiq")
+
+
+def query_table(summary: Mapping[str, Any]) -> Table:
+    """Query-level agents as a table: measures with 95 % intervals, and differences from the first agent."""
+    first = summary["first"]
+    result = Table(
+        title=f"{summary['task']}: {summary['splits']} splits, {summary['examples']} test queries each; "
+        "intervals: 95 %, over splits and queries"
+    )
+    result.add_column("agent")
+    shown = [key for key in QUERY_MEASURES if key in summary["policies"][first]["measures"]]
+    for key in shown:
+        result.add_column(QUERY_MEASURES[key], justify="right")
+    for key in COMPARED_QUERIES:
+        result.add_column(f"{QUERY_MEASURES[key]} less\n{first}'s", justify="right")
+    for name, policy in summary["policies"].items():
+        cells = [_measured(policy["measures"][key]) for key in shown]
+        less = [_measured(policy[f"less_{first}"][key]) if name != first else "" for key in COMPARED_QUERIES]
+        result.add_row(name, *cells, *less)
     return result
 
 
 def _measured(measure: Mapping[str, Any]) -> str:
-    return _with_interval(measure["value"], measure["interval"])
+    return with_interval(measure["value"], measure["interval"])
 
 
-def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:
-    return f"{_number(value)} [{_number(interval[0])}, {_number(interval[1])}]"
+def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
+    """A number with its interval."""
+    return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits, or that there is none."""
     return "none" if value is None else f"{value:.3f}"
 
 
 def markdown(rich_table: Table) -> str:
-    """A rich table as GitHub-flavoured markdown."""
+    """A rich table as GitHub-flavoured markdown, its title above it."""
     headers = [str(column.header).replace("\n", " ") for column in rich_table.columns]
     rows = zip(*([str(cell) for cell in column.cells] for column in rich_table.columns), strict=True)
-    lines = [headers, ["---"] * len(headers), *map(list, rows)]
-    return f"{rich_table.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{rich_table.title}\n\n{markdown_table(headers, list(map(list, rows)))}"
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a table in GitHub-flavoured markdown."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def transcripts(pool: ModelPool, episodes: Sequence[Episode], title: str) -> str:

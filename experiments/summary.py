@@ -101,8 +101,8 @@ def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str,
             f"against_{first}": {
                 key: {"value": finite(against[key]), "interval": against_intervals[key]} for key in against
             },
-            "curve": _curve(sweeps, even),
-            "band": _band(sweeps, min(samples, BAND_SAMPLES), seed),
+            "curve": mean_curve(sweeps, even),
+            "band": band(sweeps, min(samples, BAND_SAMPLES), seed),
         }
     rows = {"slm": limits.slm.row(limits.llm), "llm": limits.llm.row(limits.llm)}
     return {
@@ -117,12 +117,13 @@ def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str,
 
 
 def _limits(results: Results, unit: str, weights: FloatArray) -> dict[str, Any]:
-    """Curve and costs of random routing and of the oracle, and how many of its searches were cut short."""
+    """Curve and costs of random routing and of the oracles, and how many of its searches were cut short."""
     limits = results.limits
-    runs = {"random": limits.random} | ({"oracle": limits.frontier(unit)} if limits.oracle else {})
+    runs = {"random": limits.random, "query_oracle": limits.query_frontier(unit)}
+    runs |= {"oracle": limits.frontier(unit)} if limits.oracle else {}
     found: dict[str, Any] = {
         name: {
-            "curve": _curve([results.sweep(some, unit)], weights),
+            "curve": mean_curve([results.sweep(some, unit)], weights),
             "cost_at_by_unit": {
                 other: _costs_at([results.sweep(some, other)], weights)
                 for other in limits.slm.costs
@@ -152,7 +153,7 @@ def _costs_at(sweeps: Sequence[Sweep], weights: FloatArray) -> dict[str, float |
     return found
 
 
-def _curve(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float]]:
+def mean_curve(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float]]:
     """The hull of one seed; over several, the mean accuracy at every cost of theirs that all of them reach down to."""
     hulls = [monotone_hull(one.points(weights)) for one in sweeps]
     costs = np.unique(np.concatenate([hull[:, 0] for hull in hulls]))
@@ -161,7 +162,7 @@ def _curve(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float]]:
     return [[round(float(c), 6), round(float(a), 6)] for c, a in zip(costs, accuracies, strict=True)]
 
 
-def _band(sweeps: Sequence[Sweep], samples: int, seed: int) -> list[list[float | None]]:
+def band(sweeps: Sequence[Sweep], samples: int, seed: int) -> list[list[float | None]]:
     """Cost, and the 95 % interval of the accuracy there."""
     count = sweeps[0].correct.shape[1]
     even = np.full(count, 1 / count)

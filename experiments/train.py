@@ -24,14 +24,21 @@ from experiments.build import build, program
 from experiments.evaluate import check_evaluation, evaluate
 from experiments.present import plot_learning
 
+SUMMARY = "summary.json"
+"""Written last: a run in a folder is complete with it."""
 
-@program("train")
-def main(config: DictConfig, folder: Path) -> None:
-    """Fit `config.agent` on the task's train split."""
+
+def train(config: DictConfig, folder: Path, name: str) -> None:
+    """Fit `config.agent` on the task's train split; what is done already in `folder` is not done again.
+
+    Args:
+        config: of the program.
+        folder: of the run.
+        name: what results call the agent.
+    """
     if config.evaluate:
         check_evaluation(config.evaluation)
     agent, task, tracking = build(config, "agent"), build(config, "task"), build(config, "track")
-    name = HydraConfig.get().runtime.choices["agent"]
     pool = build(config, "models")
     started = time.perf_counter()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "train") as track:
@@ -54,7 +61,13 @@ def main(config: DictConfig, folder: Path) -> None:
             evaluated = evaluate(config.evaluation, place, track, pool, task, {name: policy}, trained, config.seed)
             summary["policies"], images["curve"] = evaluated["policies"], place / "curve.png"
         track.summary(summary, images)
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+@program("train")
+def main(config: DictConfig, folder: Path) -> None:
+    """Train the agent that was chosen."""
+    train(config, folder, HydraConfig.get().runtime.choices["agent"])
 
 
 if __name__ == "__main__":

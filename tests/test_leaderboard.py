@@ -1,0 +1,82 @@
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.build import CONF, register_schemas
+from experiments.leaderboard import Run, runs_of, threshold_at
+from experiments.leaderboard_page import headlines, ranked, standing
+
+
+def settings(*overrides):
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("leaderboard", overrides=list(overrides))
+
+
+def test_every_agent_and_seed_is_a_run_and_composes(tmp_path):
+    runs = runs_of(settings(), tmp_path)
+    agents = {path.stem for path in (CONF / "agent").glob("*.yaml")}
+    assert {(run.agent, run.seed) for run in runs} == {(agent, seed) for agent in agents for seed in (0, 1, 2)}
+    assert runs[0].agent == "citer"
+    assert len({run.folder for run in runs}) == len(runs)
+    for run in runs:
+        if run.seed == 0:
+            config = run.config()
+            assert config.evaluate
+            assert config.evaluation.shared == str(tmp_path / "shared")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("agents=[citer,citter]", "citter"),
+        ('+departures.citter=["seed=1"]', "citter"),
+        ("first=nobody", "nobody"),
+        ("seeds=[]", "seed"),
+        ("workers=0", "workers"),
+    ],
+)
+def test_bad_settings_are_named(override, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        runs_of(settings(override), tmp_path)
+
+
+def test_a_run_is_done_when_its_summary_is_there(tmp_path):
+    run = Run("random", 0, (), tmp_path)
+    assert not run.done
+    (tmp_path / "summary.json").write_text("{}")
+    assert run.done
+
+
+def test_the_cheapest_threshold_that_reaches_the_level_is_taken(tmp_path):
+    rows = [
+        {"policy": "llm", "threshold": None, "accuracy": 1.0, "cost_bytes": 1.0},
+        {"policy": "mine", "threshold": 0.2, "accuracy": 0.94, "cost_bytes": 0.1},
+        {"policy": "mine", "threshold": 0.5, "accuracy": 0.96, "cost_bytes": 0.3},
+        {"policy": "mine", "threshold": 0.6, "accuracy": 0.96, "cost_bytes": 0.2},
+        {"policy": "other", "threshold": 0.7, "accuracy": 1.0, "cost_bytes": 0.01},
+    ]
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert threshold_at(Run("mine", 0, (), tmp_path), 0.95) == 0.6
+    assert threshold_at(Run("mine", 0, (), tmp_path), 0.97) is None
+
+
+def test_rows_are_ranked_by_cost_and_overlaps_are_said():
+    costs = {"a": 0.3, "b": None, "c": 0.1}
+    assert ranked({"policies": {name: {"cost_at": {"0.95": cost}} for name, cost in costs.items()}}) == ["c", "a", "b"]
+    leading = (0.09, 0.12)
+    assert standing("c", "c", leading, leading) == "leader"
+    assert standing("a", "c", (0.11, 0.4), leading) == "overlaps the leader"
+    assert standing("a", "c", (0.2, 0.4), leading) == ""
+    assert standing("a", "c", (0.2, None), leading) == ""
+
+
+def test_savings_follow_from_ratios():
+    against = {
+        "ratio_at_0.95": {"value": 2.0, "interval": [1.6, 4.0]},
+        "largest_loss": {"value": 0.2, "interval": [0.1, 0.3]},
+    }
+    page = headlines({"first": "citer", "policies": {"collm": {"against_citer": against}}})
+    assert "50% [38%, 75%] | 27% | 20 [10, 30] | 17" in page

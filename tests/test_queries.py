@@ -1,0 +1,240 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from agents.embeddings import SentenceEmbedder, SlmEmbedding, TextEmbedding
+from envs.models import ModelPool
+from envs.queries import QueryOutcomes
+from envs.tasks.arithmetic import ArithmeticTask
+from experiments.build import CONF, build, register_schemas
+from experiments.queries import SWEEP, Routed, Split, check_split, cost_weights, measured, route
+from experiments.sources import PoolAnswers
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "data" / "query_outcomes_two_llms.jsonl"
+SUBJECTS = {"cheap": ("apple", "pear", "plum"), "middle": ("iron", "tin", "lead"), "dear": ("rain", "snow", "hail")}
+PRICES = {"cheap": 1.0, "middle": 2.0, "dear": 10.0, "other": 3.0, "another": 4.0}
+
+
+def topics(count=240, models=("cheap", "middle", "dear"), seed=0):
+    """Queries about three subjects, each model right on its own, the dear one on all."""
+    rng = np.random.default_rng(seed)
+    prompts, groups, correct = [], [], []
+    for _ in range(count):
+        group = str(rng.choice(list(SUBJECTS)))
+        words = rng.choice(SUBJECTS[group], 3).tolist() + rng.choice(["is", "was", "has", "of"], 3).tolist()
+        prompts.append(" ".join(words))
+        groups.append(group)
+        correct.append([model == "dear" or group == model for model in models])
+    costs = np.tile([PRICES[model] for model in models], (count, 1))
+    return QueryOutcomes(prompts, groups, tuple(models), np.array(correct), costs)
+
+
+def settings(**changes):
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("queries", overrides=[f"{key}={value}" for key, value in changes.items()])
+
+
+def run(*overrides, check=True):
+    command = [sys.executable, "-m", "experiments.queries", "threads=1", "bootstrap=20", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def even(count):
+    return np.full(count, 1 / count)
+
+
+def test_a_split_repeats_and_its_parts_are_disjoint():
+    outcomes = topics(100, ("cheap", "middle", "other", "another", "dear"))
+    config = settings(unseen=2, validation_queries=20, test_share=0.3)
+    first, again, second = (Split.draw(outcomes, config, number) for number in (0, 0, 1))
+    np.testing.assert_array_equal(first.test, again.test)
+    assert not np.array_equal(first.test, second.test)
+    assert (len(first.train), len(first.known), len(first.test)) == (50, 20, 30)
+    assert len({*first.train, *first.known, *first.test}) == 100
+    assert {*first.seen} | {*first.routed} == {*outcomes.models}
+    assert (len(first.seen), len(first.routed)) == (3, 2)
+    assert len({Split.draw(outcomes, config, number).routed for number in range(20)}) > 3
+    fixed = Split.draw(outcomes, settings(), 0)
+    assert fixed.seen == fixed.routed == outcomes.models
+    np.testing.assert_array_equal(fixed.train, fixed.known)
+
+
+def test_cost_weights_cover_the_shares_of_calls_evenly():
+    errors = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
+    costs = np.array([0.1, 1.0])
+    choices = np.stack([(errors.double() + w * torch.from_numpy(costs)).argmin(1) for w in cost_weights(errors, costs)])
+    shares = np.sort(choices.mean(1))
+    assert shares[0] < 0.01
+    assert shares[-1] > 0.99
+    assert np.diff(shares).max() < 2 / SWEEP
+
+
+def test_who_knows_the_outcomes_gains_all_and_who_guesses_gains_nothing():
+    rng = np.random.default_rng(0)
+    count = 4000
+    correct = np.stack([rng.random(count) < 0.5, rng.random(count) < 0.8], axis=1)
+    outcomes = QueryOutcomes(["q"] * count, [""] * count, ("cheap", "dear"), correct, np.tile([0.1, 1.0], (count, 1)))
+    costs = outcomes.costs.mean(0)
+    knows = measured(Routed(route(torch.from_numpy(1.0 - correct), costs)), outcomes, even(count))
+    assert knows["peak_accuracy"] == pytest.approx(correct.any(1).mean())
+    assert knows["apgr"] > 0.9
+    assert knows["qnc"] < 0.5
+    guesses = measured(Routed(route(torch.from_numpy(rng.random((count, 2))), costs)), outcomes, even(count))
+    assert guesses["apgr"] == pytest.approx(0.5, abs=0.04)
+    assert guesses["area_above_random"] == pytest.approx(0, abs=0.02)
+
+
+def test_a_curve_stands_between_the_cheapest_model_and_the_best():
+    outcomes = topics(60)
+    sweep = Routed(np.ones((SWEEP, 60), dtype=np.int8)).sweep(outcomes)
+    np.testing.assert_array_equal(sweep.correct[0], outcomes.correct[:, 0])
+    np.testing.assert_array_equal(sweep.correct[-1], outcomes.correct[:, 2])
+    np.testing.assert_array_equal(sweep.correct[1], outcomes.correct[:, 1])
+    assert sweep.points(even(60))[-1].tolist() == [1.0, 1.0]
+
+
+def test_agents_route_by_subject_over_splits_and_a_second_start_makes_no_split_again(tmp_path):
+    path = tmp_path / "outcomes.jsonl"
+    topics().write(path)
+    overrides = [
+        "outcomes=file", f"outcomes.path={path}", "embedding=text", "embedding.dimensions=6", "splits=2",
+        "+agent@agents.knn=knn", "+agent@agents.uniroute=uniroute_kmeans", f"hydra.run.dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    run(*overrides)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in ("knn", "uniroute", "oracle"):
+        measures = summary["policies"][name]["measures"]
+        assert measures["area_above_random"]["interval"][0] > 0.1, name
+        assert measures["qnc"]["value"] < 0.6, name
+        assert measures["peak_accuracy"]["value"] > 0.95, name
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000
+    assert "uniroute" in (tmp_path / "run" / "table.md").read_text()
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "splits").glob("*.safetensors")}
+    run(*overrides)
+    assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "splits").glob("*.safetensors")}
+    other = run(*overrides, "test_share=0.5", check=False)
+    assert other.returncode == 2
+    assert "test_share" in other.stderr + other.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["splits=0", "+agent@agents.knn=knn"], "splits"),
+        (["test_share=1", "+agent@agents.knn=knn"], "test_share"),
+        ([], "nothing to compare"),
+        (["+agent@agents.mine=knn"], "first"),
+        (["+agent@agents.knn=citer"], "does not route whole queries"),
+        (["+agent@agents.knn=knn", "outcomes.path=there/is/none.jsonl"], "holds no query outcomes"),
+        (["+agent@agents.knn=knn", "unseen=2"], "unseen"),
+        (["+agent@agents.knn=knn", "unseen=0", "embedding.dimensions=1000"], "dimensions"),
+        (["+agent@agents.knn=uniroute_kmeans", "agents.knn.clusters=5000"], "clusters"),
+    ],
+)
+def test_bad_settings_are_named(overrides, message, tmp_path):
+    topics(60).write(tmp_path / "outcomes.jsonl")
+    given = [
+        "outcomes=file",
+        f"outcomes.path={tmp_path / 'outcomes.jsonl'}",
+        "embedding=text",
+        "embedding.dimensions=4",
+    ]
+    done = run(*given, *overrides, f"hydra.run.dir={tmp_path / 'run'}", check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
+
+
+def test_too_few_models_or_queries_are_refused():
+    with pytest.raises(ValueError, match="at least two models on either side"):
+        check_split(topics(60), settings(unseen=2))
+    with pytest.raises(ValueError, match="validation_queries"):
+        check_split(topics(60, ("cheap", "middle", "other", "dear")), settings(unseen=2, validation_queries=58))
+    with pytest.raises(ValueError, match="at least two models"):
+        topics(10, ("dear",))
+
+
+def test_every_outcomes_and_embedding_option_composes():
+    for group in ("outcomes", "embedding"):
+        for path in (CONF / group).glob("*.yaml"):
+            assert settings(**{group: path.stem})[group]._target_
+
+
+def test_the_slm_embeds_a_query_by_its_state_after_it(pool):
+    prompts = [ArithmeticTask().example("test", number).prompt for number in range(5)]
+    states = SlmEmbedding(rows=2).fit([]).embed(prompts)
+    for prompt, state in zip(prompts, states, strict=True):
+        ids = torch.from_numpy(pool.encode(prompt))[None]
+        hidden = pool.slm.network.model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+        torch.testing.assert_close(state, hidden, atol=1e-4, rtol=1e-4)
+
+
+def test_a_query_longer_than_an_embedding_reads_is_named():
+    with pytest.raises(ValueError, match=r"query 1 .*longer"):
+        SlmEmbedding(capacity=16).fit([]).embed(["short", "longer " * 20])
+
+    class Network:
+        max_seq_length = 4
+
+        def tokenizer(self, prompt, truncation):
+            return {"input_ids": prompt.split()}
+
+        def encode(self, prompts, batch_size, show_progress_bar):
+            return np.ones((len(prompts), 3))
+
+    assert SentenceEmbedder(Network(), 8).embed(["a b", "c"]).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"query 1 .*has 5 tokens, the embedding reads 4"):
+        SentenceEmbedder(Network(), 8).embed(["a b", "c d e f g"])
+
+
+def test_words_that_training_queries_do_not_share_are_not_seen():
+    embedder = TextEmbedding(dimensions=2, fewest=1).fit(["red apple", "green apple", "red car", "green car"])
+    seen = embedder.embed(["red apple", "zebra", "red apple zebra"])
+    assert seen.shape == (3, 2)
+    assert seen[1].abs().sum() == 0
+    torch.testing.assert_close(seen[0], seen[2])
+    torch.testing.assert_close(seen[0].norm(), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="lower dimensions"):
+        TextEmbedding(dimensions=3, fewest=4).fit(["red apple"] * 4)
+
+
+def test_a_pool_answers_once_and_costs_follow_sizes(tmp_path, pool, monkeypatch):
+    tasks = {"mixed": ArithmeticTask(), "sums": ArithmeticTask(operations="+-")}
+    source = PoolAnswers(pool, tasks, examples=6, max_new_tokens=64)
+    outcomes = source.read(tmp_path)
+    assert outcomes.groups == ["mixed"] * 6 + ["sums"] * 6
+    assert (outcomes.costs[:, 1] > 5 * outcomes.costs[:, 0]).all()
+    monkeypatch.setattr("experiments.sources.answer_alone", lambda *given: pytest.fail("answered again"))
+    again = source.read(tmp_path)
+    np.testing.assert_array_equal(again.correct, outcomes.correct)
+    np.testing.assert_allclose(again.costs, outcomes.costs)
+    with pytest.raises(ValueError, match="examples"):
+        PoolAnswers(pool, tasks, examples=7, max_new_tokens=64).read(tmp_path)
+
+
+def test_the_embedded_pool_is_ordered_by_cost():
+    pool = build(settings(), "outcomes").pool
+    assert len(pool) == 10
+    sizes = [profile.body_parameters + profile.head_parameters for profile in pool.profiles]
+    assert sizes == sorted(sizes)
+    assert isinstance(pool, ModelPool)
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the real outcomes are not here")
+def test_routers_beat_guessing_on_real_outcomes(tmp_path):
+    run(
+        "experiment=two_llms", f"outcomes.path={REAL}", "splits=1", "bootstrap=100", f"hydra.run.dir={tmp_path}",
+        "~agents.mlp", "~agents.uniroute_learned", "~agents.routellm_classifier", "embedding.dimensions=64",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("routellm_mf", "routellm_sw", "uniroute_kmeans", "knn"):
+        assert summary["policies"][name]["measures"]["apgr"]["interval"][0] > 0.5, name
