@@ -45,7 +45,8 @@ def schema_of(target: Any) -> Any:
         for name, field in getattr(target, "__dataclass_fields__", {}).items()
         if field.init and hasattr(field.default_factory, "__dataclass_fields__")
     }
-    return builds(target, populate_full_signature=True, **nested)
+    # plain lists and dicts: OmegaConf's would wrap the objects that are built inside them
+    return builds(target, populate_full_signature=True, hydra_convert="all", **nested)
 
 
 def build(config: DictConfig, key: str) -> Any:

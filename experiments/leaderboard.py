@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,16 @@ class Run:
         seed: of training.
         overrides: of `experiments.train`, besides these two.
         folder: of the run.
+        shared: folder of what no agent changes.
+        live: decode every token; otherwise all runs of a process walk one replay tree, which remembers what was decoded.
     """
 
     agent: str
     seed: int
     overrides: tuple[str, ...]
     folder: Path
+    shared: Path
+    live: bool = False
 
     @property
     def done(self) -> bool:
@@ -70,7 +74,17 @@ class Run:
         """What `experiments.train` is called with."""
         register_schemas()
         with initialize_config_dir(str(CONF), version_base=None):
-            return compose("train", overrides=[f"agent={self.agent}", f"seed={self.seed}", *self.overrides])
+            return compose(
+                "train", overrides=[f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self.place()]
+            )
+
+    def place(self) -> list[str]:
+        """Where the evaluation keeps what runs share. Limits that were timed are others than those that were not."""
+        if self.live:
+            return [f"evaluation.shared={self.shared / 'live'}"]
+        # processes that wrote one file would undo each other's work
+        tree = self.shared / f"{current_process().name}.tree"
+        return [f"evaluation.shared={self.shared / 'walked'}", f"evaluation.tree={tree}"]
 
 
 def runs_of(config: DictConfig, folder: Path) -> list[Run]:
@@ -81,7 +95,7 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
     """
     known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
     names = list(config.agents or known)
-    for name in (*names, *config.departures):
+    for name in (*names, *config.departures, *config.live):
         if name not in known:
             raise ValueError(f"there is no agent {name!r}; there are {', '.join(known)}")
     if config.first not in names:
@@ -92,13 +106,15 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
             f"({config.workers}) and timings ({config.timings})"
         )
     names.sort(key=lambda name: (name != config.first, name not in config.departures, name))
-    shared = f"evaluation.shared={folder / 'shared'}"
+    shared = folder / "shared"
     return [
         Run(
             name,
             seed,
-            (*config.train, *config.departures.get(name, []), shared),
+            (*config.train, *config.departures.get(name, [])),
             folder / "runs" / f"{name}-seed{seed}",
+            shared,
+            name in config.live,
         )
         for name in names
         for seed in config.seeds

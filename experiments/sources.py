@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +14,8 @@ from agents.query import answer_alone
 from agents.rollout import Scheduling
 from envs.files import write_text
 from envs.manifest import check_manifest, models_manifest
-from envs.models import ModelPool
 from envs.queries import QueryOutcomes, check_models
-from envs.tasks.task import Split, Task, check_split
+from envs.tasks.task import Split, check_split
 
 
 class OutcomesSource(Protocol):
@@ -56,8 +55,8 @@ class PoolAnswers:
     """Lets every model of a pool answer problems by itself; costs are bytes of memory traffic.
 
     Args:
-        pool: the models.
-        tasks: where problems come from, each a group of queries.
+        pool: the models, a `ModelPool`.
+        tasks: where problems come from, `Task`s, each a group of queries.
         examples: problems of each task.
         split: of the tasks.
         start: the first problem.
@@ -65,8 +64,8 @@ class PoolAnswers:
         scheduling: how answers share passes.
     """
 
-    pool: ModelPool
-    tasks: Mapping[str, Task]
+    pool: Any  # a schema takes what builds a ModelPool, or Tasks, for nothing but Any
+    tasks: Mapping[str, Any]
     examples: int = 1000
     split: Split = "test"
     start: int = 0

@@ -24,7 +24,8 @@ def test_every_agent_and_seed_is_a_run_and_composes(tmp_path):
         if run.seed == 0:
             config = run.config()
             assert config.evaluate
-            assert config.evaluation.shared == str(tmp_path / "shared")
+            assert config.evaluation.shared.startswith(str(tmp_path / "shared"))
+            assert (config.evaluation.tree is None) == (run.agent in ("r2r", "r2r_small"))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_bad_settings_are_named(override, message, tmp_path):
 
 
 def test_a_run_is_done_when_its_summary_is_there(tmp_path):
-    run = Run("random", 0, (), tmp_path)
+    run = Run("random", 0, (), tmp_path, tmp_path)
     assert not run.done
     (tmp_path / "summary.json").write_text("{}")
     assert run.done
@@ -59,8 +60,8 @@ def test_the_cheapest_threshold_that_reaches_the_level_is_taken(tmp_path):
     ]
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert threshold_at(Run("mine", 0, (), tmp_path), 0.95) == 0.6
-    assert threshold_at(Run("mine", 0, (), tmp_path), 0.97) is None
+    assert threshold_at(Run("mine", 0, (), tmp_path, tmp_path), 0.95) == 0.6
+    assert threshold_at(Run("mine", 0, (), tmp_path, tmp_path), 0.97) is None
 
 
 def test_rows_are_ranked_by_cost_and_overlaps_are_said():
