@@ -87,7 +87,7 @@ class QueryOutcomes:
                 without a price; the error names the line.
         """
         prices = dict(prices or {})
-        lines = [line for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+        lines = [line for line in path.read_text().split("\n") if line.strip()] if path.is_file() else []
         if not lines:
             raise ValueError(f"{path} holds no query outcomes; give a file of JSON lines (prompt, group, correct)")
         read = [_Line.parse(f"{path}, line {number}", line, prices) for number, line in enumerate(lines, 1)]

@@ -55,7 +55,7 @@ class Run:
         overrides: of `experiments.train`, besides these two.
         folder: of the run.
         shared: folder of what no agent changes.
-        live: decode every token; otherwise all runs of a process walk one replay tree, which remembers what was decoded.
+        live: decode every token; otherwise the runs of a process walk one replay tree of what was decoded.
     """
 
     agent: str

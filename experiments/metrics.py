@@ -33,7 +33,8 @@ class Sweep:
             weights: of the examples, summing to 1, (examples,).
         """
         costs = self.costs @ weights
-        return np.stack([costs / costs[-1], self.correct @ weights], axis=-1)
+        # rounded: a product may sum the same answers to another last bit, and a tie would not be seen as one
+        return np.stack([costs / costs[-1], (self.correct @ weights).round(12)], axis=-1)
 
 
 def monotone_hull(points: FloatArray) -> FloatArray:

@@ -258,9 +258,8 @@ def check_split(outcomes: QueryOutcomes, config: DictConfig) -> None:
         )
 
 
-@program("queries")
-def main(config: DictConfig, folder: Path) -> None:
-    """Compare `config.agents` on `config.outcomes`."""
+def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Compare `config.agents` on `config.outcomes`; what is done already in `folder` is not done again."""
     check(config)
     agents = {name: build(config.agents, name) for name in config.agents}
     for name, agent in agents.items():
@@ -303,6 +302,13 @@ def main(config: DictConfig, folder: Path) -> None:
         Console(width=max(150, Console().width)).print(table)
         track.summary({"policies": {}}, {"curve": folder / "curve.png"})
     print(f"wrote {folder}")
+    return summary
+
+
+@program("queries")
+def main(config: DictConfig, folder: Path) -> None:
+    """Compare the agents that were chosen."""
+    compare(config, folder)
 
 
 if __name__ == "__main__":

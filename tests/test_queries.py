@@ -1,6 +1,3 @@
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ from envs.models import ModelPool
 from envs.queries import QueryOutcomes
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.build import CONF, build, register_schemas
-from experiments.queries import SWEEP, Routed, Split, check_split, cost_weights, measured, route
+from experiments.queries import SWEEP, Routed, Split, check_split, compare, cost_weights, measured, route
 from experiments.sources import PoolAnswers
 
 ROOT = Path(__file__).parent.parent
@@ -36,17 +33,10 @@ def topics(count=240, models=("cheap", "middle", "dear"), seed=0):
     return QueryOutcomes(prompts, groups, tuple(models), np.array(correct), costs)
 
 
-def settings(**changes):
+def settings(*overrides):
     register_schemas()
     with initialize_config_dir(str(CONF), version_base=None):
-        return compose("queries", overrides=[f"{key}={value}" for key, value in changes.items()])
-
-
-def run(*overrides, check=True):
-    command = [sys.executable, "-m", "experiments.queries", "threads=1", "bootstrap=20", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+        return compose("queries", overrides=["bootstrap=20", *overrides])
 
 
 def even(count):
@@ -55,7 +45,7 @@ def even(count):
 
 def test_a_split_repeats_and_its_parts_are_disjoint():
     outcomes = topics(100, ("cheap", "middle", "other", "another", "dear"))
-    config = settings(unseen=2, validation_queries=20, test_share=0.3)
+    config = settings("unseen=2", "validation_queries=20", "test_share=0.3")
     first, again, second = (Split.draw(outcomes, config, number) for number in (0, 0, 1))
     np.testing.assert_array_equal(first.test, again.test)
     assert not np.array_equal(first.test, second.test)
@@ -100,7 +90,7 @@ def test_a_curve_stands_between_the_cheapest_model_and_the_best():
     np.testing.assert_array_equal(sweep.correct[0], outcomes.correct[:, 0])
     np.testing.assert_array_equal(sweep.correct[-1], outcomes.correct[:, 2])
     np.testing.assert_array_equal(sweep.correct[1], outcomes.correct[:, 1])
-    assert sweep.points(even(60))[-1].tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(sweep.points(even(60))[-1], [1.0, 1.0])
 
 
 def test_agents_route_by_subject_over_splits_and_a_second_start_makes_no_split_again(tmp_path):
@@ -108,10 +98,9 @@ def test_agents_route_by_subject_over_splits_and_a_second_start_makes_no_split_a
     topics().write(path)
     overrides = [
         "outcomes=file", f"outcomes.path={path}", "embedding=text", "embedding.dimensions=6", "splits=2",
-        "+agent@agents.knn=knn", "+agent@agents.uniroute=uniroute_kmeans", f"hydra.run.dir={tmp_path / 'run'}",
+        "+agent@agents.knn=knn", "+agent@agents.uniroute=uniroute_kmeans",
     ]  # fmt: skip
-    run(*overrides)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = compare(settings(*overrides), tmp_path / "run")
     for name in ("knn", "uniroute", "oracle"):
         measures = summary["policies"][name]["measures"]
         assert measures["area_above_random"]["interval"][0] > 0.1, name
@@ -120,11 +109,10 @@ def test_agents_route_by_subject_over_splits_and_a_second_start_makes_no_split_a
     assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000
     assert "uniroute" in (tmp_path / "run" / "table.md").read_text()
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "splits").glob("*.safetensors")}
-    run(*overrides)
+    assert compare(settings(*overrides), tmp_path / "run") == summary
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "splits").glob("*.safetensors")}
-    other = run(*overrides, "test_share=0.5", check=False)
-    assert other.returncode == 2
-    assert "test_share" in other.stderr + other.stdout
+    with pytest.raises(ValueError, match="test_share"):
+        compare(settings(*overrides, "test_share=0.5"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -149,16 +137,15 @@ def test_bad_settings_are_named(overrides, message, tmp_path):
         "embedding=text",
         "embedding.dimensions=4",
     ]
-    done = run(*given, *overrides, f"hydra.run.dir={tmp_path / 'run'}", check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stdout + done.stderr
+    with pytest.raises(ValueError, match=message):
+        compare(settings(*given, *overrides), tmp_path / "run")
 
 
 def test_too_few_models_or_queries_are_refused():
     with pytest.raises(ValueError, match="at least two models on either side"):
-        check_split(topics(60), settings(unseen=2))
+        check_split(topics(60), settings("unseen=2"))
     with pytest.raises(ValueError, match="validation_queries"):
-        check_split(topics(60, ("cheap", "middle", "other", "dear")), settings(unseen=2, validation_queries=58))
+        check_split(topics(60, ("cheap", "middle", "other", "dear")), settings("unseen=2", "validation_queries=58"))
     with pytest.raises(ValueError, match="at least two models"):
         topics(10, ("dear",))
 
@@ -166,7 +153,7 @@ def test_too_few_models_or_queries_are_refused():
 def test_every_outcomes_and_embedding_option_composes():
     for group in ("outcomes", "embedding"):
         for path in (CONF / group).glob("*.yaml"):
-            assert settings(**{group: path.stem})[group]._target_
+            assert settings(f"{group}={path.stem}")[group]._target_
 
 
 def test_the_slm_embeds_a_query_by_its_state_after_it(pool):
@@ -231,10 +218,10 @@ def test_the_embedded_pool_is_ordered_by_cost():
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real outcomes are not here")
 def test_routers_beat_guessing_on_real_outcomes(tmp_path):
-    run(
-        "experiment=two_llms", f"outcomes.path={REAL}", "splits=1", "bootstrap=100", f"hydra.run.dir={tmp_path}",
-        "~agents.mlp", "~agents.uniroute_learned", "~agents.routellm_classifier", "embedding.dimensions=64",
+    config = settings(
+        "experiment=two_llms", f"outcomes.path={REAL}", "splits=1", "bootstrap=100", "embedding.dimensions=64",
+        "~agents.mlp", "~agents.uniroute_learned", "~agents.routellm_classifier",
     )  # fmt: skip
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = compare(config, tmp_path)
     for name in ("routellm_mf", "routellm_sw", "uniroute_kmeans", "knn"):
         assert summary["policies"][name]["measures"]["apgr"]["interval"][0] > 0.5, name
