@@ -24,9 +24,9 @@ from envs.costs import Bytes, FloatArray, Price
 from envs.files import write_tensors, write_text
 from envs.manifest import check_manifest, models_manifest
 from envs.models import ModelPool
-from envs.queries import QueryOutcomes, check_models, columns_of
+from envs.queries import QueryOutcomes, check_models
 from envs.steps import BoolArray, Observation
-from envs.tasks.task import Task, first_training_example
+from envs.tasks.task import Example, Task, first_training_example
 
 SUREST = 1e-6
 """Scores are kept this far from 0 and 1, so that a threshold can always be moved."""
@@ -298,9 +298,20 @@ class _FirstStates:
 
 
 def answer_alone(
-    pool: ModelPool, task: Task, examples: Sequence[Any], max_new_tokens: int, scheduling: Scheduling
+    pool: ModelPool,
+    task: Task,
+    examples: Sequence[Example],
+    max_new_tokens: int = 128,
+    scheduling: Scheduling | None = None,
 ) -> tuple[QueryOutcomes, Tensor]:
     """Let every model of a pool answer every example by itself.
+
+    Args:
+        pool: the models.
+        task: judges the answers.
+        examples: the queries.
+        max_new_tokens: the longest answer.
+        scheduling: how answers share passes.
 
     Returns:
         The outcomes, costs in bytes of memory traffic, and the SLM's states after the prompts: float32, (n, width).
@@ -336,4 +347,3 @@ def same_models(learner: str, train: EmbeddedQueries, known: EmbeddedQueries) ->
             f"{learner} routes between the models it was trained on ({', '.join(train.models)}), not {others}; train "
             "it on these, or choose an agent for pools that change (uniroute, knn)"
         )
-    columns_of(known.models, train.models)

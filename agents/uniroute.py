@@ -159,7 +159,8 @@ class UniRoute(QueryLearner):
 
     Args:
         clusters: how many; where None the one of CLUSTERS by which error rates found on one half of the training
-            queries predict best what the training models make of the other (mean squared error, both ways).
+            queries, or as many of it as are known of the models to route among, predict best what the training models
+            make of the other half (mean squared error, both ways).
         shrinkage: queries with the model's mean error that are added to each cluster; none as published.
         starts: of K-means; the best is taken.
     """
@@ -199,7 +200,7 @@ class UniRoute(QueryLearner):
     def _chosen(self, train: EmbeddedQueries, known: int, seed: int, track: Track) -> int:
         """The number of clusters by cross-validation over the training queries."""
         order = np.random.default_rng(seed).permutation(len(train))
-        halves = [train.rows(np.sort(part)) for part in np.array_split(order, 2)]
+        halves = [train.rows(part) for part in np.array_split(order, 2)]
         most = min(known, *map(len, halves))
         counts = [count for count in CLUSTERS if count <= most]
         if not counts:
@@ -208,7 +209,9 @@ class UniRoute(QueryLearner):
         for clusters in counts:
             squares = 0.0
             for here, there in (halves, halves[::-1]):
-                router = self.fit_map(here, here, clusters, seed, untracked)
+                # error rates of as many queries as there will be: few do not describe many clusters
+                described = here.rows(np.arange(min(known, len(here))))
+                router = self.fit_map(here, described, clusters, seed, untracked)
                 wrong = torch.from_numpy(~there.correct).float()
                 squares += ((router.errors(there.embeddings) - wrong) ** 2).mean(1).sum().item()
             found[clusters] = squares / len(train)

@@ -61,7 +61,7 @@ class QueryOutcomes:
         return replace(self, prompts=prompts, groups=groups, correct=self.correct[chosen], costs=self.costs[chosen])
 
     def of(self, models: Sequence[str]) -> QueryOutcomes:
-        """The same queries for some of the models, cheapest first whatever order they are named in.
+        """The same queries for some of the models, cheapest first (on average) whatever order they are named in.
 
         Raises:
             ValueError: a model that has no outcomes here, or fewer than two.

@@ -173,6 +173,7 @@ def evaluate(
         "oracle": config.oracle,
         "draft_tokens": config.draft_tokens,
         "thresholds_at": {"llm_shares": list(config.llm_shares), "examples": config.threshold_examples},
+        "timed": not config.tree,
         "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
     }
     kept = runs_folder / "manifest.json"

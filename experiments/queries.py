@@ -115,7 +115,8 @@ def cost_weights(errors: Tensor, costs: FloatArray) -> FloatArray:
     """
     estimated = errors.double().numpy()
     first, second = np.triu_indices(len(costs), 1)
-    apart = costs[second] > costs[first]
+    # models that cost all but the same are told apart by their errors, whatever a unit of cost is worth
+    apart = costs[second] - costs[first] > 0.01 * costs.max()
     first, second = first[apart], second[apart]
     turns = (estimated[:, first] - estimated[:, second]) / (costs[second] - costs[first])
     return np.quantile(turns, np.linspace(0, 1, SWEEP)) if turns.size else np.zeros(SWEEP)
@@ -130,7 +131,7 @@ def route(errors: Tensor, costs: FloatArray) -> npt.NDArray[np.int8]:
 
 def embedded(outcomes: QueryOutcomes, embeddings: Tensor, rows: IntArray, models: Sequence[str]) -> EmbeddedQueries:
     """Some queries and models, as agents see them."""
-    part = outcomes.rows(rows).of(models)
+    part = outcomes.of(models).rows(rows)
     return EmbeddedQueries.of_outcomes(part, embeddings[torch.from_numpy(rows)])
 
 
@@ -182,7 +183,7 @@ def summarize_queries(
     seed: int,
 ) -> dict[str, Any]:
     """The contents of `summary.json`: measures with 95 % intervals over splits and test queries, and comparisons."""
-    tests = [outcomes.rows(split.test).of(split.routed) for split in splits]
+    tests = [outcomes.of(split.routed).rows(split.test) for split in splits]
     count = len(tests[0])
     even = np.full(count, 1 / count)
     sweeps = {key: [one.sweep(test) for one, test in zip(some, tests, strict=True)] for key, some in routed.items()}
@@ -287,7 +288,7 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
             if not path.is_file():
                 made = route_split(outcomes, split, embedding, agents, config.seed + number, track)
                 write_tensors(path, {name: torch.from_numpy(one.choices) for name, one in made.items()})
-            test = outcomes.rows(split.test).of(split.routed)
+            test = outcomes.of(split.routed).rows(split.test)
             even = np.full(len(test), 1 / len(test))
             for name, choices in load_file(path).items():
                 routed[name].append(Routed(choices.numpy()))

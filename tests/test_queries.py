@@ -10,7 +10,7 @@ from envs.models import ModelPool
 from envs.queries import QueryOutcomes
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.build import CONF, build, register_schemas
-from experiments.queries import SWEEP, Routed, Split, check_split, compare, cost_weights, measured, route
+from experiments.queries import SWEEP, Routed, Split, check_split, compare, cost_weights, embedded, measured, route
 from experiments.sources import PoolAnswers
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +82,20 @@ def test_who_knows_the_outcomes_gains_all_and_who_guesses_gains_nothing():
     guesses = measured(Routed(route(torch.from_numpy(rng.random((count, 2))), costs)), outcomes, even(count))
     assert guesses["apgr"] == pytest.approx(0.5, abs=0.04)
     assert guesses["area_above_random"] == pytest.approx(0, abs=0.02)
+
+
+def test_models_stand_in_one_order_in_all_parts_of_a_split():
+    outcomes = topics(60, ("cheap", "middle", "other", "dear"))
+    costs = outcomes.costs.copy()
+    costs[:, 1:3] = 2.0
+    costs[:30, 1] += 0.5  # on the whole the dearer of the two, but the cheaper one on the last queries
+    costs[30:, 2] += 0.4
+    outcomes = QueryOutcomes(outcomes.prompts, outcomes.groups, outcomes.models, outcomes.correct, costs)
+    names = ("middle", "other", "dear")
+    for rows in (np.arange(30), np.arange(30, 60)):
+        part = embedded(outcomes, torch.zeros(60, 2), rows, names)
+        assert part.models == outcomes.of(names).rows(rows).models == ("other", "middle", "dear")
+        np.testing.assert_array_equal(part.correct, outcomes.correct[rows][:, [2, 1, 3]])
 
 
 def test_a_curve_stands_between_the_cheapest_model_and_the_best():

@@ -67,3 +67,9 @@ def test_examples_of_the_environments_run(copy):
     (copy / "first.py").write_text(first + tree.replace("1024", "8"))
     assert re.search(r" (True|False) \d+ ", run(copy, "first.py"))
     assert (copy / "train.tree").is_file()
+
+
+def test_the_example_of_whole_queries_runs(copy):
+    (script,) = [code for kind, code in BLOCK.findall(section("Routing whole queries")) if kind == "python"]
+    (copy / "queries.py").write_text(script)
+    assert re.search(r"^[\d.]+ of the queries go to the LLM$", run(copy, "queries.py"), re.MULTILINE)
