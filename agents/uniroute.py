@@ -25,6 +25,8 @@ from envs.steps import BoolArray
 
 CLUSTERS = (2, 4, 8, 16, 32, 64, 128)
 """What the number of clusters is chosen from, as far as half of the queries go; one cluster where they do not."""
+DRAWS = 8
+"""Validation passes that are drawn to choose it."""
 
 
 def cluster_errors(memberships: Tensor, wrong: Tensor, shrinkage: float = 0.0) -> Tensor:
@@ -199,22 +201,25 @@ class UniRoute(QueryLearner):
 
     def _chosen(self, train: EmbeddedQueries, known: int, seed: int, track: Track) -> int:
         """The number of clusters by cross-validation over the training queries."""
-        order = np.random.default_rng(seed).permutation(len(train))
-        halves = [train.rows(part) for part in np.array_split(order, 2)]
-        most = min(known, *map(len, halves))
-        counts = [count for count in CLUSTERS if count <= most]
+        rng = np.random.default_rng(seed)
+        halves = [train.rows(np.sort(part)) for part in np.array_split(rng.permutation(len(train)), 2)]
+        most_known = min(map(len, halves))
+        counts = [count for count in CLUSTERS if count <= min(known, most_known)]
         if not counts:
             return 1
+        draws = DRAWS if known < most_known else 1
         found = {}
         for clusters in counts:
             squares = 0.0
             for here, there in (halves, halves[::-1]):
-                # error rates of as many queries as there will be: few do not describe many clusters
-                described = here.rows(np.arange(min(known, len(here))))
-                router = self.fit_map(here, described, clusters, seed, untracked)
+                router = self.fit_map(here, here, clusters, seed, untracked)
                 wrong = torch.from_numpy(~there.correct).float()
-                squares += ((router.errors(there.embeddings) - wrong) ** 2).mean(1).sum().item()
-            found[clusters] = squares / len(train)
+                # error rates of as many queries as will be known: few do not describe many clusters
+                for _ in range(draws):
+                    drawn = here.rows(rng.permutation(len(here))[:known])
+                    redrawn = router.of(drawn, router.mean, router.scale, router.theta, self.shrinkage)
+                    squares += ((redrawn.errors(there.embeddings) - wrong) ** 2).mean(1).sum().item()
+            found[clusters] = squares / len(train) / draws
         chosen = min(found, key=lambda clusters: found[clusters])
         track({"run": "uniroute", "clusters": chosen, "squared_error": found[chosen]})
         return chosen
@@ -264,7 +269,7 @@ class UniRouteLearned(UniRoute):
             so that a batch should have several queries a cluster.
     """
 
-    training: Descent = field(default_factory=lambda: Descent(batch_size=1024, lr=3e-3))
+    training: Descent = field(default_factory=lambda: Descent(batch_size=1024, lr=2e-2))
 
     def fit_map(
         self, train: EmbeddedQueries, known: EmbeddedQueries, clusters: int, seed: int, track: Track

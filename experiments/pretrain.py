@@ -1,7 +1,7 @@
-"""Train the embedded pair from scratch: the recipe behind `envs/weights`.
+"""Train the embedded models from scratch: the recipe behind `envs/weights`.
 
-    python -m experiments.pretrain                    # all models of the pair, about 25 minutes on 2 idle cores
-    python -m experiments.pretrain only=[slm]       # one of them
+    python -m experiments.pretrain                    # all of them, about an hour on 2 idle cores
+    python -m experiments.pretrain only=[slm,llm]     # the pair alone, about 25 minutes
 
 Everything is drawn from `seed`; steps, not minutes, are fixed, so that the result does not depend on the machine.
 """
