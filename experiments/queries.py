@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from envs.queries import QueryOutcomes
 from experiments.build import build, program
 from experiments.metrics import Sweep, area, bootstrap, finite, measures, over_seeds
 from experiments.present import markdown, plot_curves, query_table
-from experiments.summary import band, mean_curve
+from experiments.summary import BAND_SAMPLES, band, mean_curve
 
 SWEEP = 64
 """Cost weights on a curve."""
@@ -100,10 +100,12 @@ class Routed:
         )
         return Sweep(test.correct[queries, choices], test.costs[queries, choices])
 
-    def calls(self, test: QueryOutcomes) -> Sweep:
-        """The same, a call of any model but the cheapest counted as 1."""
-        priced = np.broadcast_to(np.arange(len(test.models)) > 0, test.costs.shape).astype(np.float64)
-        return self.sweep(QueryOutcomes(test.prompts, test.groups, test.models, test.correct, priced + 1e-12))
+    def calls(self, test: QueryOutcomes) -> Sweep | None:
+        """The same between two models, a call of the dearer one counted as 1; None where there are more."""
+        if len(test.models) > 2:
+            return None
+        priced = np.broadcast_to([1e-12, 1.0], test.costs.shape)
+        return self.sweep(replace(test, costs=priced))
 
 
 def cost_weights(errors: Tensor, costs: FloatArray) -> FloatArray:
@@ -157,15 +159,14 @@ def route_split(
     return found
 
 
-def measured(routed: Routed, test: QueryOutcomes, weights: FloatArray) -> dict[str, float]:
+def measured(sweep: Sweep, calls: Sweep | None, weights: FloatArray) -> dict[str, float]:
     """`experiments.metrics.measures` of one agent in one split.
 
     Also area_above_random: of the deferral curve above the line between the two ends. peak_accuracy: the best the agent
     itself reaches at any cost weight.
     """
-    sweep = routed.sweep(test)
     points = sweep.points(weights)
-    found = measures(sweep, routed.calls(test) if len(test.models) == 2 else None, weights)
+    found = measures(sweep, calls, weights)
     low, high = points[0][0], points[-1][0]
     line = area(points[[0, -1]], low, high) if high > low else float("nan")
     found["area_above_random"] = (found["deferral_area"] - line) / (high - low) if high > low else float("nan")
@@ -187,29 +188,40 @@ def summarize_queries(
     count = len(tests[0])
     even = np.full(count, 1 / count)
     sweeps = {key: [one.sweep(test) for one, test in zip(some, tests, strict=True)] for key, some in routed.items()}
-    policies = {}
-    for key, some in routed.items():
+    calls = {key: [one.calls(test) for one, test in zip(some, tests, strict=True)] for key, some in routed.items()}
 
-        def own(number: int, weights: FloatArray, some: Sequence[Routed] = some) -> dict[str, float]:
-            return measured(some[number], tests[number], weights)
-
-        def against(number: int, weights: FloatArray, some: Sequence[Routed] = some) -> dict[str, float]:
-            ours, theirs = (measured(one[number], tests[number], weights) for one in (some, routed[first]))
-            return {measure: ours[measure] - theirs[measure] for measure in ours}
-
-        values, intervals = over_seeds(own, range(len(splits)), even), bootstrap(own, len(splits), count, samples, seed)
-        policies[key] = {
-            "trained": True,
-            "measures": {m: {"value": finite(values[m]), "interval": intervals[m]} for m in values},
-            "curve": mean_curve(sweeps[key], even),
-            "band": band(sweeps[key], min(samples, 200), seed),
+    def statistic(number: int, weights: FloatArray) -> dict[str, float]:
+        found = {key: measured(sweeps[key][number], calls[key][number], weights) for key in routed}
+        own = {f"{key} {measure}": value for key in routed for measure, value in found[key].items()}
+        less = {
+            f"{key} less {measure}": value - found[first][measure]
+            for key in routed
+            for measure, value in found[key].items()
         }
-        if key != first:
-            differences = over_seeds(against, range(len(splits)), even)
-            intervals = bootstrap(against, len(splits), count, samples, seed)
-            policies[key][f"less_{first}"] = {
-                m: {"value": finite(differences[m]), "interval": intervals[m]} for m in differences
-            }
+        return own | less
+
+    values = over_seeds(statistic, range(len(splits)), even)
+    # one resampling for all: what is compared is paired
+    intervals = bootstrap(statistic, len(splits), count, samples, seed)
+
+    def named(prefix: str) -> dict[str, dict[str, Any]]:
+        measures_of = [name.removeprefix(prefix) for name in values if name.startswith(prefix)]
+        return {
+            measure: {"value": finite(values[prefix + measure]), "interval": intervals[prefix + measure]}
+            for measure in measures_of
+            if " " not in measure
+        }
+
+    policies = {
+        key: {
+            "trained": True,
+            "measures": named(f"{key} "),
+            f"less_{first}": named(f"{key} less "),
+            "curve": mean_curve(sweeps[key], even),
+            "band": band(sweeps[key], min(samples, BAND_SAMPLES), seed),
+        }
+        for key in routed
+    }
     ends = np.mean([[sweep.points(even)[end] for end in (0, -1)] for sweep in sweeps[first]], axis=0)
     return {
         "task": name,
@@ -292,7 +304,8 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
             even = np.full(len(test), 1 / len(test))
             for name, choices in load_file(path).items():
                 routed[name].append(Routed(choices.numpy()))
-                found = {key: finite(value) for key, value in measured(routed[name][-1], test, even).items()}
+                sweep, calls = routed[name][-1].sweep(test), routed[name][-1].calls(test)
+                found = {key: finite(value) for key, value in measured(sweep, calls, even).items()}
                 rows.append({"policy": name, "split": number, "models": list(split.routed), **found})
         summary = summarize_queries(source.name, outcomes, splits, routed, config.first, config.bootstrap, config.seed)
         write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

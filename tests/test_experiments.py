@@ -24,7 +24,7 @@ from experiments.report import gather
 from experiments.track import Tracker
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train", "collect", "evaluate", "benchmark", "pretrain")
+SCRIPTS = ("train", "collect", "evaluate", "queries", "leaderboard", "benchmark", "pretrain")
 QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
 
 

@@ -6,6 +6,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from agents.embeddings import SentenceEmbedder, SlmEmbedding, TextEmbedding
+from agents.query import QueryLearner
 from envs.models import ModelPool
 from envs.queries import QueryOutcomes
 from envs.tasks.arithmetic import ArithmeticTask
@@ -75,11 +76,16 @@ def test_who_knows_the_outcomes_gains_all_and_who_guesses_gains_nothing():
     correct = np.stack([rng.random(count) < 0.5, rng.random(count) < 0.8], axis=1)
     outcomes = QueryOutcomes(["q"] * count, [""] * count, ("cheap", "dear"), correct, np.tile([0.1, 1.0], (count, 1)))
     costs = outcomes.costs.mean(0)
-    knows = measured(Routed(route(torch.from_numpy(1.0 - correct), costs)), outcomes, even(count))
+
+    def of(errors):
+        routed = Routed(route(torch.from_numpy(errors), costs))
+        return measured(routed.sweep(outcomes), routed.calls(outcomes), even(count))
+
+    knows = of(1.0 - correct)
     assert knows["peak_accuracy"] == pytest.approx(correct.any(1).mean())
     assert knows["apgr"] > 0.9
     assert knows["qnc"] < 0.5
-    guesses = measured(Routed(route(torch.from_numpy(rng.random((count, 2))), costs)), outcomes, even(count))
+    guesses = of(rng.random((count, 2)))
     assert guesses["apgr"] == pytest.approx(0.5, abs=0.04)
     assert guesses["area_above_random"] == pytest.approx(0, abs=0.02)
 
@@ -168,6 +174,14 @@ def test_every_outcomes_and_embedding_option_composes():
     for group in ("outcomes", "embedding"):
         for path in (CONF / group).glob("*.yaml"):
             assert settings(f"{group}={path.stem}")[group]._target_
+
+
+@pytest.mark.parametrize("name", ["changing_pool", "two_llms"])
+def test_every_experiment_builds_its_agents(name):
+    config = settings(f"experiment={name}")
+    assert config.first in config.agents
+    for agent in config.agents:
+        assert isinstance(build(config.agents, agent), QueryLearner)
 
 
 def test_the_slm_embeds_a_query_by_its_state_after_it(pool):
