@@ -35,15 +35,13 @@ LIMITS = {
 COMPARED = ("ratio_at_0.95", "largest_gain")
 
 
-def plot_curves(
-    summary: Mapping[str, Any], path: Path, whole: str = "LLM-only decoding", alone: Sequence[str] = ALONE
-) -> None:
+def plot_curves(summary: Mapping[str, Any], path: Path, axis: str | None = None, alone: Sequence[str] = ALONE) -> None:
     """Draw accuracy over relative cost, a line per policy, to a PNG file.
 
     Args:
         summary: of an evaluation.
         path: of the file.
-        whole: what has the cost 1.
+        axis: what the cost is; relative to LLM-only decoding where None.
         alone: what the two ends of all curves are called.
     """
     import matplotlib as mpl
@@ -74,9 +72,10 @@ def plot_curves(
         model = summary["models"][name]
         axes.plot(model["cost"], model["accuracy"], "k^" if name == "llm" else "ks", label=label, zorder=3)
     axes.axhline(0.95 * summary["models"]["llm"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel(f"cost relative to {whole} ({UNITS[summary['cost']]})")
+    axes.set_xlabel(axis or f"cost relative to LLM-only decoding ({UNITS[summary['cost']]})")
     axes.set_ylabel(f"accuracy ({summary['examples']} {summary['split']} problems)")
-    axes.set_title(f"{summary['task']}: {' -> '.join(summary['pool'])}")
+    few = f": {' -> '.join(summary['pool'])}" if len(summary["pool"]) < 4 else ""
+    axes.set_title(f"{summary['task']}{few}", fontsize="medium")
     axes.set_xlim(0, 1.03)
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)

@@ -43,6 +43,7 @@ from experiments.summary import BAND_SAMPLES, band, mean_curve
 
 SWEEP = 64
 """Cost weights on a curve."""
+AXIS = "cost, from the cheapest model's (0) to the most accurate one's (1)"
 
 
 @dataclass(frozen=True)
@@ -212,17 +213,21 @@ def summarize_queries(
             if " " not in measure
         }
 
+    # the pools of the splits cost differently: their curves are laid over each other by their ends
+    above_cheapest = {
+        key: [replace(sweep, costs=sweep.costs - sweep.costs[0]) for sweep in some] for key, some in sweeps.items()
+    }
     policies = {
         key: {
             "trained": True,
             "measures": named(f"{key} "),
             f"less_{first}": named(f"{key} less "),
-            "curve": mean_curve(sweeps[key], even),
-            "band": band(sweeps[key], min(samples, BAND_SAMPLES), seed),
+            "curve": mean_curve(above_cheapest[key], even),
+            "band": band(above_cheapest[key], min(samples, BAND_SAMPLES), seed),
         }
         for key in routed
     }
-    ends = np.mean([[sweep.points(even)[end] for end in (0, -1)] for sweep in sweeps[first]], axis=0)
+    accuracies = np.mean([sweep.points(even)[[0, -1], 1] for sweep in sweeps[first]], axis=0)
     return {
         "task": name,
         "pool": list(outcomes.models),
@@ -231,11 +236,10 @@ def summarize_queries(
         "split": "test",
         "splits": len(splits),
         "examples": count,
-        "cost": "dollars",
         "first": first,
         "models": {
-            key: {"cost": float(cost), "accuracy": float(accuracy)}
-            for key, (cost, accuracy) in zip(("slm", "llm"), ends, strict=True)
+            key: {"cost": cost, "accuracy": float(accuracy)}
+            for key, cost, accuracy in zip(("slm", "llm"), (0.0, 1.0), accuracies, strict=True)
         },
         "limits": {"oracle": {"curve": policies["oracle"]["curve"]}},
         "policies": policies,
@@ -310,7 +314,10 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
         summary = summarize_queries(source.name, outcomes, splits, routed, config.first, config.bootstrap, config.seed)
         write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        plot_curves(summary, folder / "curve.png", "the most accurate model", ("cheapest", "most accurate"))
+        drawn = {name: policy for name, policy in summary["policies"].items() if name not in summary["limits"]}
+        plot_curves(
+            {**summary, "policies": drawn}, folder / "curve.png", AXIS, ("cheapest model", "most accurate model")
+        )
         table = query_table(summary)
         write_text(folder / "table.md", markdown(table))
         Console(width=max(150, Console().width)).print(table)
