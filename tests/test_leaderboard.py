@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -6,6 +8,8 @@ from hydra import compose, initialize_config_dir
 from experiments.build import CONF, register_schemas
 from experiments.leaderboard import Run, runs_of, threshold_at
 from experiments.leaderboard_page import headlines, ranked, standing
+
+ROOT = CONF.parent
 
 
 def settings(*overrides):
@@ -81,3 +85,45 @@ def test_savings_follow_from_ratios():
     }
     page = headlines({"first": "citer", "policies": {"collm": {"against_citer": against}}})
     assert "50% [38%, 75%] | 27% | 20 [10, 30] | 17" in page
+
+
+@pytest.mark.slow
+def test_a_small_leaderboard_writes_its_page_and_makes_no_run_twice(tmp_path):
+    quick = ["experiment=benchmark", "evaluation.examples=20", "evaluation.threshold_examples=10"]
+    quick += ["evaluation.llm_shares=[0.05,0.15,0.4]", "evaluation.oracle=20"]
+    command = [
+        sys.executable, "-m", "experiments.leaderboard", f"hydra.run.dir={tmp_path / 'run'}",
+        "agents=[citer_s,routellm_sw,r2r,entropy]", "first=citer_s", "seeds=[0]", "timings=1", "bootstrap=20",
+        f"train={json.dumps(quick)}", *(f'+departures.{name}=["agent.examples=40"]' for name in
+        ("citer_s", "routellm_sw", "r2r")), f"target={tmp_path / 'PAGE.md'}", f"picture={tmp_path / 'curve.png'}",
+    ]  # fmt: skip
+
+    def run():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return (tmp_path / "PAGE.md").read_text()
+
+    page = run()
+    for name in ("citer_s (1) *", "routellm_sw (1) *", "r2r (1) *", "entropy (1) |", "*oracle, per query*", "leader |"):
+        assert name in page
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("runs/*/summary.json")}
+    assert len(made) == 4
+    (tmp_path / "PAGE.md").unlink()
+    run()
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.leaderboard", f"hydra.run.dir={tmp_path / 'run'}", "agents=[citer_s,random]",
+        "first=citer_s", "seeds=[0]", '+departures.citer_s=["agent.ronds=3"]', f"target={tmp_path / 'PAGE.md'}",
+        'train=["experiment=benchmark","evaluation.examples=8","evaluation.oracle=0","evaluation.threshold_examples=4"]',
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "citer_s with seed 0" in done.stdout + done.stderr
+    assert "ronds" in done.stdout + done.stderr
+    assert (tmp_path / "run" / "runs" / "random-seed0" / "summary.json").is_file()
+    assert not (tmp_path / "PAGE.md").exists()
