@@ -321,7 +321,12 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
         table = query_table(summary)
         write_text(folder / "table.md", markdown(table))
         Console(width=max(150, Console().width)).print(table)
-        track.summary({"policies": {}}, {"curve": folder / "curve.png"})
+        told = {
+            f"{name}/{measure}": found["value"]
+            for name, policy in summary["policies"].items()
+            for measure, found in policy["measures"].items()
+        }
+        track.summary(told, {"curve": folder / "curve.png"})
     print(f"wrote {folder}")
     return summary
 
