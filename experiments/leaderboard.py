@@ -1,7 +1,7 @@
-"""Train and evaluate every agent of `conf/agent` with several seeds, and write BENCHMARK.md.
+"""Train and evaluate every agent of `conf/agent` with several seeds, and write a page: BENCHMARK.md.
 
-    python -m experiments.leaderboard                        # `make benchmark`
-    python -m experiments.leaderboard agents=[citer,mine] seeds=[0] target=outputs/mine.md
+    python -m experiments.leaderboard target=BENCHMARK.md    # `make benchmark`, but for the place of the picture
+    python -m experiments.leaderboard agents=[citer,mine] seeds=[0] hydra.run.dir=outputs/mine
 
 Each agent and seed is a run of `experiments.train` in a folder of its own below the run's folder, with a log; runs
 share what no agent changes. Started again, it goes on where it was: a run that is complete is not made again. One that
@@ -256,10 +256,12 @@ def main(config: DictConfig, folder: Path) -> None:
         spent += time.perf_counter() - started
         write_text(clock, json.dumps(spent) + "\n")
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap)
-    picture(summary, Path(config.picture))
+    target = Path(config.target or folder / "BENCHMARK.md")
+    drawn = Path(config.picture or target.with_suffix(".png"))
+    picture(summary, drawn)
     told = about(config, runs, spent + time.perf_counter() - started)
-    write_text(Path(config.target), page(summary, seconds, told, Path(config.picture)))
-    print(f"wrote {config.target}")
+    write_text(target, page(summary, seconds, told, os.path.relpath(drawn, target.parent)))
+    print(f"wrote {target}")
 
 
 if __name__ == "__main__":

@@ -35,14 +35,14 @@ def ranked(summary: Summary) -> list[str]:
     return sorted(costs, key=lambda name: (costs[name] is None, costs[name] or 0.0))
 
 
-def page(summary: Summary, seconds: Mapping[str, float | None], about: Mapping[str, Any], curve: Path) -> str:
+def page(summary: Summary, seconds: Mapping[str, float | None], about: Mapping[str, Any], curve: str) -> str:
     """The page.
 
     Args:
         summary: of all evaluations.
         seconds: of each policy at 95 % of the LLM's accuracy, over those of LLM-only decoding.
         about: how it was made.
-        curve: the picture.
+        curve: where the picture is, from the page.
     """
     models = summary["models"]
     seeds = ", ".join(map(str, about["seeds"]))

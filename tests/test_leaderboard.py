@@ -95,7 +95,7 @@ def test_a_small_leaderboard_writes_its_page_and_makes_no_run_twice(tmp_path):
         sys.executable, "-m", "experiments.leaderboard", f"hydra.run.dir={tmp_path / 'run'}",
         "agents=[citer_s,routellm_sw,r2r,entropy]", "first=citer_s", "seeds=[0]", "timings=1", "bootstrap=20",
         f"train={json.dumps(quick)}", *(f'+departures.{name}=["agent.examples=40"]' for name in
-        ("citer_s", "routellm_sw", "r2r")), f"target={tmp_path / 'PAGE.md'}", f"picture={tmp_path / 'curve.png'}",
+        ("citer_s", "routellm_sw", "r2r")), f"target={tmp_path / 'PAGE.md'}",
     ]  # fmt: skip
 
     def run():
@@ -106,7 +106,8 @@ def test_a_small_leaderboard_writes_its_page_and_makes_no_run_twice(tmp_path):
     page = run()
     for name in ("citer_s (1) *", "routellm_sw (1) *", "r2r (1) *", "entropy (1) |", "*oracle, per query*", "leader |"):
         assert name in page
-    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    assert "](PAGE.png)" in page
+    assert (tmp_path / "PAGE.png").stat().st_size > 10_000
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("runs/*/summary.json")}
     assert len(made) == 4
     (tmp_path / "PAGE.md").unlink()

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from agents.embeddings import SentenceEmbedder, SlmEmbedding, TextEmbedding
+from agents.embeddings import SentenceEmbedder, SentenceEmbedding, SlmEmbedding, TextEmbedding
 from agents.query import QueryLearner
 from envs.models import ModelPool
 from envs.queries import QueryOutcomes
@@ -193,7 +194,7 @@ def test_the_slm_embeds_a_query_by_its_state_after_it(pool):
         torch.testing.assert_close(state, hidden, atol=1e-4, rtol=1e-4)
 
 
-def test_a_query_longer_than_an_embedding_reads_is_named():
+def test_a_query_longer_than_an_embedding_reads_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"query 1 .*longer"):
         SlmEmbedding(capacity=16).fit([]).embed(["short", "longer " * 20])
 
@@ -206,6 +207,9 @@ def test_a_query_longer_than_an_embedding_reads_is_named():
         def encode(self, prompts, batch_size, show_progress_bar):
             return np.ones((len(prompts), 3))
 
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ValueError, match="citer-gym\\[sentences\\]"):
+        SentenceEmbedding().fit([])
     assert SentenceEmbedder(Network(), 8).embed(["a b", "c"]).shape == (2, 3)
     with pytest.raises(ValueError, match=r"query 1 .*has 5 tokens, the embedding reads 4"):
         SentenceEmbedder(Network(), 8).embed(["a b", "c d e f g"])
