@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -77,15 +78,44 @@ def load_policy(folder: Path, pool: ModelPool) -> Policy:
         raise ValueError(
             f"{folder} holds no readable {POLICY_FILE}; give the policy folder of a training run"
         ) from error
-    module, _, kind = name.rpartition(".")
-    # a file must not choose what is imported: policies live in this package
-    if not module.startswith("agents."):
-        raise ValueError(f"{folder}: {name} is not a policy of agents; load it with the class's own load")
     try:
-        saved: type[SavedPolicy] = getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{folder}: there is no policy {name}; was it renamed since?") from error
+        saved: type[SavedPolicy] = class_named(name, "policy")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     return saved.load(folder, pool)
+
+
+def class_name(kind: type) -> str:
+    """What a saved file calls a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def class_named(name: str, what: str) -> Any:
+    """The class of `agents` that a saved file names.
+
+    Args:
+        name: made by `class_name`.
+        what: the kind of class it should be, for errors.
+
+    Raises:
+        ValueError: it lies elsewhere, or is not there.
+    """
+    module, _, kind = name.rpartition(".")
+    # a file must not choose what is imported: what is saved lives in this package
+    if not module.startswith("agents."):
+        raise ValueError(f"{name} is not a {what} of agents; load it with the class's own load")
+    try:
+        return getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no {what} {name}; was it renamed since?") from error
+
+
+def weights_fingerprint(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """Tells policies with other weights apart, or with other settings, said in `about`."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in tensors.items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Learner(Protocol):

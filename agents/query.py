@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.policy import POLICY_FILE, Always, Track, untracked
+from agents.policy import POLICY_FILE, Always, Track, class_name, class_named, untracked, weights_fingerprint
 from agents.rollout import Scheduling, decode
 from envs.cache import IntArray
 from envs.costs import Bytes, FloatArray, Price
@@ -229,10 +227,8 @@ class QueryPolicy:
     @property
     def fingerprint(self) -> str:
         """Tells policies with other routers or thresholds apart."""
-        digest = hashlib.sha256(f"{class_name(type(self.router))} {self.threshold!r}".encode())
-        for name, tensor in self.router.tensors().items():
-            digest.update(name.encode() + tensor.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        about = f"{class_name(type(self.router))} {self.threshold!r}"
+        return weights_fingerprint(about, self.router.tensors())
 
     def slm_scores(self, embeddings: Tensor) -> Tensor:
         """Half of 1 + what the SLM is estimated to be better by, (n,), before the threshold is moved."""
@@ -267,22 +263,14 @@ class QueryPolicy:
         """
         try:
             settings: dict[str, Any] = json.loads((folder / POLICY_FILE).read_text())
-            module, _, kind = settings["router"].rpartition(".")
-            if not module.startswith("agents."):
-                raise ValueError(f"{settings['router']} is not a router of agents")
-            router: type[QueryRouter] = getattr(importlib.import_module(module), kind)
+            router: type[QueryRouter] = class_named(settings["router"], "router")
             tensors = load_file(folder / "router.safetensors")
-        except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(
                 f"{folder} holds no readable query router: {error}; train one with experiments.train"
             ) from error
         check_manifest(folder, settings, {"models": models_manifest(pool)}, ["models"])
         return cls(router.of_tensors(tuple(settings["names"]), tensors), settings["models"], settings["threshold"])
-
-
-def class_name(kind: type) -> str:
-    """Where a class is found."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class _FirstStates:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.networks import RouterNetwork
-from agents.policy import POLICY_FILE
+from agents.policy import POLICY_FILE, class_name, weights_fingerprint
 from envs.features import feature_width
 from envs.files import write_tensors, write_text
 from envs.manifest import models_manifest
@@ -47,10 +46,7 @@ class RouterPolicy:
     @property
     def fingerprint(self) -> str:
         """Tells routers with other weights apart."""
-        digest = hashlib.sha256(self.features.encode())
-        for name, value in self.network.state_dict().items():
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(self.features, self.network.state_dict())
 
     def score(self, observation: Observation) -> Tensor:
         return torch.sigmoid(self.network(observation.seen(self.features)))
@@ -58,7 +54,7 @@ class RouterPolicy:
     def save(self, folder: Path) -> None:
         """Write `router.safetensors` and `policy.json`."""
         write_tensors(folder / "router.safetensors", self.network.state_dict())
-        settings = {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.settings()}
+        settings = {"class": class_name(type(self)), **self.settings()}
         write_text(folder / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
 
     def settings(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from agents.policy import POLICY_FILE
+from agents.policy import POLICY_FILE, class_name
 from envs.costs import FloatArray
 from envs.features import feature_width
 from envs.files import write_tensors, write_text
@@ -245,7 +245,7 @@ class Sb3Policy:
             ValueError: the network was built with arguments that are no plain data, as one out of an archive may be.
         """
         settings = {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "class": class_name(type(self)),
             "models": self.models,
             "algorithm": self.algorithm,
             "features": self.features,

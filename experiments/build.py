@@ -62,6 +62,16 @@ def build(config: DictConfig, key: str) -> Any:
         raise ValueError(f"{key}: {cause if isinstance(cause, (ValueError, TypeError)) else error}") from error
 
 
+def prepare(config: DictConfig, folder: Path) -> None:
+    """What every run begins with: `config.yaml` in its folder, threads, and the seed of libraries."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    if config.get("threads"):
+        torch.set_num_threads(config.threads)
+    # libraries that draw from the global generators repeat too; our own code is given generators
+    torch.manual_seed(config.get("seed", 0))
+    np.random.seed(config.get("seed", 0))  # noqa: NPY002
+
+
 def program(name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable[[], None]]:
     """Turn `run(config, folder)` into a Hydra program configured by `conf/NAME.yaml`.
 
@@ -75,12 +85,7 @@ def program(name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable
     def decorate(run: Callable[[DictConfig, Path], Any]) -> Callable[[], None]:
         def hydra_run(config: DictConfig) -> Any:
             folder = Path(HydraConfig.get().runtime.output_dir)
-            write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            if config.get("threads"):
-                torch.set_num_threads(config.threads)
-            # libraries that draw from the global generators repeat too; our own code is given generators
-            torch.manual_seed(config.get("seed", 0))
-            np.random.seed(config.get("seed", 0))  # noqa: NPY002
+            prepare(config, folder)
             try:
                 return run(config, folder)
             except (ValueError, FloatingPointError, OSError) as error:

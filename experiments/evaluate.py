@@ -110,8 +110,11 @@ class _Recorder:
     def score(self, observation: Observation) -> Tensor:
         first = torch.from_numpy(observation.positions == 0)
         for name, policy in self.policies.items():
+            once = decides_once(policy)
+            if once and not first.any():
+                continue  # it is asked once a response
             scores = policy.score(observation).float().cpu()
-            self.scores[name].append(scores[first] if decides_once(policy) else scores)
+            self.scores[name].append(scores[first] if once else scores)
         return torch.ones(len(observation.positions))
 
 

@@ -24,7 +24,6 @@ from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from agents.policy import POLICY_FILE, Always, Policy, load_policy
 from agents.rollout import Episode, decode
 from envs.files import write_text
-from experiments.build import CONF, build, program, register_schemas
+from experiments.build import CONF, build, prepare, program, register_schemas
 from experiments.leaderboard_page import page, picture
 from experiments.limits import by_llm_alone
 from experiments.outcomes import Outcomes
@@ -128,9 +127,7 @@ def make(run: Run) -> str | None:
     with (run.folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             config = run.config()
-            write_text(run.folder / "config.yaml", OmegaConf.to_yaml(config))
-            torch.manual_seed(run.seed)
-            np.random.seed(run.seed)  # noqa: NPY002
+            prepare(config, run.folder)
             train(config, run.folder, run.agent)
         except Exception as error:  # whatever it is, the other runs go on
             logging.getLogger(__name__).exception("run failed")

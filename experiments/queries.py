@@ -287,7 +287,8 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
     outcomes = source.read(folder)
     check_split(outcomes, config)
     keys = ("outcomes", "embedding", "agents", "seed", "test_share", "unseen", "validation_queries")
-    about = {key: OmegaConf.to_container(config, resolve=True)[key] for key in keys}  # type: ignore[call-overload,index]
+    plain = OmegaConf.to_container(config, resolve=True)
+    about = {key: plain[key] for key in keys}  # type: ignore[call-overload,index]
     manifest = folder / "splits" / "manifest.json"
     if manifest.is_file():
         check_manifest(manifest, json.loads(manifest.read_text()), about)
@@ -298,7 +299,7 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
         agent.check(splits[0].routed, len(splits[0].known))
     routed: dict[str, list[Routed]] = {name: [] for name in (*agents, "oracle")}
     rows: list[dict[str, Any]] = []
-    with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "queries") as track:
+    with tracking.open(folder, plain, "queries") as track:
         for number, split in enumerate(tqdm(splits, desc="splits", leave=False)):
             path = folder / "splits" / f"{number:03d}.safetensors"
             if not path.is_file():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import string
+from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches the network
 # Models here are tiny: threads that wait for each other take longer, many times so where other work shares the cores.
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+import envs.files
 from envs.models import ModelPool
 
 torch.set_num_threads(1)
@@ -108,3 +110,29 @@ def task():
     from envs.tasks.arithmetic import ArithmeticTask
 
     return ArithmeticTask()
+
+
+class Interruption(BaseException):
+    pass
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch):
+    """A context that is broken off when its n-th file is about to be moved to its place."""
+
+    @contextmanager
+    def interrupted(moment):
+        replace, left = envs.files.os.replace, [moment]
+
+        def failing(source, target):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Interruption
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("envs.files.os.replace", failing)
+            with pytest.raises(Interruption):
+                yield
+
+    return interrupted

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-import envs.files
 from agents.collm import CoLlm, ReferenceTokens, candidate_etas, marginal_likelihood_loss, shifted
 from agents.networks import RouterNetwork
 from agents.policy import load_policy
@@ -235,25 +234,13 @@ def test_a_head_without_the_weak_start_differs(fitted, pool, task, tmp_path):
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 
-class Interruption(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("moment", [1, 3, 4, 7, 9])
-def test_an_interrupted_fit_goes_on_to_the_same_policy(fitted, pool, task, tmp_path, monkeypatch, moment):
+def test_an_interrupted_fit_goes_on_to_the_same_policy(
+    fitted, pool, task, tmp_path, monkeypatch, interrupted_at, moment
+):
     folder, policy, rows = fitted
-    replace, left = envs.files.os.replace, [moment]
-
-    def failing(source, target):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Interruption
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("envs.files.os.replace", failing)
-        with pytest.raises(Interruption):
-            CoLlm(**QUICK).fit(pool, task, seed=1, folder=tmp_path)
+    with interrupted_at(moment):
+        CoLlm(**QUICK).fit(pool, task, seed=1, folder=tmp_path)
     again, decoded = [], []
 
     def counted(*args, **kwargs):

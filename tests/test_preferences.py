@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 import agents.store
-import envs.files
 from agents.citer import Citer
 from agents.networks import RouterNetwork
 from agents.policy import Always
@@ -236,25 +235,11 @@ def test_what_is_finished_is_not_made_again(collected, pool, task, monkeypatch):
     assert same_weights(found, policy)
 
 
-class Interruption(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("moment", range(1, 22, 4))
-def test_an_interrupted_fit_ends_with_the_same_bytes(collected, pool, task, tmp_path, monkeypatch, moment):
+def test_an_interrupted_fit_ends_with_the_same_bytes(collected, pool, task, tmp_path, interrupted_at, moment):
     folder, policy, rows = collected
-    replace, left = envs.files.os.replace, [moment]
-
-    def failing(source, target):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Interruption
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("envs.files.os.replace", failing)
-        with pytest.raises(Interruption):
-            Citer(**QUICK).fit(pool, task, seed=1, folder=tmp_path)
+    with interrupted_at(moment):
+        Citer(**QUICK).fit(pool, task, seed=1, folder=tmp_path)
     again = []
     found = Citer(**QUICK).fit(pool, task, seed=1, track=again.append, folder=tmp_path)
     for number in (1, 2):
