@@ -37,10 +37,10 @@ format: $(STAMP) ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP) ## measure speed: prints one JSON object per suite
-	$(BIN)/python -m experiments.benchmark suite=decode
-	$(BIN)/python -m experiments.benchmark suite=env
-	$(BIN)/python -m experiments.benchmark suite=collect
-	$(BIN)/python -m experiments.benchmark suite=rl
+	$(BIN)/python -m experiments.speed suite=decode
+	$(BIN)/python -m experiments.speed suite=env
+	$(BIN)/python -m experiments.speed suite=collect
+	$(BIN)/python -m experiments.speed suite=rl
 
 benchmark: $(STAMP) ## train and compare all agents, three seeds each, and write BENCHMARK.md; goes on where it was
 	$(BIN)/python -m experiments.leaderboard target=BENCHMARK.md picture=experiments/assets/benchmark.png

@@ -9,15 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agents.policy import Policy, Track, untracked
-from agents.preferences import DROPPED, Collector, Labels, continuation_policy, shares
-from agents.rollout import Scheduling
-from agents.router import RouterPolicy
-from agents.store import COLUMNS, Columns, PreferenceStore, shard_ranges
-from agents.training import LabelledTokens, RouterTraining, fit_router
-from envs.features import feature_width
-from envs.manifest import check_manifest, models_manifest
-from envs.models import ModelPool
+from agents.common.policy import Policy, Track, untracked
+from agents.common.rollout import Scheduling
+from agents.heuristics import Always
+from agents.preferences.collector import PreferenceCollector
+from agents.preferences.labels import DROPPED, Labels, shares
+from agents.preferences.store import COLUMNS, Columns, PreferenceStore, shard_ranges
+from agents.router.dataset import LabelledTokens
+from agents.router.policy import RouterPolicy
+from agents.router.training import RouterTraining, fit_router
+from envs.decoding.observation import feature_width
+from envs.models.pool import ModelPool, models_manifest
+from envs.storage import check_manifest
 from envs.tasks.task import Task, first_training_example
 
 
@@ -84,7 +87,7 @@ class Citer:
             with tempfile.TemporaryDirectory(prefix="citer-") as temporary:
                 return self.fit(pool, task, seed, track, Path(temporary))
         rolls = self.labels.case_3 == "rollout"
-        collection = Collection(self, pool, task, seed)
+        collection = CiterRounds(self, pool, task, seed)
         first = collection.given() if self.preferences else collection.collect(folder / "round-1", None)
         columns = {name: first.column(name) for name in COLUMNS}
         policy: RouterPolicy | None = None
@@ -106,7 +109,7 @@ class Citer:
         self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = untracked
     ) -> PreferenceStore:
         """Collect the preferences of round 1 into `folder`, going on where an earlier run was interrupted."""
-        store = Collection(self, pool, task, seed).collect(folder, None)
+        store = CiterRounds(self, pool, task, seed).collect(folder, None)
         columns = {name: store.column(name) for name in COLUMNS}
         track({"run": "round 1", "tokens": len(columns["case"]), "skipped": store.skipped(), **shares(columns)})
         return store
@@ -136,7 +139,7 @@ class Citer:
         return RouterPolicy(network, models_manifest(pool), self.features, report)
 
 
-class Collection:
+class CiterRounds:
     """The preferences of one learner: which examples, in which shards, and what made them.
 
     Args:
@@ -151,14 +154,14 @@ class Collection:
         self.start = first_training_example(task, seed)
         self.examples = task.examples("train", settings.examples, start=self.start)
         self.parts = shard_ranges(len(self.examples), settings.shard_examples)
-        self._collector: Collector | None = None
+        self._collector: PreferenceCollector | None = None
 
     @property
-    def collector(self) -> Collector:
+    def collector(self) -> PreferenceCollector:
         """Made when it is first needed: it opens the models' caches."""
         if self._collector is None:
             settings = self.settings
-            self._collector = Collector(
+            self._collector = PreferenceCollector(
                 self.pool, self.task, self.examples, settings.max_new_tokens, settings.scheduling,
                 skip_too_long=settings.on_too_long == "skip",
             )  # fmt: skip
@@ -236,3 +239,10 @@ class Collection:
         columns = {name: values[where] for name, values in columns.items()}
         self.collector.redo(columns, labels, finisher, threshold)
         return columns
+
+
+def continuation_policy(continuation: str, previous: Policy | None) -> Policy:
+    """Who finishes rollouts: the SLM or the LLM alone, or the router of the round before (the SLM in round 1)."""
+    if continuation == "router" and previous is not None:
+        return previous
+    return Always(slm=continuation != "llm")

@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agents.networks import RouterNetwork
-from agents.policy import Track, untracked
-from agents.rollout import Scheduling, decode
-from agents.router import RouterPolicy
-from agents.training import LabelledTokens, RouterTraining, fit_router, predict
-from envs.cache import IntArray
-from envs.costs import WRITTEN, FloatArray
-from envs.files import write_text
-from envs.manifest import models_manifest
-from envs.models import ModelPool
-from envs.references import cases, check_end, encode, offsets, shape_that_fits
-from envs.session import check_fit, sequence_capacity
+from agents.common.policy import Track, untracked
+from agents.common.rollout import Scheduling, decode
+from agents.router.dataset import LabelledTokens
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
+from agents.router.training import RouterTraining, fit_router, predict
+from envs.arrays import FloatArray, IntArray
+from envs.costs import WRITTEN
+from envs.decoding.decoder import check_fit, sequence_capacity
+from envs.decoding.references import cases, check_end, encode, offsets, shape_that_fits
+from envs.decoding.teacher_forcing import TeacherSession
+from envs.models.pool import ModelPool, models_manifest
+from envs.storage import write_text
 from envs.tasks.task import Example, Task, first_training_example
-from envs.teacher import TeacherSession
 
 VALIDATION_START = 1000
 """The first validation problem for eta where problems are generated: evaluations set thresholds on earlier ones."""

@@ -12,17 +12,18 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from agents.policy import Policy
-from envs.cache import IntArray
-from envs.costs import ALL_COSTS, FloatArray, response_entries
-from envs.steps import since_at_each
+from agents.common.policy import Policy
+from envs.arrays import FloatArray, IntArray
+from envs.costs import ALL_COSTS, response_entries
+from envs.decoding.observation import since_at_each
+from envs.prefix_tree.expander import TreeExpander
+from envs.prefix_tree.tree import GOING_ON, TERMINATED, UNKNOWN, PrefixTree
+from envs.prefix_tree.tree_session import observation_at
 from envs.tasks.task import Example
-from envs.tree import GOING_ON, TERMINATED, UNKNOWN, Tree
-from envs.walk import Explorer, observation_at
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to.
 
     Attributes:
@@ -108,13 +109,13 @@ class Oracle:
 
     def search(
         self,
-        tree: Tree,
+        tree: PrefixTree,
         examples: Sequence[Example],
         starts: Sequence[int] | None = None,
         written: Sequence[npt.NDArray[np.int8]] | None = None,
         likely: Policy | None = None,
         label: str | None = "oracle",
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """Find the cheapest right answer to each of `examples`.
 
         Args:
@@ -137,7 +138,7 @@ class _Searches:
     def __init__(
         self,
         settings: Oracle,
-        tree: Tree,
+        tree: PrefixTree,
         examples: Sequence[Example],
         starts: Sequence[int] | None,
         written: Sequence[npt.NDArray[np.int8]] | None,
@@ -149,15 +150,15 @@ class _Searches:
         self.cost = next(cost for cost in ALL_COSTS if cost.name == settings.cost)
         self.examples, self.starts, self.written = examples, starts, written
         self.rows = min(settings.rows, settings.together * len(examples))
-        self.explorer = Explorer(tree, self.rows)
-        self.results: list[Found | None] = [None] * len(examples)
+        self.explorer = TreeExpander(tree, self.rows)
+        self.results: list[SearchResult | None] = [None] * len(examples)
         self.open: dict[int, _Search] = {}
         self.serving: dict[int, tuple[int, _Item]] = {}
         self.nodes = np.full(self.rows, UNKNOWN)
         self.actions = np.zeros(self.rows, dtype=np.int64)
         self.next = 0
 
-    def run(self, label: str | None) -> list[Found]:
+    def run(self, label: str | None) -> list[SearchResult]:
         with tqdm(total=len(self.examples), desc=label, disable=label is None, leave=False) as progress:
             while self.next < len(self.examples) or self.open:
                 self._close(progress)
@@ -288,7 +289,7 @@ class _Searches:
             solved = search.end != UNKNOWN
             end = search.end if solved else search.alone
             start = int(self.tree.depths[search.start])
-            self.results[number] = Found(
+            self.results[number] = SearchResult(
                 solved,
                 search.exhausted,
                 self.tree.path(end)[start:],

@@ -17,17 +17,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agents.networks import RouterNetwork
-from agents.policy import Always, Track, untracked
-from agents.preferences import Collector
-from agents.rollout import Scheduling, decode
-from agents.router import RouterPolicy
-from agents.store import COLUMNS, Columns, PreferenceStore, shard_ranges
-from agents.training import LabelledTokens, RouterTraining, fit_router
-from envs.manifest import models_manifest
-from envs.models import ModelPool
-from envs.session import check_fit, sequence_capacity
-from envs.steps import BoolArray, Observation
+from agents.common.policy import Track, untracked
+from agents.common.rollout import Scheduling, decode
+from agents.heuristics import Always
+from agents.preferences.collector import PreferenceCollector
+from agents.preferences.store import COLUMNS, Columns, PreferenceStore, shard_ranges
+from agents.router.dataset import LabelledTokens
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
+from agents.router.training import RouterTraining, fit_router
+from envs.arrays import BoolArray
+from envs.decoding.decoder import check_fit, sequence_capacity
+from envs.decoding.observation import Observation
+from envs.models.pool import ModelPool, models_manifest
 from envs.tasks.task import Example, Task, first_training_example
 
 SEEN = "hidden_top_logits_token"
@@ -192,9 +194,9 @@ class R2R:
     def collect(self, pool: ModelPool, task: Task, seed: int, folder: Path) -> PreferenceStore:
         """Walk and label the LLM's responses into `folder`, going on where an earlier run was interrupted.
 
-        The columns are those of `Collector.collect` with `label` and `round`; `llm_outcome` is the verdict on the LLM's
-        own response where the models differ. `features` are `hidden_and_top_logits`; the embeddings are looked up by
-        `slm_token`.
+        The columns are those of `PreferenceCollector.collect` with `label` and `round`; `llm_outcome` is the verdict on
+        the LLM's own response where the models differ. `features` are `hidden_and_top_logits`; the embeddings are
+        looked up by `slm_token`.
 
         Raises:
             ValueError: a prompt does not fit, or `folder` holds what other models or settings made.
@@ -234,7 +236,7 @@ class R2R:
         # would not write. What is left is rounding: where two of its logits are all but the same, the pass over the
         # whole response may prefer the other token. Then the SLM's is compared with that one, and the verdict stays
         # that on the response as it was written.
-        collector = Collector(
+        collector = PreferenceCollector(
             pool, task, examples, self.max_new_tokens, self.scheduling,
             responses=[episode.tokens for episode in episodes],
             view=partial(hidden_and_top_logits, count=self.top_logits),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +13,19 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policy import Track, untracked
-from agents.sb3_policy import CostWeights, Sb3Policy, algorithm_named
+from agents.common.policy import Track, untracked
+from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
+from agents.rl.cost_weights import CostWeights
+from agents.rl.sb3_policy import Sb3Policy
 from envs.costs import ALL_COSTS
-from envs.features import Features, check_features
-from envs.models import ModelPool
-from envs.rewards import OutcomeReward
+from envs.decoding.observation import Features, check_features
+from envs.environments.rewards import OutcomeReward
+from envs.models.pool import ModelPool
 from envs.tasks.task import FirstExamples, Task, first_training_example
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
+
 
 # Of the rollout that standardises inputs: about as long as a response, so that every part of one is seen.
 STATISTICS_STEPS = 64
@@ -31,7 +33,7 @@ ROWS_REPORTED = 50
 
 
 @dataclass(frozen=True)
-class Play:
+class EnvSettings:
     """What an environment is made with.
 
     Attributes:
@@ -49,23 +51,23 @@ class Play:
     arguments: dict[str, Any]
 
 
-def tree_environment(play: Play) -> VectorEnv:
+def tree_environment(play: EnvSettings) -> VectorEnv:
     """Every visited transition is remembered."""
-    from envs.tree_routing import TreeRoutingVectorEnv
+    from envs.environments.tree_routing import TreeRoutingVectorEnv
 
     return TreeRoutingVectorEnv(play.rows, task=play.task, reward=OutcomeReward(play.cost_weight), **play.arguments)
 
 
-def token_environment(play: Play) -> VectorEnv:
+def token_environment(play: EnvSettings) -> VectorEnv:
     """Every token is decoded."""
-    from envs.routing import RoutingVectorEnv
+    from envs.environments.token_routing import RoutingVectorEnv
 
     return RoutingVectorEnv(play.rows, task=play.task, reward=OutcomeReward(play.cost_weight), **play.arguments)
 
 
-def shortcut_environment(play: Play) -> VectorEnv:
+def shortcut_environment(play: EnvSettings) -> VectorEnv:
     """Reference solutions, teacher-forced."""
-    from envs.shortcut import ShortcutRoutingVectorEnv
+    from envs.environments.shortcut_routing import ShortcutRoutingVectorEnv
 
     return ShortcutRoutingVectorEnv(
         play.rows,
@@ -77,51 +79,9 @@ def shortcut_environment(play: Play) -> VectorEnv:
     )
 
 
-ENVIRONMENTS: dict[str, Callable[[Play], VectorEnv]] = {
+ENVIRONMENTS: dict[str, Callable[[EnvSettings], VectorEnv]] = {
     "tree": tree_environment, "token": token_environment, "shortcut": shortcut_environment
 }  # fmt: skip
-
-
-def _ppo(rows: int) -> dict[str, Any]:
-    # two minibatches an epoch: rewards at the end of an answer are noisy, and many small steps fit the noise
-    return {"n_steps": 32, "batch_size": 16 * rows, "n_epochs": 4, "gae_lambda": 0.99, "ent_coef": 0.001}
-
-
-def _a2c(rows: int) -> dict[str, Any]:
-    return {"n_steps": 16, "gae_lambda": 0.99, "normalize_advantage": True, "ent_coef": 0.001}
-
-
-def _dqn(rows: int) -> dict[str, Any]:
-    return {
-        "buffer_size": 100_000, "learning_starts": 16 * rows, "batch_size": 512, "train_freq": 1, "gradient_steps": 4,
-        "n_steps": 32, "tau": 0.05, "target_update_interval": rows, "exploration_fraction": 0.3,
-        "exploration_final_eps": 0.02,
-    }  # fmt: skip
-
-
-def _qrdqn(rows: int) -> dict[str, Any]:
-    return _dqn(rows) | {"policy_kwargs": {"n_quantiles": 25}}
-
-
-def _recurrent_ppo(rows: int) -> dict[str, Any]:
-    return _ppo(rows) | {"policy_kwargs": {"lstm_hidden_size": 64}}
-
-
-DEFAULTS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "ppo": _ppo, "a2c": _a2c, "dqn": _dqn, "qrdqn": _qrdqn, "recurrent_ppo": _recurrent_ppo
-}  # fmt: skip
-"""Arguments that suit many rows: Stable-Baselines3's own defaults are meant for one or eight."""
-
-OWN = {
-    "learning_rate": "lr", "gamma": "gamma", "net_arch": "net_arch", "seed": "the run's seed",
-    "env": "environment", "device": "the models' device",
-}  # fmt: skip
-"""Arguments that are settings of their own."""
-WITHHELD = {
-    "self", "policy", "verbose", "tensorboard_log", "_init_setup_model", "observation_space", "action_space",
-    "lr_schedule", "features_extractor_class", "features_extractor_kwargs",
-}  # fmt: skip
-"""Arguments that are the learner's business."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +98,7 @@ class StableBaselines:
         examples: training problems.
         cost_weight: the price of one LLM token, in right answers.
         cost: the cost model behind the reward, one of `envs.costs.ALL_COSTS`.
-        features: what the router sees, one of `envs.features.FEATURES`.
+        features: what the router sees, one of `envs.decoding.observation.FEATURES`.
         max_new_tokens: the longest response.
         net_arch: units of the hidden layers.
         lr: learning rate.
@@ -228,11 +188,11 @@ class StableBaselines:
         }
         problems = FirstExamples(task, self.examples, start=first_training_example(task, seed))
         weight = self.cost_weight if self.conditioned is None else 0.0
-        return ENVIRONMENTS[self.environment](Play(self.num_envs, problems, self.examples, weight, arguments))
+        return ENVIRONMENTS[self.environment](EnvSettings(self.num_envs, problems, self.examples, weight, arguments))
 
     def constructor_arguments(self, rows: int, mean: Tensor, deviation: Tensor) -> dict[str, Any]:
         """Arguments of the algorithm's class, for so many rows and inputs of these statistics, (width,) each."""
-        from agents.sb3_bridge import Standardised
+        from agents.rl.inputs import Standardised
 
         defaults, given = DEFAULTS[self.algorithm](rows), plain(self.arguments)
         network = (
@@ -258,20 +218,6 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def check_arguments(given: Mapping[str, Any], kind: Callable[..., object], where: str) -> None:
-    """Refuse arguments that a class does not take, or that are settings of their own.
-
-    Raises:
-        ValueError: the error names them, and those there are.
-    """
-    known = [name for name in inspect.signature(kind).parameters if name not in WITHHELD | set(OWN)]
-    for name in given:
-        if name in OWN:
-            raise ValueError(f"{where}: {name} has a place of its own: {OWN[name]}")
-        if name not in known:
-            raise ValueError(f"{where}: {kind.__name__} takes no {name!r} here; it takes {', '.join(known)}")
-
-
 def train(
     environment: VectorEnv, settings: StableBaselines, seed: int, track: Track, device: torch.device
 ) -> BaseAlgorithm:
@@ -292,7 +238,9 @@ def train(
     """
     from stable_baselines3.common.logger import Logger
 
-    from agents.sb3_bridge import Reporting, Rows, VectorEnvBridge, input_statistics, random_state_kept, threads
+    from agents.rl.inputs import input_statistics
+    from agents.rl.sb3_extensions import Reporting, Rows, random_state_kept
+    from agents.rl.vec_env import VectorEnvBridge, threads
 
     algorithm = algorithm_named(settings.algorithm)
     bridge = VectorEnvBridge(environment, settings.conditioned, settings.bootstrap)

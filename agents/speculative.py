@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from agents.rollout import Episode, Scheduling
-from envs.cache import IntArray
+from agents.common.rollout import Episode, Scheduling
+from envs.arrays import IntArray
 from envs.costs import COLUMNS
-from envs.models import ModelPool
+from envs.decoding.teacher_forcing import TeacherSession
+from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
-from envs.teacher import TeacherSession
 
 
 def speculate(

@@ -19,19 +19,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.citer import Citer
-from agents.expert import Expert
-from agents.networks import RouterNetwork
-from agents.policy import Track, load_policy, untracked
-from agents.preferences import Labels
-from agents.router import RouterPolicy
-from envs.cache import IntArray
-from envs.costs import FloatArray
-from envs.features import check_features, feature_width
-from envs.manifest import models_manifest
-from envs.models import ModelPool
+from agents.common.policy import Track, load_policy, untracked
+from agents.distillation import OracleDistillation
+from agents.preferences.labels import Labels
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
+from envs.arrays import FloatArray, IntArray
+from envs.decoding.observation import check_features, feature_width
+from envs.models.pool import ModelPool, models_manifest
+from envs.prefix_tree.expander import TreeExpander
+from envs.prefix_tree.tree import GOING_ON, PrefixTree
+from envs.prefix_tree.tree_session import observation_at
 from envs.tasks.task import Example, Task, first_training_example
-from envs.tree import GOING_ON, Tree
-from envs.walk import Explorer, observation_at
 
 
 def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ class Tapo:
         epochs: passes over an iteration's branchings.
         batch_size: branchings a step.
         lr: of Adam.
-        features: what a router from scratch sees, one of `envs.features.FEATURES`.
+        features: what a router from scratch sees, one of `envs.decoding.observation.FEATURES`.
         max_new_tokens: the longest response.
         memory: bytes of the replay tree.
         rows: answers in flight.
@@ -74,7 +73,7 @@ class Tapo:
     start: Literal["citer", "expert", "scratch"] = "citer"
     policy: str | None = None
     citer: Citer = field(default_factory=lambda: Citer(features="hidden_logits", labels=Labels(on_agreement="slm")))
-    expert: Expert = field(default_factory=Expert)
+    expert: OracleDistillation = field(default_factory=OracleDistillation)
     examples: int | None = 2000
     iterations: int = 20
     batch: int = 256
@@ -110,7 +109,7 @@ class Tapo:
     ) -> RouterPolicy:
         begun = self._begin(pool, task, seed, track, folder)
         examples = task.examples("train", self.examples, start=first_training_example(task, seed))
-        tree = Tree(pool, task, self.max_new_tokens, self.memory)
+        tree = PrefixTree(pool, task, self.max_new_tokens, self.memory)
         run = _Run(self, tree, examples, begun, seed)
         with tqdm(total=self.iterations, desc="tapo", leave=False) as progress:
             for number in range(self.iterations):
@@ -143,11 +142,13 @@ class Tapo:
 class _Run:
     """One training run."""
 
-    def __init__(self, settings: Tapo, tree: Tree, examples: Sequence[Example], begun: RouterPolicy, seed: int) -> None:
+    def __init__(
+        self, settings: Tapo, tree: PrefixTree, examples: Sequence[Example], begun: RouterPolicy, seed: int
+    ) -> None:
         self.settings, self.tree, self.examples = settings, tree, examples
         self.features = begun.features
         self.network = begun.network.eval().requires_grad_(True)
-        self.explorer = Explorer(tree, settings.rows)
+        self.explorer = TreeExpander(tree, settings.rows)
         self.rng = np.random.default_rng([seed, 1])
         self.llm = len(tree.pool) - 1
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)

@@ -8,16 +8,16 @@ from gymnasium.envs.registration import register
 
 register(
     id="citer/TokenRouting-v0",
-    entry_point="envs.routing:RoutingEnv",
-    vector_entry_point="envs.routing:RoutingVectorEnv",
+    entry_point="envs.environments.token_routing:RoutingEnv",
+    vector_entry_point="envs.environments.token_routing:RoutingVectorEnv",
 )
 register(
     id="citer/ShortcutRouting-v0",
-    entry_point="envs.shortcut:ShortcutRoutingEnv",
-    vector_entry_point="envs.shortcut:ShortcutRoutingVectorEnv",
+    entry_point="envs.environments.shortcut_routing:ShortcutRoutingEnv",
+    vector_entry_point="envs.environments.shortcut_routing:ShortcutRoutingVectorEnv",
 )
 register(
     id="citer/TreeRouting-v0",
-    entry_point="envs.tree_routing:TreeRoutingEnv",
-    vector_entry_point="envs.tree_routing:TreeRoutingVectorEnv",
+    entry_point="envs.environments.tree_routing:TreeRoutingEnv",
+    vector_entry_point="envs.environments.tree_routing:TreeRoutingVectorEnv",
 )

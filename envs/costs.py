@@ -24,9 +24,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from envs.cache import IntArray
+from envs.arrays import FloatArray, IntArray
 
-FloatArray = npt.NDArray[np.float64]
 PASSES, READ, CONTEXT, PAIRS, WRITTEN, SECONDS = range(6)
 COLUMNS = 6
 
@@ -138,7 +137,7 @@ class CostModel(ABC):
 
 
 @dataclass(frozen=True)
-class Bytes(CostModel):
+class MemoryTraffic(CostModel):
     """Memory traffic at batch 1, in bytes (the measure of the CITER paper).
 
     A pass reads the weights it uses once (the rows of an untied embedding table are not counted), reads the keys and
@@ -228,7 +227,7 @@ class Dollars(CostModel):
         return rates
 
 
-ALL_COSTS: tuple[CostModel, ...] = (Bytes(), Flops(), LlmTokens(), Seconds(), Dollars())
+ALL_COSTS: tuple[CostModel, ...] = (MemoryTraffic(), Flops(), LlmTokens(), Seconds(), Dollars())
 
 
 @dataclass(frozen=True)

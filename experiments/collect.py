@@ -15,8 +15,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from agents.citer import Citer
-from envs.files import write_text
-from experiments.build import build, program
+from envs.storage import write_text
+from experiments.common.config import build, program
 
 
 @program("collect")

@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from envs.files import write_text
+from envs.storage import write_text
 from envs.tasks.arithmetic import LEVELS, OPERATIONS, ArithmeticTask
-from experiments.build import program
+from experiments.common.config import program
 
 SECOND_CYCLE_FROM = 500_000
 END, PAD = "<|end|>", "<|pad|>"

@@ -14,236 +14,26 @@ folder (`hydra.run.dir=...`), a run goes on after the last split that is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 
-from agents.embeddings import Embedding
-from agents.policy import Track
-from agents.query import EmbeddedQueries, QueryLearner, choose
-from envs.cache import IntArray
-from envs.costs import FloatArray
-from envs.files import write_tensors, write_text
-from envs.manifest import check_manifest
-from envs.queries import QueryOutcomes
-from experiments.build import build, program
-from experiments.metrics import Sweep, area, bootstrap, finite, measures, over_seeds
-from experiments.present import markdown, plot_curves, query_table
-from experiments.summary import BAND_SAMPLES, band, mean_curve
+from agents.query_routing.learner import QueryLearner
+from envs.storage import check_manifest, write_tensors, write_text
+from experiments.common.config import build, program
+from experiments.evaluation.metrics import finite
+from experiments.query_routing.splits import Routed, Split, check_split, route_split
+from experiments.query_routing.summary import measured, summarize_queries
+from experiments.reporting.figures import plot_curves
+from experiments.reporting.tables import markdown, query_table
 
-SWEEP = 64
-"""Cost weights on a curve."""
 AXIS = "cost, from the cheapest model's (0) to the most accurate one's (1)"
-
-
-@dataclass(frozen=True)
-class Split:
-    """One random split.
-
-    Attributes:
-        train: queries agents are fitted on, (a,).
-        known: queries of the validation pass, (b,); the training queries where no model is withheld.
-        test: queries that are routed, (c,).
-        seen: the training models.
-        routed: the models to route among.
-    """
-
-    train: IntArray
-    known: IntArray
-    test: IntArray
-    seen: tuple[str, ...]
-    routed: tuple[str, ...]
-
-    @classmethod
-    def draw(cls, outcomes: QueryOutcomes, settings: DictConfig, number: int) -> Split:
-        """Split `number`: a function of the seed and the number alone."""
-        rng = np.random.default_rng([settings.seed, number])
-        order = rng.permutation(len(outcomes))
-        test, rest = np.split(order, [round(settings.test_share * len(order))])
-        models = outcomes.models
-        if not settings.unseen:
-            return cls(np.sort(rest), np.sort(rest), np.sort(test), models, models)
-        unseen = set(rng.permutation(len(models))[: settings.unseen].tolist())
-        known, train = np.split(rest, [settings.validation_queries])
-        return cls(
-            np.sort(train), np.sort(known), np.sort(test),
-            tuple(model for number, model in enumerate(models) if number not in unseen),
-            tuple(model for number, model in enumerate(models) if number in unseen),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What one agent chose in one split.
-
-    Attributes:
-        choices: the model chosen for each test query at each cost weight, (SWEEP, queries).
-    """
-
-    choices: npt.NDArray[np.int8]
-
-    def sweep(self, test: QueryOutcomes) -> Sweep:
-        """Its curve, between the cheapest model alone and the most accurate one, which every agent can fall back on."""
-        best = int(test.correct.mean(0).argmax())
-        queries = np.arange(len(test))
-        choices = np.concatenate(
-            [np.zeros((1, len(test)), dtype=np.int64), self.choices, np.full((1, len(test)), best)], dtype=np.int64
-        )
-        return Sweep(test.correct[queries, choices], test.costs[queries, choices])
-
-    def calls(self, test: QueryOutcomes) -> Sweep | None:
-        """The same between two models, a call of the dearer one counted as 1; None where there are more."""
-        if len(test.models) > 2:
-            return None
-        priced = np.broadcast_to([1e-12, 1.0], test.costs.shape)
-        return self.sweep(replace(test, costs=priced))
-
-
-def cost_weights(errors: Tensor, costs: FloatArray) -> FloatArray:
-    """Cost weights that cover a curve evenly, (SWEEP,): quantiles of those at which a choice between two models turns.
-
-    Args:
-        errors: estimated for some queries, (n, models).
-        costs: of an answer by each model, (models,).
-    """
-    estimated = errors.double().numpy()
-    first, second = np.triu_indices(len(costs), 1)
-    # models that cost all but the same are told apart by their errors, whatever a unit of cost is worth
-    apart = costs[second] - costs[first] > 0.01 * costs.max()
-    first, second = first[apart], second[apart]
-    turns = (estimated[:, first] - estimated[:, second]) / (costs[second] - costs[first])
-    return np.quantile(turns, np.linspace(0, 1, SWEEP)) if turns.size else np.zeros(SWEEP)
-
-
-def route(errors: Tensor, costs: FloatArray) -> npt.NDArray[np.int8]:
-    """Choices at every cost weight, (SWEEP, n)."""
-    relative = costs / costs.max()
-    weights = cost_weights(errors, relative)
-    return np.stack([choose(errors, relative, float(weight)) for weight in weights]).astype(np.int8)
-
-
-def embedded(outcomes: QueryOutcomes, embeddings: Tensor, rows: IntArray, models: Sequence[str]) -> EmbeddedQueries:
-    """Some queries and models, as agents see them."""
-    part = outcomes.of(models).rows(rows)
-    return EmbeddedQueries.of_outcomes(part, embeddings[torch.from_numpy(rows)])
-
-
-def route_split(
-    outcomes: QueryOutcomes,
-    split: Split,
-    embedding: Embedding,
-    agents: Mapping[str, QueryLearner],
-    seed: int,
-    track: Track,
-) -> dict[str, Routed]:
-    """What every agent, and the oracle that knows the outcomes, chooses in one split."""
-    embedder = embedding.fit([outcomes.prompts[i] for i in split.train], seed)
-    embeddings = embedder.embed(outcomes.prompts)
-    train = embedded(outcomes, embeddings, split.train, split.seen)
-    known = embedded(outcomes, embeddings, split.known, split.routed)
-    test = embedded(outcomes, embeddings, split.test, split.routed)
-    found = {}
-    for name, agent in agents.items():
-        router = agent.fit_queries(train, known, seed, track)
-        found[name] = Routed(route(router.errors(test.embeddings), known.costs))
-    found["oracle"] = Routed(route(torch.from_numpy(1.0 - test.correct), known.costs))
-    return found
-
-
-def measured(sweep: Sweep, calls: Sweep | None, weights: FloatArray) -> dict[str, float]:
-    """`experiments.metrics.measures` of one agent in one split.
-
-    Also area_above_random: of the deferral curve above the line between the two ends. peak_accuracy: the best the agent
-    itself reaches at any cost weight.
-    """
-    points = sweep.points(weights)
-    found = measures(sweep, calls, weights)
-    low, high = points[0][0], points[-1][0]
-    line = area(points[[0, -1]], low, high) if high > low else float("nan")
-    found["area_above_random"] = (found["deferral_area"] - line) / (high - low) if high > low else float("nan")
-    found["peak_accuracy"] = float(points[1:-1, 1].max())
-    return found
-
-
-def summarize_queries(
-    name: str,
-    outcomes: QueryOutcomes,
-    splits: Sequence[Split],
-    routed: Mapping[str, Sequence[Routed]],
-    first: str,
-    samples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """The contents of `summary.json`: measures with 95 % intervals over splits and test queries, and comparisons."""
-    tests = [outcomes.of(split.routed).rows(split.test) for split in splits]
-    count = len(tests[0])
-    even = np.full(count, 1 / count)
-    sweeps = {key: [one.sweep(test) for one, test in zip(some, tests, strict=True)] for key, some in routed.items()}
-    calls = {key: [one.calls(test) for one, test in zip(some, tests, strict=True)] for key, some in routed.items()}
-
-    def statistic(number: int, weights: FloatArray) -> dict[str, float]:
-        found = {key: measured(sweeps[key][number], calls[key][number], weights) for key in routed}
-        own = {f"{key} {measure}": value for key in routed for measure, value in found[key].items()}
-        less = {
-            f"{key} less {measure}": value - found[first][measure]
-            for key in routed
-            for measure, value in found[key].items()
-        }
-        return own | less
-
-    values = over_seeds(statistic, range(len(splits)), even)
-    # one resampling for all: what is compared is paired
-    intervals = bootstrap(statistic, len(splits), count, samples, seed)
-
-    def named(prefix: str) -> dict[str, dict[str, Any]]:
-        measures_of = [name.removeprefix(prefix) for name in values if name.startswith(prefix)]
-        return {
-            measure: {"value": finite(values[prefix + measure]), "interval": intervals[prefix + measure]}
-            for measure in measures_of
-            if " " not in measure
-        }
-
-    # the pools of the splits cost differently: their curves are laid over each other by their ends
-    above_cheapest = {
-        key: [replace(sweep, costs=sweep.costs - sweep.costs[0]) for sweep in some] for key, some in sweeps.items()
-    }
-    policies = {
-        key: {
-            "trained": True,
-            "measures": named(f"{key} "),
-            f"less_{first}": named(f"{key} less "),
-            "curve": mean_curve(above_cheapest[key], even),
-            "band": band(above_cheapest[key], min(samples, BAND_SAMPLES), seed),
-        }
-        for key in routed
-    }
-    accuracies = np.mean([sweep.points(even)[[0, -1], 1] for sweep in sweeps[first]], axis=0)
-    return {
-        "task": name,
-        "pool": list(outcomes.models),
-        "accuracy": dict(zip(outcomes.models, outcomes.correct.mean(0).tolist(), strict=True)),
-        "price": dict(zip(outcomes.models, outcomes.costs.mean(0).tolist(), strict=True)),
-        "split": "test",
-        "splits": len(splits),
-        "examples": count,
-        "first": first,
-        "models": {
-            key: {"cost": cost, "accuracy": float(accuracy)}
-            for key, cost, accuracy in zip(("slm", "llm"), (0.0, 1.0), accuracies, strict=True)
-        },
-        "limits": {"oracle": {"curve": policies["oracle"]["curve"]}},
-        "policies": policies,
-    }
 
 
 def check(config: DictConfig) -> None:
@@ -257,22 +47,6 @@ def check(config: DictConfig) -> None:
         raise ValueError("nothing to compare: name agents (+agent@agents.NAME=...)")
     if config.first not in config.agents:
         raise ValueError(f"first is {config.first!r}, the agents are {', '.join(config.agents)}; choose one of them")
-
-
-def check_split(outcomes: QueryOutcomes, config: DictConfig) -> None:
-    """Refuse splits that leave too few models or queries."""
-    models = len(outcomes.models)
-    if config.unseen and not 2 <= config.unseen <= models - 2:
-        raise ValueError(
-            f"unseen must be 0, or leave at least two models on either side; it is {config.unseen} of {models} "
-            f"({', '.join(outcomes.models)})"
-        )
-    left = len(outcomes) - round(config.test_share * len(outcomes)) - bool(config.unseen) * config.validation_queries
-    if left < 2 or round(config.test_share * len(outcomes)) < 1:
-        raise ValueError(
-            f"of {len(outcomes)} queries, a test_share of {config.test_share} and {config.validation_queries} "
-            f"validation_queries leave {left} to train on; lower them"
-        )
 
 
 def compare(config: DictConfig, folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-import envs.files
-from envs.models import ModelPool
+import envs.storage
+from envs.models.loading import load_pool
 
 torch.set_num_threads(1)
 CHARACTERS = string.printable[:95]
@@ -88,7 +88,7 @@ def folders(save_model):
 @pytest.fixture(scope="session")
 def pools(folders):
     return {
-        name: ModelPool.load([str(folders[m]) for m in members], dtype="float32", verbose=False)
+        name: load_pool([str(folders[m]) for m in members], dtype="float32", verbose=False)
         for name, members in POOLS.items()
     }
 
@@ -100,7 +100,7 @@ def tiny_pool(pools):
 
 @pytest.fixture(scope="session")
 def pool():
-    from envs.embedded import embedded_pool
+    from envs.models.loading import embedded_pool
 
     return embedded_pool()
 
@@ -122,7 +122,7 @@ def interrupted_at(monkeypatch):
 
     @contextmanager
     def interrupted(moment):
-        replace, left = envs.files.os.replace, [moment]
+        replace, left = envs.storage.os.replace, [moment]
 
         def failing(source, target):
             left[0] -= 1
@@ -131,7 +131,7 @@ def interrupted_at(monkeypatch):
             replace(source, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr("envs.files.os.replace", failing)
+            patch.setattr("envs.storage.os.replace", failing)
             with pytest.raises(Interruption):
                 yield
 

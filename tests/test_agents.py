@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from agents.citer import Citer
-from agents.networks import RouterNetwork
-from agents.policy import Always, Random, load_policy
-from agents.preferences import Collector
-from agents.rollout import Scheduling, decode
-from agents.router import RouterPolicy
-from agents.training import LabelledTokens, RouterTraining, fit_router, held_out_rows, preference_loss
-from agents.uncertainty import Uncertainty
+from agents.common.policy import load_policy
+from agents.common.rollout import Scheduling, decode
+from agents.heuristics import Always, Random, Uncertainty
+from agents.preferences.collector import PreferenceCollector
+from agents.router.dataset import LabelledTokens, held_out_rows, preference_loss
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
+from agents.router.training import RouterTraining, fit_router
 from envs.costs import READ, WRITTEN
-from envs.steps import Observation
+from envs.decoding.observation import Observation
 from envs.tasks.task import Example
-from experiments.build import CONF, build, register_schemas
+from experiments.common.config import CONF, build, register_schemas
 
 AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
 QUICK = {
@@ -156,7 +157,7 @@ def test_the_best_epoch_is_kept_not_the_last(monkeypatch):
         snapshots.append({key: value.clone() for key, value in network.state_dict().items()})
         return next(losses)
 
-    monkeypatch.setattr("agents.training.evaluate_loss", fake)
+    monkeypatch.setattr("agents.router.training.evaluate_loss", fake)
     network = train(*toy_data(), epochs=3)
     assert all(torch.equal(value, snapshots[1][key]) for key, value in network.state_dict().items())
     assert not all(torch.equal(snapshots[2][key], snapshots[1][key]) for key in snapshots[1])
@@ -164,7 +165,9 @@ def test_the_best_epoch_is_kept_not_the_last(monkeypatch):
 
 def test_no_example_is_on_both_sides_of_the_split(monkeypatch):
     seen = {}
-    monkeypatch.setattr("agents.training.held_out_rows", lambda *args: seen.setdefault("mask", held_out_rows(*args)))
+    monkeypatch.setattr(
+        "agents.router.training.held_out_rows", lambda *args: seen.setdefault("mask", held_out_rows(*args))
+    )
     hidden, labels, examples = toy_data()
     train(hidden, labels, examples, epochs=1)
     assert not set(examples[seen["mask"]]) & set(examples[~seen["mask"]])
@@ -199,7 +202,7 @@ def test_bad_labels_and_settings_are_named(pool, task):
     with pytest.raises(ValueError, match="example task/long has a prompt"):
         decode(pool, task, [*task.examples("test", 2), long], Always())
     with pytest.raises(ValueError, match="task/long"):
-        Collector(pool, task, [long])
+        PreferenceCollector(pool, task, [long])
 
 
 def test_a_saved_policy_for_other_models_is_refused(pool, tmp_path):

@@ -5,16 +5,17 @@ import pytest
 import torch
 
 from agents.collm import CoLlm, ReferenceTokens, candidate_etas, marginal_likelihood_loss, shifted
-from agents.networks import RouterNetwork
-from agents.policy import load_policy
-from agents.rollout import Scheduling, decode
-from agents.router import RouterPolicy
-from agents.training import LabelledTokens, RouterTraining, fit_router
+from agents.common.policy import load_policy
+from agents.common.rollout import Scheduling, decode
+from agents.router.dataset import LabelledTokens
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
+from agents.router.training import RouterTraining, fit_router
 from envs.costs import WRITTEN
-from envs.steps import Observation
+from envs.decoding.observation import Observation
+from envs.decoding.teacher_forcing import TeacherSession
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples
-from envs.teacher import TeacherSession
 
 QUICK = {
     "examples": 24,
@@ -74,7 +75,7 @@ def test_the_loss_stays_finite_where_the_plain_formula_does_not():
 def test_log_probabilities_equal_a_plain_forward_pass(pools, family, monkeypatch):
     pool, rng = pools[family], np.random.default_rng(3)
     # few logits at once, so that rows are read in several passes
-    monkeypatch.setattr("envs.teacher.LOGITS_AT_ONCE", 60 * pool.vocab_size)
+    monkeypatch.setattr("envs.decoding.teacher_forcing.LOGITS_AT_ONCE", 60 * pool.vocab_size)
     session = TeacherSession(pool, rows=4, max_new_tokens=16, capacity=40)
     prompts = [rng.integers(2, 96, count) for count in (5, 1, 12, 7)]
     responses = [rng.integers(2, 96, count) for count in (16, 1, 9, 4)]
@@ -285,7 +286,7 @@ def test_bad_settings_are_named():
 
 
 def test_bad_input_is_named_before_any_model_runs(pool, task, monkeypatch):
-    monkeypatch.setattr("envs.models.LanguageModel.feed", None)
+    monkeypatch.setattr("envs.models.language_model.LanguageModel.feed", None)
     with pytest.raises(ValueError, match="validation_examples is 6, arithmetic has 5"):
         CoLlm(**QUICK | {"examples": 5}).fit(pool, FirstExamples(task, 5))
     with pytest.raises(ValueError, match="example validation/long has a prompt"):
@@ -295,6 +296,8 @@ def test_bad_input_is_named_before_any_model_runs(pool, task, monkeypatch):
 
 
 def test_a_reference_a_model_finds_impossible_is_named(pool, task, monkeypatch):
-    monkeypatch.setattr("envs.teacher.log_probability", lambda logits, tokens: np.full(len(tokens), -np.inf))
+    monkeypatch.setattr(
+        "envs.decoding.teacher_forcing.log_probability", lambda logits, tokens: np.full(len(tokens), -np.inf)
+    )
     with pytest.raises(FloatingPointError, match=r"example \S+: a model gives a token of its reference no probability"):
         CoLlm(**QUICK).fit(pool, task)

@@ -11,10 +11,10 @@ from envs.costs import (
     READ,
     SECONDS,
     WRITTEN,
-    Bytes,
     Dollars,
     Flops,
     LlmTokens,
+    MemoryTraffic,
     ModelProfile,
     Price,
     Seconds,
@@ -44,7 +44,7 @@ def test_an_entry_says_what_a_pass_did():
     ("cost", "prompt_pass", "slm_step", "catch_up_step", "episode"),
     [
         # weights: 2,000 bytes for the SLM, 20,000 for the LLM; keys and values: 10 or 100 bytes a token
-        (Bytes(), 2_050, 2_060, 2_080 + 20_700, 12_450 + 41_600),
+        (MemoryTraffic(), 2_050, 2_060, 2_080 + 20_700, 12_450 + 41_600),
         # 1,600 or 16,000 for each token read, 400 or 4,000 a pass, 20 or 200 a pair
         (Flops(), 8_700, 2_120, 2_160 + 121_600, 19_500 + 161_000),
         (LlmTokens(), 0, 0, 1, 2),
@@ -64,7 +64,13 @@ def test_costs_equal_hand_counts(cost, prompt_pass, slm_step, catch_up_step, epi
 
 @pytest.mark.parametrize(
     ("cost", "expected"),
-    [(Bytes(), 20_100), (Flops(), 20_200), (LlmTokens(), 1), (Seconds(), 1), (Dollars([1, 10], [2, 30]), 40e-6)],
+    [
+        (MemoryTraffic(), 20_100),
+        (Flops(), 20_200),
+        (LlmTokens(), 1),
+        (Seconds(), 1),
+        (Dollars([1, 10], [2, 30]), 40e-6),
+    ],
 )
 def test_the_cost_of_one_llm_token_equals_hand_counts(cost, expected):
     assert cost.per_llm_token(POOL) == pytest.approx(expected, rel=1e-12)
@@ -107,4 +113,4 @@ def test_prices_that_do_not_fit_the_pool_are_refused(cost, named):
 
 def test_two_costs_of_one_name_are_refused():
     with pytest.raises(ValueError, match="cost models share a name: bytes, dollars, dollars"):
-        Price(POOL, [Bytes(), Dollars(), Dollars([1, 1], [2, 2])])
+        Price(POOL, [MemoryTraffic(), Dollars(), Dollars([1, 1], [2, 2])])

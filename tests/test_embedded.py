@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pytest
 
-from agents.policy import Always
-from agents.rollout import decode
-from envs.embedded import EMBEDDED, WEIGHTS, embedded_folder, embedded_pool
-from envs.models import ModelPool
+from agents.common.rollout import decode
+from agents.heuristics import Always
+from envs.models.embedded import EMBEDDED, WEIGHTS, embedded_folder
+from envs.models.loading import embedded_pool, load_pool
 from envs.tasks.arithmetic import ArithmeticTask
-from experiments.build import CONF
+from experiments.common.config import CONF
 from experiments.pretrain import Recipe, packed_batches, pretrain, train_tokenizer
 
 
@@ -75,7 +75,7 @@ def test_a_recipe_makes_a_model_that_loads(small_tokenizer, tmp_path, monkeypatc
     report = pretrain("tiny", recipe, ArithmeticTask(), small_tokenizer, seed=0, folder=tmp_path)
     assert np.isfinite(report["loss"])
     folder = str(tmp_path / "tiny")
-    pool = ModelPool.load([folder, folder], dtype="float32")
+    pool = load_pool([folder, folder], dtype="float32")
     assert pool.slm.width == 32
 
 
@@ -89,6 +89,6 @@ def test_the_recipe_learns_the_task(tmp_path):
     report = pretrain(
         "slm", Recipe(**config.recipes.slm), ArithmeticTask(), embedded_pool().tokenizer, config.seed, tmp_path
     )
-    pool = ModelPool.load([str(tmp_path / "slm"), EMBEDDED[1]], dtype="float32")
+    pool = load_pool([str(tmp_path / "slm"), EMBEDDED[1]], dtype="float32")
     assert report["loss"] < 0.3
     assert accuracy(pool, slm=True, count=400) > 0.05

@@ -8,23 +8,22 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from agents.networks import RouterNetwork
-from agents.policy import Random
-from agents.rollout import Scheduling
-from agents.router import RouterPolicy
-from agents.uncertainty import Uncertainty
-from envs.embedded import embedded_pool
-from envs.manifest import models_manifest
+from agents.common.rollout import Scheduling
+from agents.heuristics import Random, Uncertainty
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
+from envs.models.loading import embedded_pool
+from envs.models.pool import models_manifest
 from envs.tasks.arithmetic import ArithmeticTask
-from experiments.build import CONF, build, register_schemas
-from experiments.evaluate import Evaluation, evaluate
-from experiments.metrics import Sweep, accuracy_at, bootstrap, comparison, cost_at, measures, monotone_hull
-from experiments.outcomes import Outcomes
-from experiments.report import gather
-from experiments.track import Tracker
+from experiments.common.config import CONF, build, register_schemas
+from experiments.common.tracking import Tracker
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.merge import gather
+from experiments.evaluation.metrics import Sweep, accuracy_at, bootstrap, comparison, cost_at, measures, monotone_hull
+from experiments.evaluation.runner import Evaluation, evaluate
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train", "collect", "evaluate", "queries", "leaderboard", "benchmark", "pretrain")
+SCRIPTS = ("train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
 QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
 
 
@@ -112,7 +111,7 @@ def test_a_policy_pays_for_its_own_parameters():
     evaluation = Evaluation(pool, task, task.examples("test", 2), 128, Scheduling(rows=2))
     policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), models_manifest(pool))
     run = evaluation.run(policy, 0.5, "router")
-    paid, unpaid = Outcomes.of(run, pool, policy).costs, Outcomes.of(run, pool).costs
+    paid, unpaid = Answers.of(run, pool, policy).costs, Answers.of(run, pool).costs
     decisions = np.array([len(episode.tokens) for episode in run])
     size = sum(p.numel() for p in policy.network.parameters())
     np.testing.assert_allclose(paid["bytes"] - unpaid["bytes"], decisions * size * 4)
@@ -317,7 +316,7 @@ def test_a_multirun_ends_in_one_report(tmp_path):
         ("evaluate", ["cost=euros"], "euros"),
         ("evaluate", ["llm_shares=[]"], "llm_shares"),
         ("evaluate", ["split=tests"], "tests"),
-        ("benchmark", ["suite=speed"], "speed"),
+        ("speed", ["suite=swift"], "swift"),
     ],
 )
 def test_a_mistake_ends_a_program_with_one_line_and_no_traceback(script, overrides, message, tmp_path):
@@ -350,7 +349,7 @@ def test_benchmarks_print_their_report_last(suite, tmp_path):
         "rl_ppo_steps=64",
         "rl_ppo_envs=2",
     ]
-    done = run("benchmark", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
+    done = run("speed", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["suite"] == suite
     assert report["machine"]["cores"] >= 1

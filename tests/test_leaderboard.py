@@ -5,9 +5,10 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.build import CONF, register_schemas
-from experiments.leaderboard import Run, runs_of, threshold_at
-from experiments.leaderboard_page import headlines, ranked, standing
+from experiments.common.config import CONF, register_schemas
+from experiments.leaderboard import threshold_at
+from experiments.reporting.leaderboard_page import headlines, ranked, standing
+from experiments.training.many import Run, runs_of
 
 ROOT = CONF.parent
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
-from envs import loading
-from envs.loading import ModelSpec, _Source, load_pool
-from envs.models import ModelPool
+from envs.models import loading
+from envs.models.loading import ModelSpec, _Source, load_pool
+from envs.models.pool import ModelPool
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -16,7 +16,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size"
 
 def load(*names, **settings):
     settings = {"dtype": "float32", "verbose": False} | settings
-    return ModelPool.load([n if isinstance(n, (ModelSpec, dict)) else str(n) for n in names], **settings)
+    return load_pool([n if isinstance(n, (ModelSpec, dict)) else str(n) for n in names], **settings)
 
 
 @pytest.fixture

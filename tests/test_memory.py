@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents.store import FEATURES, PreferenceStore
+from agents.preferences.store import FEATURES, PreferenceStore
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +17,8 @@ EPOCH = """
 import resource, sys
 from pathlib import Path
 import torch
-from agents.store import PreferenceStore
-from agents.training import LabelledTokens, RouterTraining, fit_router
+from agents.preferences.store import PreferenceStore
+from agents.router.training import LabelledTokens, RouterTraining, fit_router
 
 store = PreferenceStore.open(Path(sys.argv[1]))
 labels = store.column("label")

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-import envs.attention
-import envs.linear
-import envs.models
-from envs.attention import split_by_length
-from envs.linear import OneDnnLinear, use_onednn
-from envs.models import LanguageModel
-from envs.session import Session
+import envs.models.attention
+import envs.models.language_model
+import envs.models.onednn
+from envs.decoding.session import Session
+from envs.models.attention import split_by_length
+from envs.models.language_model import LanguageModel
+from envs.models.onednn import OneDnnLinear, use_onednn
 
 MODELS = ["llama_small", "llama_large", "qwen2_small", "qwen2_large", "gpt2_small", "gpt2_large"]
 
 
 def padding(model, monkeypatch):
     """The same model as one whose attention cannot do without padding."""
-    monkeypatch.setattr(envs.models, "PACKED", ())
+    monkeypatch.setattr(envs.models.language_model, "PACKED", ())
     network = copy.deepcopy(model.network)
     network.get_output_embeddings()._forward_pre_hooks.clear()
     network.set_attn_implementation("sdpa")
@@ -81,9 +81,9 @@ def test_every_position_equals_reading_the_whole_sequence(model):
 @pytest.mark.parametrize("call_queries", [0, 8, 1000])
 @pytest.mark.parametrize("copy_bytes", [0, 10**9])
 def test_rows_may_attend_in_any_groups(pools, monkeypatch, sparse, call_queries, copy_bytes):
-    monkeypatch.setattr(envs.attention, "SPARSE", sparse)
-    monkeypatch.setattr(envs.attention, "CALL_QUERIES", call_queries)
-    monkeypatch.setitem(envs.attention.COPY_BYTES, "cpu", copy_bytes)
+    monkeypatch.setattr(envs.models.attention, "SPARSE", sparse)
+    monkeypatch.setattr(envs.models.attention, "CALL_QUERIES", call_queries)
+    monkeypatch.setitem(envs.models.attention.COPY_BYTES, "cpu", copy_bytes)
     for family in ("llama", "gpt2"):
         test_ragged_chunks_equal_reading_the_whole_sequence(pools[family].slm)
 
@@ -167,7 +167,7 @@ def test_a_difference_worth_less_than_a_pass_is_padded():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 31), (3, 11), (1, 300), (2, 1100)])
 def test_onednn_layers_multiply_as_pytorch_does(shape, bias, monkeypatch):
-    monkeypatch.setattr(envs.linear, "FEW_ROWS", 0)
+    monkeypatch.setattr(envs.models.onednn, "FEW_ROWS", 0)
     torch.manual_seed(0)
     layer, expected = torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(24, 40, bias=bias)
     expected.load_state_dict(layer.state_dict())

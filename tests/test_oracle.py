@@ -6,22 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from agents.expert import Expert, TaughtStates
-from agents.networks import RouterNetwork
+from agents.common.rollout import Scheduling, decode
+from agents.distillation import OracleDistillation, TaughtStates
+from agents.heuristics import Always, Random
 from agents.oracle import Oracle
-from agents.policy import Always, Random
-from agents.rollout import Scheduling, decode
-from agents.router import RouterPolicy
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
 from agents.tapo import Tapo, _Run, branch_loss
-from envs.costs import ALL_COSTS, Bytes, response_entries
-from envs.features import feature_width
-from envs.manifest import models_manifest
-from envs.routing import RoutingVectorEnv
-from envs.steps import since_at_each, since_llm
-from envs.tree import TERMINATED, Tree
-from experiments.limits import RANDOM_SHARES, Limits, measure_limits, oracle_outcomes
-from experiments.metrics import above_random, monotone_hull
-from experiments.outcomes import Outcomes, sweep
+from envs.costs import ALL_COSTS, MemoryTraffic, response_entries
+from envs.decoding.observation import feature_width, since_at_each, since_llm
+from envs.environments.token_routing import RoutingVectorEnv
+from envs.models.pool import models_manifest
+from envs.prefix_tree.tree import TERMINATED, PrefixTree
+from experiments.evaluation.answers import Answers, sweep
+from experiments.evaluation.baselines import RANDOM_SHARES, Baselines, measure_baselines, oracle_outcomes
+from experiments.evaluation.metrics import above_random, monotone_hull
 
 EXAMPLES = 16
 
@@ -33,7 +32,7 @@ def examples(task):
 
 @pytest.fixture(scope="module")
 def tree(pool, task):
-    return Tree(pool, task, memory=2**27)
+    return PrefixTree(pool, task, memory=2**27)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_what_the_oracle_finds_is_right_when_it_is_decoded(found, pool, task, ex
         assert finals[0]["llm_tokens"] == one.llm_tokens
         prompt = len(pool.encode(example.prompt))
         entries = response_entries(prompt, one.writers, tree.ends[one.nodes[-1]] == TERMINATED, len(pool))
-        assert Bytes().of(entries, pool.profiles) == pytest.approx(finals[0]["total_cost_bytes"])
+        assert MemoryTraffic().of(entries, pool.profiles) == pytest.approx(finals[0]["total_cost_bytes"])
 
 
 def test_no_routing_with_fewer_llm_tokens_is_right(found, pool, task, examples):
@@ -88,7 +87,7 @@ def test_no_routing_with_fewer_llm_tokens_is_right(found, pool, task, examples):
 def test_the_least_cost_is_no_more_than_that_of_the_fewest_tokens(found, pool, examples, tree):
     def cost(one, example):
         prompt = len(pool.encode(example.prompt))
-        return float(Bytes().of(response_entries(prompt, one.writers, True, len(pool)), pool.profiles))
+        return float(MemoryTraffic().of(response_entries(prompt, one.writers, True, len(pool)), pool.profiles))
 
     some = [i for i, one in enumerate(found) if one.solved and one.llm_tokens <= 1][:4]
     cheapest = Oracle(cost="bytes", budget=2000).search(tree, [examples[i] for i in some], label=None)
@@ -100,7 +99,7 @@ def test_the_least_cost_is_no_more_than_that_of_the_fewest_tokens(found, pool, e
 
 def test_a_budget_that_runs_out_is_reported(found, pool, task, examples):
     hard = [i for i, one in enumerate(found) if one.llm_tokens > 0][:3]
-    cut = Oracle(budget=1).search(Tree(pool, task, memory=2**25), [examples[i] for i in hard], label=None)
+    cut = Oracle(budget=1).search(PrefixTree(pool, task, memory=2**25), [examples[i] for i in hard], label=None)
     assert all(one.exhausted and not one.solved and one.walks == 1 for one in cut)
     alone = decode(pool, task, [examples[i] for i in hard], Always(slm=True))
     for one, episode in zip(cut, alone, strict=True):
@@ -121,7 +120,7 @@ def test_a_search_goes_on_from_any_state(found, pool, task, examples, tree):
 
 
 def test_a_second_search_runs_no_model(found, examples, tree, monkeypatch):
-    monkeypatch.setattr("envs.models.LanguageModel.feed", None)
+    monkeypatch.setattr("envs.models.language_model.LanguageModel.feed", None)
     again = Oracle(budget=200).search(tree, examples, label=None)
     assert [one.llm_tokens for one in again] == [one.llm_tokens for one in found]
 
@@ -149,7 +148,7 @@ def measured(pool, task, examples, tree, tmp_path_factory):
         return decode(pool, task, examples, policy, threshold, scheduling=Scheduling(rows=16))
 
     about = {"examples": len(examples)}
-    limits = measure_limits(run, pool, examples, None, Oracle(budget=200), lambda: tree, folder, about)
+    limits = measure_baselines(run, pool, examples, None, Oracle(budget=200), lambda: tree, folder, about)
     return limits, folder, run
 
 
@@ -159,13 +158,15 @@ def test_limits_are_measured_once(measured, pool, examples):
     def never(*args):
         raise AssertionError("decoded again")
 
-    again = measure_limits(never, pool, examples, None, Oracle(budget=200), never, folder, {"examples": len(examples)})
+    again = measure_baselines(
+        never, pool, examples, None, Oracle(budget=200), never, folder, {"examples": len(examples)}
+    )
     for one, other in ((limits.oracle, again.oracle), (limits.random[0], again.random[0])):
         np.testing.assert_array_equal(one.costs["bytes"], other.costs["bytes"])
     with pytest.raises(ValueError, match="examples"):
-        measure_limits(never, pool, examples, None, None, never, folder, {"examples": 3})
+        measure_baselines(never, pool, examples, None, None, never, folder, {"examples": 3})
     assert len(limits.random) == len(RANDOM_SHARES)
-    assert Limits.load(folder).exhausted == limits.exhausted
+    assert Baselines.load(folder).exhausted == limits.exhausted
 
 
 def test_the_frontier_rises_from_the_slm_to_the_oracle(measured, found, tree):
@@ -192,7 +193,7 @@ def test_shares_of_the_oracles_area(measured, pool):
     random, oracle = of(limits.random), of(limits.frontier("bytes"))
     assert above_random(random, random, oracle, even) == {"area_above_random": 0.0, "oracle_share": 0.0}
     assert above_random(oracle, random, oracle, even)["oracle_share"] == pytest.approx(1)
-    other = of([Outcomes.of(run(Random(7), 0.4, ""), pool)])
+    other = of([Answers.of(run(Random(7), 0.4, ""), pool)])
     assert above_random(other, random, oracle, even)["oracle_share"] < 1
     assert "oracle_share" not in above_random(other, random, None, even)
     # no cheaper point of any routing is above the oracle's
@@ -214,23 +215,23 @@ def test_states_taught_are_those_of_live_decoding(found, pool, task, examples, t
 def test_the_expert_goes_on_from_what_it_found_and_iterates(pool, task, tmp_path, monkeypatch):
     settings = {"examples": 24, "oracle": Oracle(budget=50), "memory": 2**26}
     rows = []
-    first = Expert(**settings).fit(pool, task, track=rows.append, folder=tmp_path)
+    first = OracleDistillation(**settings).fit(pool, task, track=rows.append, folder=tmp_path)
     assert (tmp_path / "expert.tree").is_file()
     assert all(json.dumps(row) for row in rows)
     for kept in tmp_path.glob("round-*"):
         kept.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("envs.models.LanguageModel.feed", None)  # all is known: no model runs
-        again = Expert(**settings).fit(pool, task, folder=tmp_path)
+        patch.setattr("envs.models.language_model.LanguageModel.feed", None)  # all is known: no model runs
+        again = OracleDistillation(**settings).fit(pool, task, folder=tmp_path)
     assert again.fingerprint == first.fingerprint
-    later = Expert(**settings, rounds=2, ties="router").fit(pool, task, track=rows.append, folder=tmp_path)
+    later = OracleDistillation(**settings, rounds=2, ties="router").fit(pool, task, track=rows.append, folder=tmp_path)
     assert later.fingerprint != first.fingerprint
     second = next(row for row in rows if row["run"] == "round 2" and "states" in row)
     assert second["states"] > rows[0]["states"]
     with pytest.raises(ValueError, match="raise memory"):
-        Expert(examples=24, memory=2**18).fit(pool, task)
+        OracleDistillation(examples=24, memory=2**18).fit(pool, task)
     with pytest.raises(ValueError, match="ties"):
-        Expert(ties="luck")
+        OracleDistillation(ties="luck")
 
 
 def test_counterfactual_advantages_equal_plain_decoding(pool, task, examples):
@@ -241,7 +242,7 @@ def test_counterfactual_advantages_equal_plain_decoding(pool, task, examples):
         RouterNetwork(feature_width(features, pool.slm.width)).eval(), models_manifest(pool), features
     )
     settings = Tapo(start="scratch", examples=8, batch=8, rows=8, llm_share=0.2)
-    tree = Tree(pool, task, memory=2**26)
+    tree = PrefixTree(pool, task, memory=2**26)
     run = _Run(settings, tree, examples[:4], policy, seed=0)
     problems = np.arange(4)
     nothing = np.zeros(4, dtype=np.int64)

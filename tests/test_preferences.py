@@ -8,19 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import agents.store
+import agents.preferences.store
 from agents.citer import Citer
-from agents.networks import RouterNetwork
-from agents.policy import Always
-from agents.preferences import DROPPED, Collector, Labels, shares
-from agents.rollout import Scheduling
-from agents.router import RouterPolicy
-from agents.store import COLUMNS, FEATURES, PreferenceStore
-from agents.training import RouterTraining
-from agents.uncertainty import Uncertainty
-from envs.features import all_features, feature_width, logit_features
-from envs.references import NOT_ROLLED_OUT
-from envs.steps import Observation
+from agents.common.rollout import Scheduling
+from agents.heuristics import Always, Uncertainty
+from agents.preferences.collector import PreferenceCollector
+from agents.preferences.labels import DROPPED, Labels, shares
+from agents.preferences.store import COLUMNS, FEATURES, PreferenceStore
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
+from agents.router.training import RouterTraining
+from envs.decoding.observation import Observation, all_features, feature_width, logit_features
+from envs.decoding.references import NOT_ROLLED_OUT
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
@@ -90,7 +89,7 @@ def plain_preferences(pool, task, example, policy, threshold, limit, branches=("
 @torch.no_grad()
 def test_preferences_equal_the_plain_algorithm(policy, branches, pool, task):
     examples = task.examples("train", 4, start=50)
-    collector = Collector(pool, task, examples, max_new_tokens=100, scheduling=Scheduling(rows=3))
+    collector = PreferenceCollector(pool, task, examples, max_new_tokens=100, scheduling=Scheduling(rows=3))
     columns = collector.collect(range(4), Labels(branches=branches), policy, 0.8)
     assert (columns["case"] == 3).any()
     for number, example in enumerate(examples):
@@ -181,7 +180,7 @@ def test_logit_features_by_hand():
 
 def test_stored_features_are_those_a_policy_sees(pool, task):
     example = task.example("train", 3)
-    collector = Collector(pool, task, [example], scheduling=Scheduling(rows=2))
+    collector = PreferenceCollector(pool, task, [example], scheduling=Scheduling(rows=2))
     columns = collector.collect([0], Labels(case_3="slm"), Always(), 0.5)
     seen = []
 
@@ -190,7 +189,7 @@ def test_stored_features_are_those_a_policy_sees(pool, task):
             seen.append(all_features(observation.hidden, observation.logits))
             return torch.ones(len(observation.positions))
 
-    from agents.rollout import decode
+    from agents.common.rollout import decode
 
     decode(pool, task, [example], Spy(), max_new_tokens=128)
     # as long as the SLM writes the reference, it is in the same states
@@ -226,8 +225,8 @@ def test_rows_carry_what_made_them(collected, pool, task):
 def test_what_is_finished_is_not_made_again(collected, pool, task, monkeypatch):
     folder, policy, rows = collected
     before = contents(folder / "round-1"), contents(folder / "round-2")
-    monkeypatch.setattr(Collector, "collect", None)
-    monkeypatch.setattr(Collector, "redo", None)
+    monkeypatch.setattr(PreferenceCollector, "collect", None)
+    monkeypatch.setattr(PreferenceCollector, "redo", None)
     again = []
     found = Citer(**QUICK).fit(pool, task, seed=1, track=again.append, folder=folder)
     assert again == rows
@@ -288,7 +287,7 @@ def test_preferences_of_other_settings_are_refused_with_both_named(collected, po
 
 
 def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_finished_shards(pool, task, tmp_path, monkeypatch):
-    write = agents.store.write_whole
+    write = agents.preferences.store.write_whole
 
     def full(path, how):
         if path.name == "shard-00002.arrow":
@@ -296,7 +295,7 @@ def test_a_full_disk_is_an_error_that_says_so_and_leaves_the_finished_shards(poo
         write(path, how)
 
     with monkeypatch.context() as patch:
-        patch.setattr("agents.store.write_whole", full)
+        patch.setattr("agents.preferences.store.write_whole", full)
         with pytest.raises(OSError, match=r"no space left for shard 2 .* the 2 shards before it are whole"):
             Citer(**QUICK).collect(pool, task, 1, tmp_path)
     store = PreferenceStore.open(tmp_path)
@@ -332,7 +331,7 @@ def test_a_reference_that_ends_early_is_named(pool, task):
     end = pool.tokenizer.convert_ids_to_tokens(pool.end_token)
     early = Example("task/early", "A question?", f"half {end} whole", "1")
     with pytest.raises(ValueError, match="task/early: its reference holds an end-of-sequence token before its end"):
-        Collector(pool, task, [early])
+        PreferenceCollector(pool, task, [early])
 
 
 def test_no_token_in_case_3_leaves_one_round(pool, task, tmp_path, monkeypatch):

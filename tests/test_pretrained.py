@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from agents.citer import Citer
-from agents.rollout import Scheduling
-from envs.loading import ModelSpec
-from envs.models import ModelPool
-from envs.session import Session
+from agents.common.rollout import Scheduling
+from envs.decoding.session import Session
+from envs.models.loading import ModelSpec, load_pool
 from envs.tasks.math import MathTask
-from experiments.benchmark_collect import plain_preferences
+from experiments.speed_suites.collect import plain_preferences
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +42,7 @@ def gguf():
 
 @pytest.fixture(scope="module")
 def pool(gguf):
-    return ModelPool.load([gguf, gguf], dtype="float32", rows=4, capacity=512, verbose=False)
+    return load_pool([gguf, gguf], dtype="float32", rows=4, capacity=512, verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def published(tmp_path):
 def test_preferences_on_real_problems_equal_the_plain_algorithm(gguf, published, tmp_path):
     # the first layers of the model stand in for a small one
     specs = [ModelSpec(gguf, layers=8), ModelSpec(gguf)]
-    pool = ModelPool.load(specs, dtype="float32", rows=16, capacity=512, verbose=False)
+    pool = load_pool(specs, dtype="float32", rows=16, capacity=512, verbose=False)
     task = MathTask(name="gsm8k", path=str(published))
     examples = task.examples("train")[:2]  # some are set aside for validation
     longest = max(len(pool.encode_response(example.reference)) for example in examples)

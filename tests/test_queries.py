@@ -6,14 +6,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from agents.embeddings import SentenceEmbedder, SentenceEmbedding, SlmEmbedding, TextEmbedding
-from agents.query import QueryLearner
-from envs.models import ModelPool
-from envs.queries import QueryOutcomes
+from agents.query_routing.embeddings import SentenceEmbedder, SentenceEmbedding, SlmEmbedding, TextEmbedding
+from agents.query_routing.learner import QueryLearner
+from agents.query_routing.outcomes import QueryOutcomes
+from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
-from experiments.build import CONF, build, register_schemas
-from experiments.queries import SWEEP, Routed, Split, check_split, compare, cost_weights, embedded, measured, route
-from experiments.sources import PoolAnswers
+from experiments.common.config import CONF, build, register_schemas
+from experiments.queries import compare
+from experiments.query_routing.sources import PoolAnswers
+from experiments.query_routing.splits import SWEEP, Routed, Split, check_split, cost_weights, embedded, route
+from experiments.query_routing.summary import measured
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "query_outcomes_two_llms.jsonl"
@@ -232,7 +234,7 @@ def test_a_pool_answers_once_and_costs_follow_sizes(tmp_path, pool, monkeypatch)
     outcomes = source.read(tmp_path)
     assert outcomes.groups == ["mixed"] * 6 + ["sums"] * 6
     assert (outcomes.costs[:, 1] > 5 * outcomes.costs[:, 0]).all()
-    monkeypatch.setattr("experiments.sources.answer_alone", lambda *given: pytest.fail("answered again"))
+    monkeypatch.setattr("experiments.query_routing.sources.answer_alone", lambda *given: pytest.fail("answered again"))
     again = source.read(tmp_path)
     np.testing.assert_array_equal(again.correct, outcomes.correct)
     np.testing.assert_allclose(again.costs, outcomes.costs)

@@ -5,20 +5,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import agents.query
-from agents.neighbours import Neighbours
-from agents.policy import Always, load_policy
-from agents.query import EmbeddedQueries, QueryPolicy, answer_alone, calibrated_threshold, choose
-from agents.query_mlp import QueryMlp
-from agents.rollout import Scheduling, decode
-from agents.routellm import MatrixFactorisation, QueryClassifier, SimilarityWeighted
-from agents.training import RouterTraining
-from agents.uniroute import UniRouteKMeans, UniRouteLearned
-from envs.costs import PASSES, READ, SECONDS, WRITTEN, Bytes
-from envs.models import ModelPool
-from envs.queries import QueryOutcomes
-from envs.steps import Observation
-from envs.tree import Tree
+import agents.query_routing.learner
+from agents.common.policy import load_policy
+from agents.common.rollout import Scheduling, decode
+from agents.heuristics import Always
+from agents.query_routing.knn import Neighbours
+from agents.query_routing.learner import answer_alone, calibrated_threshold
+from agents.query_routing.mlp import QueryMlp
+from agents.query_routing.outcomes import QueryOutcomes
+from agents.query_routing.policy import QueryPolicy
+from agents.query_routing.routellm import MatrixFactorisation, QueryClassifier, SimilarityWeighted
+from agents.query_routing.router import EmbeddedQueries, choose
+from agents.query_routing.uniroute import UniRouteKMeans, UniRouteLearned
+from agents.router.training import RouterTraining
+from envs.costs import PASSES, READ, SECONDS, WRITTEN, MemoryTraffic
+from envs.decoding.observation import Observation
+from envs.models.pool import ModelPool
+from envs.prefix_tree.tree import PrefixTree
 
 ONCE = Scheduling(rows=16)
 SHORT = {"max_new_tokens": 40, "scheduling": ONCE}
@@ -130,7 +133,7 @@ LEARNERS = [
 
 @pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: type(learner).__name__)
 def test_a_saved_policy_scores_the_same(learner, answered, pool, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(agents.query, "answer_alone", None)  # the answers are there already
+    monkeypatch.setattr(agents.query_routing.learner, "answer_alone", None)  # the answers are there already
     policy = learner.fit(pool, task, seed=1, folder=answered)
     policy.save(tmp_path)
     loaded = load_policy(tmp_path, pool)
@@ -155,7 +158,7 @@ def test_answering_alone_is_what_each_model_does_alone(pool, task):
     for number in (0, 1):
         episodes = decode(pool, task, examples, Always(slm=number == 0), 0.5, 40)
         assert outcomes.correct[:, number].tolist() == [episode.correct for episode in episodes]
-        rates = Bytes().rates(pool.profiles)[number]
+        rates = MemoryTraffic().rates(pool.profiles)[number]
         expected = [(episode.ledger[number] * rates).sum() for episode in episodes]
         np.testing.assert_allclose(outcomes.costs[:, number], expected)
 
@@ -208,7 +211,7 @@ def test_one_model_writes_a_response_as_it_would_alone(routed, pool, task):
 
 def test_the_tree_gives_the_same_episodes(routed, pool, task):
     examples, episodes, policy = routed
-    tree = Tree(pool, task, max_new_tokens=40, memory=2**26)
+    tree = PrefixTree(pool, task, max_new_tokens=40, memory=2**26)
     for _ in range(2):  # decoded, then remembered
         walked = decode(pool, task, examples, policy, 0.5, 40, Scheduling(rows=5), tree=tree)
         for live, other in zip(episodes, walked, strict=True):
@@ -233,7 +236,7 @@ def test_the_tree_gives_the_same_episodes(routed, pool, task):
     ],
 )
 def test_what_cannot_be_learned_is_refused_before_anything_is_answered(learner, message, pools, task, monkeypatch):
-    monkeypatch.setattr(agents.query, "answer_alone", None)
+    monkeypatch.setattr(agents.query_routing.learner, "answer_alone", None)
     with pytest.raises(ValueError, match=message):
         learner.fit(pools["three"], task)
 

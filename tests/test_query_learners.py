@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-import agents.query_features
-import agents.uniroute
-from agents.descent import Descent
-from agents.neighbours import Neighbours, leave_one_out, nearest
-from agents.query import EmbeddedQueries, choose
-from agents.query_features import standardise, with_constant
-from agents.query_mlp import QueryMlp
-from agents.routellm import MatrixFactorisation, QueryClassifier, SimilarityWeighted, llm_wins
-from agents.training import RouterTraining
-from agents.uniroute import LearnedMapRouter, UniRouteKMeans, UniRouteLearned, cluster_errors, map_loss
+import agents.query_routing.features
+import agents.query_routing.uniroute
+from agents.query_routing.features import standardise, with_constant
+from agents.query_routing.knn import Neighbours, leave_one_out, nearest
+from agents.query_routing.mlp import QueryMlp
+from agents.query_routing.optim import GradientDescent
+from agents.query_routing.routellm import MatrixFactorisation, QueryClassifier, SimilarityWeighted, llm_wins
+from agents.query_routing.router import EmbeddedQueries, choose
+from agents.query_routing.uniroute import LearnedMapRouter, UniRouteKMeans, UniRouteLearned, cluster_errors, map_loss
+from agents.router.training import RouterTraining
 
 QUICK = RouterTraining(epochs=15, batch_size=32, units=[16])
 PAIR = ("small", "big")
@@ -110,7 +110,7 @@ def test_a_query_like_no_other_is_routed_by_all_of_them():
 
 def test_matrix_factorisation_by_hand():
     train = drawn(30)
-    settings = Descent(epochs=3)
+    settings = GradientDescent(epochs=3)
     router = MatrixFactorisation(dimension=3, training=settings).fit_queries(train, train)
     query = train.embeddings[4].double().numpy()
     seen = [*((query - router.mean.numpy()) / router.scale.numpy()), 1.0]
@@ -142,20 +142,20 @@ def test_descent_keeps_the_best_epoch_and_leaves_the_start_alone():
     def loss(tensors, rows):
         return (tensors["x"] ** 2).sum() + 0 * rows.sum()
 
-    found = Descent(epochs=50, patience=2, lr=0.1).lower(
+    found = GradientDescent(epochs=50, patience=2, lr=0.1).lower(
         start, torch.arange(8), loss, validation_loss, 0, lambda row: None, "toy"
     )
     assert len(seen) == 5  # stops two epochs after the best
     assert torch.equal(found["x"], seen[2])
     assert start["x"].item() == 4.0
     with pytest.raises(FloatingPointError, match="toy: the loss is nan"):
-        Descent(epochs=1).lower(
+        GradientDescent(epochs=1).lower(
             start, torch.arange(8), lambda tensors, rows: loss(tensors, rows) * math.nan,
             lambda tensors: torch.tensor(1.0), 0, lambda row: None, "toy",
         )  # fmt: skip
     for settings in ({"epochs": 0}, {"lr": 0.0}, {"validation_share": 1.0}, {"patience": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=next(iter(settings))):
-            Descent(**settings)
+            GradientDescent(**settings)
 
 
 # -- UniRoute ---------------------------------------------------------------------------------------------------------
@@ -206,7 +206,9 @@ def test_training_lowers_the_loss_of_the_map():
     seen, wrong = standardise(train.embeddings, *(train.embeddings.mean(0), train.embeddings.std(0))), ~train.correct
     losses = [
         map_loss(
-            UniRouteLearned(clusters=4, training=Descent(epochs=epochs, lr=0.01)).fit_queries(train, train).theta,
+            UniRouteLearned(clusters=4, training=GradientDescent(epochs=epochs, lr=0.01))
+            .fit_queries(train, train)
+            .theta,
             seen, torch.from_numpy(wrong).float(),
         ).item()
         for epochs in (1, 60)
@@ -234,8 +236,8 @@ def test_models_come_and_go_without_training(learner, monkeypatch):
         return EmbeddedQueries(known.embeddings, models, known.correct[:, columns], known.costs[columns])
 
     before, expected = (learner.fit_queries(train, of(*models)) for models in (("b", "c"), ("new", "c", "newer")))
-    monkeypatch.setattr(agents.uniroute, "centres_of", None)
-    monkeypatch.setattr(Descent, "lower", None)
+    monkeypatch.setattr(agents.query_routing.uniroute, "centres_of", None)
+    monkeypatch.setattr(GradientDescent, "lower", None)
     after = before.with_model("new", known.correct[:, 1], place=1).with_model("newer", known.correct[:, 3].tolist())
     assert after.models == ("b", "new", "c", "newer")
     after = after.without_model("b")
@@ -287,7 +289,7 @@ def test_what_a_decision_reads_does_not_grow_with_the_known_queries():
 
 
 def test_neighbours_by_hand(monkeypatch):
-    monkeypatch.setattr(agents.query_features, "COMPARED", 100)  # a few queries at a time
+    monkeypatch.setattr(agents.query_routing.features, "COMPARED", 100)  # a few queries at a time
     known, test = drawn(30, ("a", "b", "c")), drawn(17, ("a", "b", "c"), seed=2)
     router = Neighbours(neighbours=4).fit_queries(known, known)
     scale = known.embeddings.numpy()
@@ -299,7 +301,7 @@ def test_neighbours_by_hand(monkeypatch):
 
 
 def test_leaving_one_out_by_hand(monkeypatch):
-    monkeypatch.setattr(agents.query_features, "COMPARED", 100)
+    monkeypatch.setattr(agents.query_routing.features, "COMPARED", 100)
     known = drawn(30)
     wrong = ~known.correct
     distances = torch.cdist(known.embeddings, known.embeddings).fill_diagonal_(torch.inf).numpy()

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from agents.citer import Citer
-from agents.policy import load_policy
+from agents.common.policy import load_policy
+from agents.common.rollout import Scheduling, decode
+from agents.preferences.store import COLUMNS, PreferenceStore
 from agents.r2r import R2R, Divergence, R2RPolicy, hidden_and_top_logits
-from agents.rollout import Scheduling, decode
-from agents.store import COLUMNS, PreferenceStore
-from agents.training import RouterTraining, fit_router
-from envs.references import NOT_ROLLED_OUT
-from envs.steps import Observation
+from agents.router.training import RouterTraining, fit_router
+from envs.decoding.observation import Observation
+from envs.decoding.references import NOT_ROLLED_OUT
+from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
-from envs.tree import Tree
 
 QUICK = {
     "examples": 20,
@@ -230,7 +230,7 @@ def test_a_replay_tree_is_refused_with_the_way_out(fitted, pool, task):
     _, policy, _ = fitted
     examples = FirstExamples(task, 2)
     with pytest.raises(ValueError, match=r"100 largest logits.*without evaluation\.tree"):
-        decode(pool, examples, examples.examples("validation", 2), policy, tree=Tree(pool, examples, 128))
+        decode(pool, examples, examples.examples("validation", 2), policy, tree=PrefixTree(pool, examples, 128))
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------

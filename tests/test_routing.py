@@ -10,11 +10,11 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpi
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs
-from envs.costs import Bytes, Dollars
-from envs.embedded import embedded_pool
-from envs.rewards import OutcomeReward, ShortcutReward, Transition
-from envs.routing import RoutingEnv, RoutingVectorEnv
-from envs.sampling import Sampling
+from envs.costs import Dollars, MemoryTraffic
+from envs.decoding.sampling import Sampling
+from envs.environments.rewards import OutcomeReward, ShortcutReward, Transition
+from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
+from envs.models.loading import embedded_pool
 from envs.tasks.arithmetic import ArithmeticTask
 
 ID = "citer/TokenRouting-v0"
@@ -73,7 +73,7 @@ def test_registration_imports_nothing_heavy():
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_p=0.9)])
 @pytest.mark.parametrize("reward", [OutcomeReward(cost_weight=0.1), ShortcutReward()])
 def test_vector_environment_goes_through_the_episodes_of_single_ones(pool, sampling, reward):
-    settings = {"pool": pool, "sampling": sampling, "reward": reward, "cost": Bytes(), "max_new_tokens": 60}
+    settings = {"pool": pool, "sampling": sampling, "reward": reward, "cost": MemoryTraffic(), "max_new_tokens": 60}
     count, horizon, seed = 5, 130, 11
     actions = np.random.default_rng(0).integers(0, 2, size=(horizon, count))
     vector = RoutingVectorEnv(num_envs=count, **settings)

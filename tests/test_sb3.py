@@ -9,11 +9,15 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from agents.policy import load_policy
-from agents.sb3 import DEFAULTS, ENVIRONMENTS, StableBaselines, train
-from agents.sb3_bridge import Rows, Standardised, VectorEnvBridge, input_statistics
-from agents.sb3_policy import ALGORITHMS, CostWeights, Sb3Policy, value_probability
-from envs.steps import Observation
+from agents.common.policy import load_policy
+from agents.rl.algorithms import ALGORITHMS, DEFAULTS, value_probability
+from agents.rl.cost_weights import CostWeights
+from agents.rl.inputs import Standardised, input_statistics
+from agents.rl.sb3_extensions import Rows
+from agents.rl.sb3_policy import Sb3Policy
+from agents.rl.vec_env import VectorEnvBridge
+from agents.sb3 import ENVIRONMENTS, StableBaselines, train
+from envs.decoding.observation import Observation
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import first_training_example
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from envs.attention import COPY_BYTES
 from envs.costs import COLUMNS, CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
-from envs.embedded import embedded_pool
-from envs.models import LanguageModel, ModelPool
-from envs.sampling import Sampling
-from envs.session import Session
+from envs.decoding.sampling import Sampling
+from envs.decoding.session import Session
+from envs.decoding.teacher_forcing import TeacherSession
+from envs.models.attention import COPY_BYTES
+from envs.models.language_model import LanguageModel
+from envs.models.loading import embedded_pool, load_pool
+from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
-from envs.teacher import TeacherSession
 
 FAMILIES = ["llama", "qwen2", "gpt2", "three"]
 MAX_NEW, CAPACITY, ROWS = 16, 40, 6
@@ -715,6 +716,6 @@ def test_references_end_with_the_tokenizers_own_end(save_model, make_tokenizer):
     tokenizer = make_tokenizer(end="z")
     config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     folder = str(save_model("ends", config, tokenizer=tokenizer, ends=[0, tokenizer.eos_token_id]))
-    pool = ModelPool.load([folder, folder], dtype="float32", verbose=False)
+    pool = load_pool([folder, folder], dtype="float32", verbose=False)
     assert pool.end_tokens.min() < pool.end_token == tokenizer.eos_token_id
     assert pool.encode_response("ab").tolist() == [*pool.encode("ab"), pool.end_token]

@@ -9,16 +9,23 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from agents.policy import Always
-from agents.preferences import DROPPED, Collector, Labels
-from agents.rollout import Scheduling
-from envs.costs import ALL_COSTS, Bytes, Dollars, Seconds
-from envs.features import feature_width
-from envs.models import ModelPool
-from envs.references import NOT_ROLLED_OUT, References
-from envs.rewards import ShortcutReward
-from envs.routing import RoutingEnv
-from envs.shortcut import CASE_3, NONE, ShortcutRoutingEnv, ShortcutRoutingVectorEnv, preferred_actions
+from agents.common.rollout import Scheduling
+from agents.heuristics import Always
+from agents.preferences.collector import PreferenceCollector
+from agents.preferences.labels import DROPPED, Labels
+from envs.costs import ALL_COSTS, Dollars, MemoryTraffic, Seconds
+from envs.decoding.observation import feature_width
+from envs.decoding.references import NOT_ROLLED_OUT, References
+from envs.environments.rewards import ShortcutReward
+from envs.environments.shortcut_routing import (
+    CASE_3,
+    NONE,
+    ShortcutRoutingEnv,
+    ShortcutRoutingVectorEnv,
+    preferred_actions,
+)
+from envs.environments.token_routing import RoutingEnv
+from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
@@ -88,7 +95,7 @@ def test_make_and_make_vec_work_without_arguments_and_pass_both_checkers(monkeyp
 
 @pytest.mark.parametrize("features", ["hidden", "hidden_logits_history"])
 def test_vector_environment_goes_through_the_episodes_of_single_ones(references, features):
-    settings = {"references": references, "features": features, "cost": Bytes(), "cost_weight": 0.05}
+    settings = {"references": references, "features": features, "cost": MemoryTraffic(), "cost_weight": 0.05}
     count, horizon, seed = 7, 150, 11
     actions = np.random.default_rng(0).integers(0, 2, size=(horizon, count))
     vector = ShortcutRoutingVectorEnv(num_envs=count, **settings)
@@ -152,8 +159,8 @@ def test_states_do_not_depend_on_actions(references):
     rng = np.random.default_rng(0)
     for _ in range(horizon):
         choices = (np.zeros(count, dtype=int), np.ones(count, dtype=int), rng.integers(0, 2, count))
-        slm, llm, mixed = (vector.step(chosen) for vector, chosen in zip(vectors, choices, strict=True))
-        for other in (llm, mixed):
+        slm, llm, splitmix64 = (vector.step(chosen) for vector, chosen in zip(vectors, choices, strict=True))
+        for other in (llm, splitmix64):
             assert np.array_equal(other[2], slm[2])
             assert np.array_equal(other[0][:, :-1], slm[0][:, :-1])
         # the last of the history is the tokens since the LLM was chosen
@@ -242,7 +249,7 @@ def test_where_responses_follow_the_reference_it_is_token_routing(pool, task, pa
     # what these actions write is made the reference
     example = Example("written", drawn.prompt, written[-1][-1]["text"], drawn.answer)
     assert pool.encode_response(example.reference).tolist() == [step[-1]["token"] for step in written[1:]]
-    settings = {"cost": Bytes(), "features": "hidden_logits_history"}
+    settings = {"cost": MemoryTraffic(), "features": "hidden_logits_history"}
     routing = RoutingEnv(pool=pool, task=task, reward=ShortcutReward(cost_weight=0.3), **settings)
     routed = play(routing, actions, options={"example": example})
     references = References.read(pool, [example])
@@ -268,7 +275,7 @@ def test_where_responses_follow_the_reference_it_is_token_routing(pool, task, pa
 
 @pytest.fixture(scope="module")
 def columns(pool, task, examples):
-    collector = Collector(pool, task, examples, scheduling=Scheduling(rows=16))
+    collector = PreferenceCollector(pool, task, examples, scheduling=Scheduling(rows=16))
     return collector.collect(range(0, 12, 2), Labels(), Always(slm=True), 0.5)
 
 

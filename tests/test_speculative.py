@@ -8,14 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agents.policy import Always
-from agents.rollout import Scheduling, decode
+from agents.common.rollout import Scheduling, decode
+from agents.heuristics import Always
 from agents.speculative import speculate
 from envs.costs import COLUMNS, CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
-from envs.models import LanguageModel, ModelPool
-from envs.sampling import Sampling
+from envs.decoding.sampling import Sampling
+from envs.decoding.teacher_forcing import TeacherSession
+from envs.models.language_model import LanguageModel
+from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
-from envs.teacher import TeacherSession
 
 FAMILIES = ["llama", "qwen2", "gpt2"]
 DRAFTS = [1, 3, 16, 200]

@@ -18,11 +18,11 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
-from envs.tasks.jsonl import RecordTask, fill
 from envs.tasks.math import MathTask, find_answer, gsm8k_reference, math_problem, same_value
 from envs.tasks.multiple_choice import MultipleChoiceTask, find_label, multiple_choice_problem
+from envs.tasks.records import RecordTask, fill
 from envs.tasks.task import SPLITS, Example, Split, Task
-from experiments.build import build, register_schemas
+from experiments.common.config import build, register_schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"

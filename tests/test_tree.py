@@ -12,18 +12,19 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-import envs.files
-from envs.costs import Bytes, Seconds
-from envs.models import LanguageModel
-from envs.rewards import OutcomeReward, ShortcutReward
-from envs.routing import RoutingEnv, RoutingVectorEnv
-from envs.sampling import Sampling
-from envs.session import Session
+import envs.storage
+from envs.costs import MemoryTraffic, Seconds
+from envs.decoding.sampling import Sampling
+from envs.decoding.session import Session
+from envs.environments.rewards import OutcomeReward, ShortcutReward
+from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
+from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
+from envs.models.language_model import LanguageModel
+from envs.prefix_tree.expander import TreeExpander
+from envs.prefix_tree.tree import GOING_ON, UNKNOWN, PrefixTree
+from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
-from envs.tree import GOING_ON, UNKNOWN, Tree
-from envs.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
-from envs.walk import Explorer, TreeSession
 
 ID = "citer/TreeRouting-v0"
 LIVE = "citer/TokenRouting-v0"
@@ -68,7 +69,7 @@ def passes(monkeypatch):
 
 def small(pool, task, states):
     """A tree with room for so many states."""
-    return Tree(pool, task, MAX_NEW, memory=states * Tree(pool, task, MAX_NEW).node_bytes)
+    return PrefixTree(pool, task, MAX_NEW, memory=states * PrefixTree(pool, task, MAX_NEW).node_bytes)
 
 
 def actions_for(pool, steps, rows, seed=0):
@@ -146,8 +147,8 @@ def test_a_tree_goes_through_the_episodes_of_live_decoding(pools, pool, few, pas
     pool = pools.get(name, pool)
     task = FirstExamples(ArithmeticTask("easy"), 2) if name == "embedded" else few
     longest = 31 if name == "embedded" else MAX_NEW
-    settings = {"max_new_tokens": longest, "features": features, "reward": reward, "cost": Bytes()}
-    rows, tree = 5, Tree(pool, task, longest)
+    settings = {"max_new_tokens": longest, "features": features, "reward": reward, "cost": MemoryTraffic()}
+    rows, tree = 5, PrefixTree(pool, task, longest)
     actions = actions_for(pool, longest + 25, rows)
     live = play(RoutingVectorEnv(rows, pool=pool, task=task, **settings), actions)
     first = play(TreeRoutingVectorEnv(rows, tree=tree, **settings), actions)
@@ -173,7 +174,7 @@ def test_a_tree_goes_through_the_episodes_of_live_decoding(pools, pool, few, pas
 
 
 def test_an_empty_tree_that_is_given_is_the_one_that_grows(tiny_pool, few):
-    tree = Tree(tiny_pool, few, MAX_NEW)
+    tree = PrefixTree(tiny_pool, few, MAX_NEW)
     single, vector = TreeRoutingEnv(tree=tree, **SETTINGS), gym.make_vec(ID, num_envs=2, tree=tree, **SETTINGS)
     assert single.tree is single.routing.session.tree is vector.unwrapped.routing.session.tree is tree
     single.reset(seed=0)
@@ -204,14 +205,14 @@ def test_render_shows_what_live_decoding_shows(tiny_pool, few):
 def test_where_models_write_the_same_token_their_actions_share_a_child(pool, passes):
     task = FirstExamples(ArithmeticTask("hard"), 1)
     prompt = [pool.encode(task.example("train", 0).prompt)]
-    row, trees = np.array([0]), [Tree(pool, task, 14) for _ in range(2)]
+    row, trees = np.array([0]), [PrefixTree(pool, task, 14) for _ in range(2)]
     for tree in trees:
         session = TreeSession(tree, 1)
         session.start(row, prompt)
         for _ in range(14):
             session.step(row, np.array([0]))
     path = session.nodes(0)[:-1]
-    explorer = Explorer(trees[1], 1)
+    explorer = TreeExpander(trees[1], 1)
     explorer.read_along(row, session.nodes(0)[-1:], 1)
     agreed = trees[1].tokens[path, 0] == trees[1].tokens[path, 1]
     assert 0 < agreed.sum() < len(path)
@@ -229,7 +230,7 @@ def test_where_models_write_the_same_token_their_actions_share_a_child(pool, pas
 
 
 def test_tokens_learned_before_or_after_a_child_share_it(pools, few):
-    tree = Tree(pools["three"], few, MAX_NEW)
+    tree = PrefixTree(pools["three"], few, MAX_NEW)
     features = np.ones((2, tree.features(np.zeros(1, dtype=int)).shape[1]), dtype=np.float32)
     root = tree.add_root(np.array([4, 5]), features[0], 7)
     tree.learn_tokens(np.array([root]), np.array([1]), np.array([8]))
@@ -246,7 +247,7 @@ def test_tokens_learned_before_or_after_a_child_share_it(pools, few):
 @pytest.mark.parametrize(("name", "alike"), [("three", True), ("three", False), ("embedded", False)])
 def test_rows_on_the_same_example_make_each_state_once(pools, pool, few, passes, name, alike):
     pool, rows = pools.get(name, pool), np.arange(8)
-    tree = Tree(pool, few, MAX_NEW)
+    tree = PrefixTree(pool, few, MAX_NEW)
     session = TreeSession(tree, 8)
     session.start(rows, [pool.encode("1 + 1 =")] * 8)
     choices = actions_for(pool, MAX_NEW, 8)
@@ -265,8 +266,8 @@ def test_rows_on_the_same_example_make_each_state_once(pools, pool, few, passes,
 @pytest.mark.parametrize("name", ["llama", "gpt2", "three"])
 def test_tokens_read_along_a_path_are_those_of_asking_at_every_node(pools, few, passes, name):
     pool = pools[name]
-    tree, rows = Tree(pool, few, MAX_NEW), np.arange(6)
-    explorer, rng = Explorer(tree, len(rows)), np.random.default_rng(3)
+    tree, rows = PrefixTree(pool, few, MAX_NEW), np.arange(6)
+    explorer, rng = TreeExpander(tree, len(rows)), np.random.default_rng(3)
     roots = explorer.roots(rows, [pool.encode(few.example("train", row % 3).prompt) for row in rows])
     nodes = roots.copy()
     for step in range(MAX_NEW):  # rows stop here and there: at the root, within, at the end
@@ -305,7 +306,7 @@ def test_tokens_read_along_a_path_are_those_of_asking_at_every_node(pools, few, 
 
 def test_a_known_token_stays_where_another_pass_would_choose_otherwise(tiny_pool, few):
     """Logits that are all but equal come out one way or the other."""
-    tree, row = Tree(tiny_pool, few, MAX_NEW), np.array([0])
+    tree, row = PrefixTree(tiny_pool, few, MAX_NEW), np.array([0])
     session, live = TreeSession(tree, 1), Session(tiny_pool, 1, MAX_NEW)
     prompt = tiny_pool.encode("2 + 2 =")
     session.start(row, [prompt])
@@ -325,15 +326,15 @@ def test_a_known_token_stays_where_another_pass_would_choose_otherwise(tiny_pool
 
 def test_a_saved_tree_is_walked_without_a_pass_and_grows_on(pools, few, passes, tmp_path):
     pool, path = pools["three"], tmp_path / "folder" / "tree.safetensors"
-    tree = Tree(pool, few, MAX_NEW)
-    Tree(pool, few, MAX_NEW).save(path)
-    assert len(Tree(pool, few, MAX_NEW, path=path)) == 0
+    tree = PrefixTree(pool, few, MAX_NEW)
+    PrefixTree(pool, few, MAX_NEW).save(path)
+    assert len(PrefixTree(pool, few, MAX_NEW, path=path)) == 0
     old, new = actions_for(pool, 40, 4), actions_for(pool, 40, 4, seed=1)
     live = [play(RoutingVectorEnv(4, pool=pool, task=few, **SETTINGS), actions) for actions in (old, new)]
     assert_same(live[0], play(TreeRoutingVectorEnv(4, tree=tree, **SETTINGS), old))
     tree.save(path)
     passes.clear()
-    loaded = Tree(pool, few, MAX_NEW, path=path)
+    loaded = PrefixTree(pool, few, MAX_NEW, path=path)
     assert len(loaded) == len(tree)
     assert_same(live[0], play(TreeRoutingVectorEnv(4, tree=loaded, **SETTINGS), old))
     assert not passes
@@ -357,17 +358,17 @@ def test_a_saved_tree_is_walked_without_a_pass_and_grows_on(pools, few, passes, 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_states_of_a_saved_tree_are_mapped(tiny_pool, few, tmp_path):
     path = tmp_path / "tree.safetensors"
-    tree = Tree(tiny_pool, few, MAX_NEW)
+    tree = PrefixTree(tiny_pool, few, MAX_NEW)
     play(TreeRoutingVectorEnv(2, tree=tree, **SETTINGS), actions_for(tiny_pool, 10, 2))
     tree.save(path)
-    tree = Tree(tiny_pool, few, MAX_NEW, path=path)
+    tree = PrefixTree(tiny_pool, few, MAX_NEW, path=path)
     spans = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
     bounds = [[int(bound, 16) for bound in span[0].split("-")] for span in spans]
     assert any(first <= tree._mapped.ctypes.data < last for first, last in bounds)
 
 
 def test_a_file_is_whole_or_absent(tiny_pool, few, tmp_path, monkeypatch):
-    path, tree = tmp_path / "tree.safetensors", Tree(tiny_pool, few, MAX_NEW)
+    path, tree = tmp_path / "tree.safetensors", PrefixTree(tiny_pool, few, MAX_NEW)
     environment = TreeRoutingEnv(tree=tree, **SETTINGS)
     play_singly(environment, np.ones(5))
 
@@ -377,7 +378,7 @@ def test_a_file_is_whole_or_absent(tiny_pool, few, tmp_path, monkeypatch):
 
     tree.save(path)
     whole = path.read_bytes()
-    monkeypatch.setattr(envs.files, "save_file", full)
+    monkeypatch.setattr(envs.storage, "save_file", full)
     for place, left in ((path, [whole]), (tmp_path / "another" / "tree", [])):
         with pytest.raises(OSError, match="no space"):
             tree.save(place)
@@ -415,7 +416,7 @@ def test_a_saved_tree_forgets_too_and_is_saved_without_what_it_forgot(tiny_pool,
     assert {len(saved[name]) for name in ("tokens", "features", "parents", "verdicts")} == {len(tree)}
     assert len(saved["roots"]) == len(tree.prompts) < 30
     passes.clear()
-    loaded = Tree(pool, task, MAX_NEW, tree.memory, path)
+    loaded = PrefixTree(pool, task, MAX_NEW, tree.memory, path)
     for row in range(4):  # what was not forgotten is there
         session = TreeSession(loaded, 1)
         session.start(np.array([0]), [vector.routing.session._prompts[row]])
@@ -435,7 +436,7 @@ def test_a_saved_tree_forgets_too_and_is_saved_without_what_it_forgot(tiny_pool,
 def test_pinned_prompts_are_kept_until_nothing_else_can_go(tiny_pool):
     pool, task, row = tiny_pool, Sums(), np.array([0])
     tree = small(pool, task, 2 * MAX_NEW + 10)
-    explorer = Explorer(tree, 1)
+    explorer = TreeExpander(tree, 1)
     prompts = [pool.encode(task.example("train", index).prompt) for index in range(40)]
     kept = []
     for prompt in prompts[:2]:
@@ -466,7 +467,7 @@ def test_pinned_prompts_are_kept_until_nothing_else_can_go(tiny_pool):
 def test_a_number_that_names_another_state_now_is_not_where_a_row_stands(tiny_pool):
     pool, task, row = tiny_pool, Sums(), np.array([0])
     tree = small(pool, task, MAX_NEW + 5)
-    early, late = Explorer(tree, 1), Explorer(tree, 1)
+    early, late = TreeExpander(tree, 1), TreeExpander(tree, 1)
     prompts = [pool.encode(task.example("train", index).prompt) for index in range(10)]
     stood = early.step(row, early.roots(row, prompts[:1]), row)
     tree.release(prompts[0])
@@ -528,7 +529,7 @@ def test_trees_shared_by_environments_stay_right(pools):
 
 
 def test_environments_that_do_not_fit_the_tree_are_refused(pools, tiny_pool, few, passes):
-    tree = Tree(tiny_pool, few, MAX_NEW)
+    tree = PrefixTree(tiny_pool, few, MAX_NEW)
     for settings, message in [
         ({"sampling": Sampling(temperature=1.0)}, r"sampling at temperature 1.0 .* leave sampling out, or use"),
         ({"pool": pools["qwen2"]}, "made for another pool; give"),
@@ -548,7 +549,7 @@ def test_environments_that_do_not_fit_the_tree_are_refused(pools, tiny_pool, few
     with pytest.raises(ValueError, match=r"holds 10 states of \d+ bytes, one response has up to 11; raise memory"):
         small(tiny_pool, few, 10)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, is 0"):
-        Tree(tiny_pool, few, 0)
+        PrefixTree(tiny_pool, few, 0)
     assert not passes
 
 
@@ -559,7 +560,7 @@ def test_bad_actions_rows_and_prompts_are_named(pools, few):
     for actions in ([0, 3], [-1, 0], [0.5, 1.0], [0]):
         with pytest.raises(ValueError, match=r"actions must be 2 integers in 0\.\.2"):
             environment.step(np.array(actions))
-    session, row = TreeSession(Tree(pool, few, 1), 2), np.array([1])
+    session, row = TreeSession(PrefixTree(pool, few, 1), 2), np.array([1])
     with pytest.raises(ValueError, match=r"rows \[1\] are not in flight; start them first"):
         session.step(row, row)
     session.start(row, [pool.encode("3 + 3 =")])
@@ -573,7 +574,7 @@ def test_bad_actions_rows_and_prompts_are_named(pools, few):
 
 
 def test_files_of_other_runs_and_of_other_kinds_are_refused(pools, tiny_pool, few, passes, tmp_path):
-    path, tree = tmp_path / "tree.safetensors", Tree(tiny_pool, few, MAX_NEW)
+    path, tree = tmp_path / "tree.safetensors", PrefixTree(tiny_pool, few, MAX_NEW)
     play_singly(TreeRoutingEnv(tree=tree, **SETTINGS), np.ones(25))
     tree.save(path)
     passes.clear()
@@ -584,7 +585,7 @@ def test_files_of_other_runs_and_of_other_kinds_are_refused(pools, tiny_pool, fe
         ((tiny_pool, few, MAX_NEW, 12 * tree.node_bytes), rf"holds {len(tree)} states of .* raise memory"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
-            Tree(*arguments, path=path)
+            PrefixTree(*arguments, path=path)
         assert str(path) in str(error.value)
     with safe_open(path, framework="numpy") as file:
         assert json.loads(file.metadata()["manifest"]) == tree.manifest
@@ -596,7 +597,7 @@ def test_files_of_other_runs_and_of_other_kinds_are_refused(pools, tiny_pool, fe
     for content in contents:
         no_tree.write_bytes(content)
         with pytest.raises(ValueError, match="no_tree holds no readable tree; give a file that"):
-            Tree(tiny_pool, few, MAX_NEW, path=no_tree)
+            PrefixTree(tiny_pool, few, MAX_NEW, path=no_tree)
     for missing in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match="holds no readable tree"):
             TreeRoutingEnv(pool=tiny_pool, task=few, path=missing, **SETTINGS)

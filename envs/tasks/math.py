@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass
 from functools import lru_cache
 
-from envs.tasks.jsonl import Problem, RecordTask, Row, check_template, fill, text
+from envs.tasks.records import Problem, RecordTask, Row, check_template, fill, text
 from envs.tasks.task import Example
 
 # The wording of the published router training rows.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envs.tasks.jsonl import Problem, RecordTask, Row, check_template, fill, text
+from envs.tasks.records import Problem, RecordTask, Row, check_template, fill, text
 from envs.tasks.task import Example
 
 # The wording of the published router training rows.

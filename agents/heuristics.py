@@ -1,0 +1,97 @@
+"""Policies that learn nothing: one model alone, a random choice, the SLM's own uncertainty."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.common.policy import Track, untracked
+from envs.decoding.observation import Observation
+from envs.models.pool import ModelPool
+from envs.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Always:
+    """One model writes everything.
+
+    Args:
+        slm: whether it is the SLM.
+    """
+
+    slm: bool = True
+
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Always:
+        return self
+
+    def score(self, observation: Observation) -> Tensor:
+        return torch.full((len(observation.positions),), float(self.slm))
+
+
+@dataclass(frozen=True)
+class Random:
+    """A score drawn uniformly for every decision.
+
+    The draw is a function of seed, episode and position alone: it does not depend on which rows step together, and a
+    higher threshold sends a superset of the decisions to the LLM.
+    """
+
+    seed: int = 0
+
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Random:
+        return Random(seed)
+
+    def score(self, observation: Observation) -> Tensor:
+        with np.errstate(over="ignore"):
+            key = np.full(len(observation.positions), self.seed, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            for part in (observation.episodes, observation.positions):
+                key = splitmix64(key ^ part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        return torch.from_numpy((key >> np.uint64(11)).astype(np.float64) / 2**53)
+
+
+def splitmix64(key: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The finalizer of SplitMix64 (Steele et al. 2014): well-spread bits out of counters."""
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key ^ (key >> np.uint64(31))
+
+
+MEASURES = ("max_probability", "margin", "entropy")
+MOST_NATS = math.log(2**18)
+"""The entropy that scores 0: a uniform draw from a vocabulary larger than any."""
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Scores a decision by how sure the SLM is of its next token.
+
+    Args:
+        measure: `max_probability`, `margin` (first less second probability) or `entropy` (1 - H / MOST_NATS).
+    """
+
+    measure: Literal["max_probability", "margin", "entropy"] = "entropy"
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(f"unknown measure {self.measure!r}; choose one of {', '.join(MEASURES)}")
+
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> Uncertainty:
+        return self
+
+    def score(self, observation: Observation) -> Tensor:
+        entropy, top, second = observation.logit_features[:, :3].unbind(-1)
+        if self.measure == "entropy":
+            return 1 - entropy / MOST_NATS
+        return top.exp() if self.measure == "max_probability" else top.exp() - second.exp()

@@ -1,0 +1,180 @@
+"""Preferences over the two models, token by token: the shortcut, and rollouts where it is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.common.policy import Policy
+from agents.common.rollout import Scheduling, decode_loop
+from agents.preferences.labels import Rollouts
+from agents.preferences.store import FEATURES, Columns
+from envs.arrays import BoolArray, IntArray
+from envs.decoding.observation import all_features
+from envs.decoding.references import NOT_ROLLED_OUT, cases, check_end, encode
+from envs.decoding.teacher_forcing import TeacherSession, View
+from envs.models.pool import ModelPool
+from envs.tasks.task import Example, Task
+
+
+class PreferenceCollector:
+    """Collects preferences on reference solutions.
+
+    Args:
+        pool: the models; the last one is the LLM.
+        task: judges the answers of rollouts.
+        examples: problems with their reference solutions.
+        max_new_tokens: the longest response; references must fit.
+        scheduling: how rollouts share passes.
+        skip_too_long: leave examples out that do not fit, instead of refusing them.
+        responses: tokens to walk in place of each example's reference, the end of sequence included.
+        view: what to keep of the SLM's hidden state and logits at each token, one row of numbers.
+
+    Attributes:
+        fits: which examples are used, (examples,).
+
+    Raises:
+        ValueError: a reference that does not fit or that ends early; the error names it.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        task: Task,
+        examples: Sequence[Example],
+        max_new_tokens: int = 128,
+        scheduling: Scheduling | None = None,
+        skip_too_long: bool = False,
+        responses: Sequence[IntArray] | None = None,
+        view: View = all_features,
+    ) -> None:
+        if not examples:
+            raise ValueError("there are no examples to collect preferences on")
+        self.pool, self.task, self.examples = pool, task, examples
+        self.scheduling = scheduling or Scheduling()
+        self._prompts, references = encode(pool, examples)
+        self._references = references if responses is None else responses
+        # half of the rows hold references, the others are forked from them
+        self._rows = max(1, self.scheduling.rows_for(pool) // 2)
+        self._session = TeacherSession(pool, 2 * self._rows, max_new_tokens)
+        self._view = view
+        self._no_features = view(torch.zeros(0, pool.slm.width), torch.zeros(0, pool.vocab_size)).half()
+        self.fits = np.ones(len(examples), dtype=bool)
+        for number, (example, prompt) in enumerate(zip(examples, self._prompts, strict=True)):
+            reference = self._references[number]
+            check_end(example, reference, pool)
+            try:
+                self._session.check_fit(f"example {example.id}", prompt, reference)
+            except ValueError:
+                if not skip_too_long:
+                    raise
+                self.fits[number] = False
+        if not self.fits.any():
+            raise ValueError(f"none of the {len(examples)} examples fits; raise max_new_tokens or capacity")
+
+    def collect(self, chosen: Sequence[int], labels: Rollouts, policy: Policy, threshold: float) -> Columns:
+        """Cases of every token of some examples, and the outcomes of those that `labels` rolls out.
+
+        One teacher-forced pass of each model over a solution gives its cases (the shortcut); rollouts are forked from
+        the caches it leaves, so that the prefix they share with it is never read again.
+
+        Args:
+            chosen: indices of examples; those that do not fit are left out.
+            labels: which tokens to roll out, and which branches.
+            policy: finishes the answers.
+            threshold: the policy's SLM threshold.
+
+        Returns:
+            A row per token, by example and position: `example`, `position`, `case`, `slm_token`, `llm_token`,
+            `slm_outcome` and `llm_outcome` (1 the answer was right, 0 wrong, NOT_ROLLED_OUT), `features` (float16).
+        """
+        parts = [self._columns([], [], [])]
+        for batch in self._batches([e for e in chosen if self.fits[e]]):
+            columns = self._columns(batch, *self._load(batch))
+            self._roll(columns, labels.rolled_out(columns), labels, batch, policy, threshold)
+            parts.append(columns)
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.lexsort((columns["position"], columns["example"]))
+        return {name: values[order] for name, values in columns.items()}
+
+    def redo(self, columns: Columns, labels: Rollouts, policy: Policy, threshold: float) -> None:
+        """Roll out again, by another policy, all tokens of `columns`, whose outcomes are written; see `collect`."""
+        for batch in self._batches(np.unique(columns["example"]).tolist()):
+            self._load(batch)
+            self._roll(columns, np.isin(columns["example"], batch), labels, batch, policy, threshold)
+
+    def _columns(self, batch: Sequence[int], views: Sequence[Tensor], tokens: Sequence[IntArray]) -> Columns:
+        references = [self._references[e] for e in batch]
+        counts = [len(reference) for reference in references]
+        nothing: IntArray = np.zeros(0, dtype=np.int64)
+        target = np.concatenate([nothing, *references])
+        choices = np.concatenate([np.zeros((0, len(self.pool)), dtype=np.int64), *tokens])
+        slm, llm = choices[:, 0], choices[:, -1]
+        return {
+            "example": np.repeat(np.array(batch, dtype=np.int64), counts),
+            "position": np.concatenate([nothing, *(np.arange(count) for count in counts)]),
+            "case": cases(target, slm, llm),
+            "slm_token": slm,
+            "llm_token": llm,
+            "slm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
+            "llm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
+            FEATURES: torch.cat([self._no_features, *(view.half().cpu() for view in views)]).numpy(),
+        }
+
+    def _roll(
+        self,
+        columns: Columns,
+        where: BoolArray,
+        labels: Rollouts,
+        batch: Sequence[int],
+        policy: Policy,
+        threshold: float,
+    ) -> None:
+        """Roll out the tokens `where`, all of examples in `batch`, which the session holds."""
+        branches = (0, len(self.pool) - 1) if labels.branches == "both" else (0,)
+        slot_of = {e: slot for slot, e in enumerate(batch)}
+        queue = [
+            (slot_of[int(columns["example"][token])], int(token), branch)
+            for token in np.flatnonzero(where)
+            for branch in branches
+        ]
+        # taken from the end: the longest first, so that none is left to finish alone
+        queue.sort(key=lambda roll: (-columns["position"][roll[1]], roll))
+        serving: dict[int, tuple[int, int]] = {}
+
+        def refill(free: IntArray) -> tuple[IntArray, IntArray]:
+            taken = [queue.pop() for _ in range(min(len(free), len(queue)))]
+            rows = free[: len(taken)]
+            if not taken:
+                return rows, rows
+            slots, tokens, models = (np.array(part) for part in zip(*taken, strict=True))
+            prompts = np.array([len(self._prompts[batch[slot]]) for slot in slots])
+            # the first token is known: where it is the LLM's, the row is taught it instead of asking the LLM again
+            first = np.where(models == 0, columns["slm_token"][tokens], columns["llm_token"][tokens])
+            self._session.fork(slots, rows, prompts + columns["position"][tokens], first)
+            serving.update(zip(rows.tolist(), zip(tokens.tolist(), models.tolist(), strict=True), strict=True))
+            return rows, np.zeros(len(rows), dtype=np.int64)
+
+        def finish(row: int, terminated: bool) -> None:
+            token, model = serving[row]
+            text = self.pool.decode(self._session.response(row))
+            example = self.examples[columns["example"][token]]
+            outcome = columns["llm_outcome" if model else "slm_outcome"]
+            outcome[token] = self.task.is_correct(example, text)
+
+        if queue:
+            forks = np.arange(self._rows, 2 * self._rows)
+            decode_loop(self._session, forks, policy, threshold, self.scheduling.gather, refill, finish)
+
+    def _batches(self, chosen: Sequence[int]) -> list[list[int]]:
+        """Examples in groups that fit the rows for references, of like length."""
+        ordered = sorted(chosen, key=lambda e: len(self._prompts[e]) + len(self._references[e]))
+        return [ordered[first : first + self._rows] for first in range(0, len(ordered), self._rows)]
+
+    def _load(self, batch: Sequence[int]) -> tuple[list[Tensor], list[IntArray]]:
+        rows = np.arange(len(batch))
+        prompts, references = ([of[e] for e in batch] for of in (self._prompts, self._references))
+        return self._session.start_references(rows, prompts, references, self._view)

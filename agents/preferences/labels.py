@@ -1,0 +1,93 @@
+"""What decides which model is preferred at a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from agents.preferences.store import Columns
+from envs.arrays import BoolArray
+from envs.decoding.references import NOT_ROLLED_OUT
+
+DROPPED = -1
+CASE_3 = ("rollout", "slm", "llm", "agreement", "drop")
+
+
+class Rollouts(Protocol):
+    """Says what is rolled out."""
+
+    @property
+    def branches(self) -> Literal["slm", "both"]:
+        """Whether the SLM's token is rolled out, or the LLM's too."""
+
+    def rolled_out(self, columns: Columns) -> BoolArray:
+        """Which tokens need a rollout, (n,), by their `case`, `slm_token` and `llm_token`."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What decides a token's label in case 3, where neither model would write the reference's token.
+
+    Args:
+        case_3: `rollout` (CITER): finish the answer and see. Or without rollouts: `slm`, `llm`, `agreement` (SLM iff
+            both models would write the same token), `drop` (left out of training).
+        on_agreement: where both models would write the same token: `rollout` as published, or `slm`.
+        branches: `slm` as published: roll out the SLM's token, prefer the SLM iff the answer is right. `both`: roll out
+            the LLM's token too, prefer the SLM unless its answer is worse.
+    """
+
+    case_3: Literal["rollout", "slm", "llm", "agreement", "drop"] = "rollout"
+    on_agreement: Literal["rollout", "slm"] = "rollout"
+    branches: Literal["slm", "both"] = "slm"
+
+    def __post_init__(self) -> None:
+        for key, known in (("case_3", CASE_3), ("on_agreement", ("rollout", "slm")), ("branches", ("slm", "both"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose one of {', '.join(known)}")
+
+    def rolled_out(self, columns: Columns) -> BoolArray:
+        """Which tokens need a rollout, (n,): with both branches or by setting, none where the models agree."""
+        third: BoolArray = columns["case"] == 3
+        if self.case_3 != "rollout":
+            return np.zeros_like(third)
+        agree: BoolArray = columns["slm_token"] == columns["llm_token"]
+        return third & ~agree if self.branches == "both" or self.on_agreement == "slm" else third
+
+    def of(self, columns: Columns) -> npt.NDArray[np.int8]:
+        """1 where the SLM is preferred, 0 where the LLM is, DROPPED where the token is left out; int8, (n,).
+
+        Args:
+            columns: `case`, `slm_token`, `llm_token`, `slm_outcome`, `llm_outcome`.
+        """
+        third = columns["case"] == 3
+        agree = columns["slm_token"] == columns["llm_token"]
+        slm, llm = columns["slm_outcome"], columns["llm_outcome"]
+        rolled = slm >= llm if self.branches == "both" else slm == 1
+        verdicts = {
+            "rollout": np.where(self.rolled_out(columns), rolled, agree),
+            "slm": np.ones_like(third),
+            "llm": np.zeros_like(third),
+            "agreement": agree,
+            "drop": np.full(len(third), DROPPED),
+        }
+        labels: npt.NDArray[Any] = np.where(third, verdicts[self.case_3], columns["case"] == 1)
+        return labels.astype(np.int8)
+
+
+def shares(columns: Columns) -> dict[str, float]:
+    """Shares of the cases, of agreement within case 3, of right outcomes among rollouts, and of SLM labels."""
+    third = columns["case"] == 3
+    agree = columns["slm_token"] == columns["llm_token"]
+    found = {f"case_{case}": float((columns["case"] == case).mean()) for case in (1, 2, 3)}
+    found["agree_in_case_3"] = float(agree[third].mean()) if third.any() else 0.0
+    for model in ("slm", "llm"):
+        outcomes = columns[f"{model}_outcome"]
+        rolled = outcomes != NOT_ROLLED_OUT
+        found[f"{model}_rollouts"] = int(rolled.sum())
+        found[f"{model}_rollouts_right"] = float(outcomes[rolled].mean()) if rolled.any() else 0.0
+    kept = columns["label"] != DROPPED
+    found["prefers_slm"] = float(columns["label"][kept].mean()) if kept.any() else 0.0
+    return found

@@ -1,0 +1,1 @@
+"""Routing whole queries: outcomes, embeddings, routers and their learners."""

@@ -1,0 +1,185 @@
+"""Learning to route whole queries from what each model of a pool makes of them by itself."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from agents.common.policy import Track, untracked
+from agents.common.rollout import Scheduling, decode
+from agents.heuristics import Always
+from agents.query_routing.outcomes import QueryOutcomes, check_models
+from agents.query_routing.policy import QueryPolicy
+from agents.query_routing.router import EmbeddedQueries, QueryRouter
+from envs.costs import MemoryTraffic, Price
+from envs.decoding.observation import Observation
+from envs.models.pool import ModelPool, models_manifest
+from envs.storage import check_manifest, write_tensors, write_text
+from envs.tasks.task import Example, Task, first_training_example
+
+
+@dataclass(frozen=True)
+class QueryLearner(ABC):
+    """Learns to route whole queries from what each model of a pool makes of training queries by itself.
+
+    Args:
+        examples: training problems that every model answers.
+        max_new_tokens: the longest answer.
+        llm_share: where given, scores are moved so that at the threshold 0.5 this share of the training queries goes to
+            the LLM: a threshold calibrated by the share of strong calls, as RouteLLM's. Their order stays.
+        scheduling: how answers share passes.
+    """
+
+    examples: int = 2000
+    max_new_tokens: int = 128
+    llm_share: float | None = None
+    scheduling: Scheduling = field(default_factory=Scheduling)
+
+    def __post_init__(self) -> None:
+        if self.examples < 2:
+            raise ValueError(f"examples must be at least 2, is {self.examples}")
+        if self.llm_share is not None and not 0 < self.llm_share < 1:
+            raise ValueError(f"llm_share must be in (0, 1), is {self.llm_share}")
+
+    def check(self, models: Sequence[str], queries: int) -> None:
+        """Refuse a pool or a number of queries that it cannot learn from; called before any model answers.
+
+        Raises:
+            ValueError: it cannot; the error says why.
+        """
+        check_models(models)
+        if queries < 2:
+            raise ValueError(f"a router needs at least 2 queries to learn from, there are {queries}")
+
+    @abstractmethod
+    def fit_queries(
+        self, train: EmbeddedQueries, known: EmbeddedQueries, seed: int = 0, track: Track = untracked
+    ) -> QueryRouter:
+        """Learn to route.
+
+        Args:
+            train: what training models made of training queries.
+            known: what the models to route among made of queries: the same as `train` where the pool is fixed, else one
+                validation pass of each, whether it was among the training models or not.
+            seed: makes the result repeat.
+            track: receives rows of measurements.
+
+        Raises:
+            ValueError: a setting asks for more than there are queries.
+        """
+
+    def fit(
+        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
+    ) -> QueryPolicy:
+        self.check(pool.names, self.examples)
+        queries = self._answered(pool, task, seed, folder)
+        router = self.fit_queries(queries, queries, seed, track)
+        policy = QueryPolicy(router, models_manifest(pool))
+        right = queries.correct.mean(0).tolist()
+        track({"run": "queries", **{f"right_{name}": share for name, share in zip(pool.names, right, strict=True)}})
+        if self.llm_share is not None:
+            scores = policy.slm_scores(queries.embeddings)
+            policy = replace(policy, threshold=calibrated_threshold(scores, self.llm_share))
+        return policy
+
+    def _answered(self, pool: ModelPool, task: Task, seed: int, folder: Path | None) -> EmbeddedQueries:
+        """What the models make of training problems, kept in `folder`."""
+        start = first_training_example(task, seed)
+        about = {
+            "models": models_manifest(pool),
+            "task": {"name": task.name, "start": start, "examples": self.examples},
+            "max_new_tokens": self.max_new_tokens,
+        }
+        path = folder and folder / "queries.safetensors"
+        manifest = folder and folder / "queries.json"
+        if path and manifest and path.is_file():
+            check_manifest(path, json.loads(manifest.read_text()), about)
+            kept = load_file(path)
+            return EmbeddedQueries(
+                kept["embeddings"], tuple(pool.names), kept["correct"].numpy(), kept["costs"].numpy()
+            )
+        examples = task.examples("train", self.examples, start=start)
+        outcomes, embeddings = answer_alone(pool, task, examples, self.max_new_tokens, self.scheduling)
+        queries = EmbeddedQueries(embeddings, tuple(pool.names), outcomes.correct, outcomes.costs.mean(0))
+        if path and manifest:
+            write_text(manifest, json.dumps(about, indent=1) + "\n")
+            tensors = {"correct": torch.from_numpy(queries.correct), "costs": torch.from_numpy(queries.costs)}
+            write_tensors(path, {"embeddings": queries.embeddings.contiguous(), **tensors})
+        return queries
+
+
+def calibrated_threshold(scores: Tensor, llm_share: float) -> float:
+    """The threshold under which `llm_share` of the scores, (n,), lie (Ong et al. 2024)."""
+    return float(torch.quantile(scores.double(), llm_share))
+
+
+class _FirstStates:
+    """Lets the SLM write everything, and keeps the state each response began in."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, Tensor] = {}
+
+    def score(self, observation: Observation) -> Tensor:
+        for i in np.flatnonzero(observation.positions == 0):
+            self.states[int(observation.episodes[i])] = observation.hidden[i].float().cpu()
+        return torch.ones(len(observation.positions))
+
+
+def answer_alone(
+    pool: ModelPool,
+    task: Task,
+    examples: Sequence[Example],
+    max_new_tokens: int = 128,
+    scheduling: Scheduling | None = None,
+) -> tuple[QueryOutcomes, Tensor]:
+    """Let every model of a pool answer every example by itself.
+
+    Args:
+        pool: the models.
+        task: judges the answers.
+        examples: the queries.
+        max_new_tokens: the longest answer.
+        scheduling: how answers share passes.
+
+    Returns:
+        The outcomes, costs in bytes of memory traffic, and the SLM's states after the prompts: float32, (n, width).
+    """
+    seen = _FirstStates()
+    correct, costs = [], []
+    for number, name in enumerate(pool.names):
+        # the engine's decisions are between the first model and the last: a pair for each model
+        pair = ModelPool([pool.slm, pool.models[max(1, number)]], pool.rows, pool.capacity)
+        episodes = decode(
+            pair, task, examples, Always(slm=False) if number else seen, 0.5, max_new_tokens, scheduling,
+            label=f"queries answered by {name}",
+        )  # fmt: skip
+        alone = np.stack([episode.ledger[-1 if number else 0] for episode in episodes])
+        correct.append([episode.correct for episode in episodes])
+        costs.append(Price([pool.profiles[number]], [MemoryTraffic()]).of(alone[:, None])["bytes"])
+    outcomes = QueryOutcomes(
+        [example.prompt for example in examples], [task.name] * len(examples), tuple(pool.names),
+        np.stack(correct, axis=1), np.stack(costs, axis=1),
+    )  # fmt: skip
+    return outcomes, torch.stack([seen.states[i] for i in range(len(examples))])
+
+
+def same_models(learner: str, train: EmbeddedQueries, known: EmbeddedQueries) -> None:
+    """Refuse to route among models a learner has not been trained on, where it cannot.
+
+    Raises:
+        ValueError: they are others than the training models.
+    """
+    if train.models != known.models:
+        others = ", ".join(model for model in known.models if model not in train.models) or ", ".join(known.models)
+        raise ValueError(
+            f"{learner} routes between the models it was trained on ({', '.join(train.models)}), not {others}; train "
+            "it on these, or choose an agent for pools that change (uniroute, knn)"
+        )

@@ -1,0 +1,1 @@
+"""Stable-Baselines3 on the environments, and its networks as policies."""

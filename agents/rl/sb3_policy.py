@@ -1,0 +1,280 @@
+"""The policy of a Stable-Baselines3 network: how it scores decisions, and files that hold numbers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from agents.common.policy import POLICY_FILE, class_name
+from agents.rl.algorithms import algorithm_named
+from agents.rl.cost_weights import CostWeights
+from envs.decoding.observation import Observation, feature_width
+from envs.environments.token_routing import HIDDEN_BOUND
+from envs.models.pool import ModelPool, models_manifest
+from envs.storage import write_tensors, write_text
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+
+WEIGHTS_FILE = "policy.safetensors"
+
+
+@dataclass
+class Sb3Policy:
+    """Scores a decision with a network of Stable-Baselines3.
+
+    The score is the actor's probability of the SLM (PPO, A2C, recurrent PPO), or the sigmoid of the SLM's advantage in
+    value over the best other model (DQN, QR-DQN: the mean over quantiles).
+
+    A conditioned policy saw the cost weight while it was trained. Its score is the mean probability of the SLM over a
+    grid of weights. The SLM's probability rises with the weight, so that the score says from which weight on the SLM
+    is chosen, and one sweep of the threshold draws the whole front; `at(weight)` is the policy for one weight.
+
+    Attributes:
+        network: the policy network of Stable-Baselines3, in evaluation mode.
+        algorithm: one of ALGORITHMS.
+        models: names and fingerprints of the pool it was trained for.
+        features: what it sees, one of `envs.decoding.observation.FEATURES`.
+        arguments: of the network's class, plain numbers and names.
+        standardised: whether the network standardises what it sees, by statistics that are part of its weights.
+        conditioned: the weights it was trained with; None where there was one.
+        weight: the cost weight it decides for; None for the mean over the grid.
+    """
+
+    network: Any
+    algorithm: str
+    models: list[dict[str, str]]
+    features: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    standardised: bool = True
+    conditioned: CostWeights | None = None
+    weight: float | None = None
+    # state of the recurrent part by episode, each (2, layers, weights, hidden)
+    _states: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.network.set_training_mode(False)
+        self.network.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Features seen at a decision, the cost weight not counted."""
+        return int(self.network.observation_space.shape[0]) - (self.conditioned is not None)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters read at every decision; a conditioned policy reads them once for its whole grid."""
+        head = algorithm_named(self.algorithm).head(self.network)
+        return sum(parameter.numel() for module in head for parameter in module.parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells policies with other weights apart."""
+        digest = hashlib.sha256(f"{self.algorithm} {self.features} {self.conditioned} {self.weight}".encode())
+        for name, value in self.network.state_dict().items():
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def at(self, weight: float) -> Sb3Policy:
+        """The policy for one cost weight, of a conditioned policy.
+
+        Raises:
+            ValueError: the policy is not conditioned, or was never trained with such a weight.
+        """
+        if self.conditioned is None:
+            raise ValueError("this policy was trained with one cost weight; train it with `conditioned` to choose one")
+        if not self.conditioned.low <= weight <= self.conditioned.high:
+            raise ValueError(f"weight {weight} is not in [{self.conditioned.low}, {self.conditioned.high}]")
+        return replace(self, weight=weight)
+
+    @torch.no_grad()
+    def score(self, observation: Observation) -> Tensor:
+        seen = observation.seen(self.features)[:, None]  # (n, 1, width)
+        if self.conditioned is not None:
+            weights = self.conditioned.grid() if self.weight is None else np.array([self.weight])
+            column = torch.from_numpy(self.conditioned.scaled(weights)).to(seen)[None, :, None]
+            n, count = len(seen), len(weights)
+            seen = torch.cat([seen.expand(-1, count, -1), column.expand(n, -1, -1)], dim=-1)
+        inputs = seen.flatten(0, 1)  # (n x weights, width)
+        probability = algorithm_named(self.algorithm).probability
+        found = self._recurrent(inputs, observation) if probability is None else probability(self.network, inputs)
+        return found.view(seen.shape[:2]).mean(-1)
+
+    def _recurrent(self, inputs: Tensor, observation: Observation) -> Tensor:
+        """Probabilities of the SLM, (n x weights,), and one step of the state of every episode."""
+        lstm, n = self.network.lstm_actor, len(observation.positions)
+        fresh = inputs.new_zeros(2, lstm.num_layers, len(inputs) // max(1, n), lstm.hidden_size)
+        # a response forked from another starts without a state: what was read before is not known here
+        states = torch.stack(
+            [
+                fresh if position == 0 else self._states.get(int(episode), fresh)
+                for episode, position in zip(observation.episodes, observation.positions, strict=True)
+            ],
+            dim=2,
+        )  # (2, layers, n, weights, hidden)
+        begun = states.flatten(2, 3)
+        distribution, after = self.network.get_distribution(inputs, (begun[0], begun[1]), inputs.new_zeros(len(inputs)))
+        for episode, state in zip(observation.episodes, torch.stack(after).view_as(states).unbind(2), strict=True):
+            self._states[int(episode)] = state.clone()
+        return cast(Tensor, distribution.distribution.probs[:, 0])
+
+    def save(self, folder: Path) -> None:
+        """Write `policy.safetensors` and `policy.json`.
+
+        Raises:
+            ValueError: the network was built with arguments that are no plain data, as one out of an archive may be.
+        """
+        settings = {
+            "class": class_name(type(self)),
+            "models": self.models,
+            "algorithm": self.algorithm,
+            "features": self.features,
+            "width": self.width,
+            "arguments": self.arguments,
+            "standardised": self.standardised,
+            "conditioned": None if self.conditioned is None else [self.conditioned.low, self.conditioned.high],
+            "weight": self.weight,
+        }
+        try:
+            text = json.dumps(settings, indent=1) + "\n"
+        except TypeError as error:
+            raise ValueError(
+                f"{folder}: the network's arguments {self.arguments} cannot be written: {error}"
+            ) from error
+        # an actor and its critic share the statistics of their inputs; the format wants each tensor on its own
+        tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        write_text(folder / POLICY_FILE, text)
+
+    @classmethod
+    def load(cls, folder: Path, pool: ModelPool) -> Sb3Policy:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no such policy in `folder`, or it was trained for other models than the pool's.
+        """
+        try:
+            settings = json.loads((folder / POLICY_FILE).read_text())
+            weights = load_file(folder / WEIGHTS_FILE)
+            models, width, features = settings["models"], settings["width"], settings["features"]
+            fits = models == models_manifest(pool) and width == feature_width(features, pool.slm.width)
+            conditioned = settings["conditioned"] and CostWeights(*settings["conditioned"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no readable policy; train one with experiments.train") from error
+        if not fits:
+            named = [
+                ", ".join(f"{model['name']} ({model['fingerprint']})" for model in listed)
+                for listed in (models, models_manifest(pool))
+            ]
+            raise ValueError(
+                f"{folder}: the policy was trained for {named[0]} ({width} features); the pool is {named[1]} "
+                f"({pool.slm.width} wide): load that pool, or train for it"
+            )
+        try:
+            network = empty_network(
+                settings["algorithm"],
+                width + bool(conditioned),
+                len(pool),
+                settings["arguments"],
+                settings["standardised"],
+            )
+            network.load_state_dict(weights)
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise ValueError(f"{folder}: {WEIGHTS_FILE} does not fit {POLICY_FILE}: {error}") from error
+        return cls(
+            network.to(pool.slm.device), settings["algorithm"], models, features, settings["arguments"],
+            settings["standardised"], conditioned, settings["weight"],
+        )  # fmt: skip
+
+    @classmethod
+    def from_archive(
+        cls, path: Path, pool: ModelPool, algorithm: str, features: str, trusted: bool = False
+    ) -> Sb3Policy:
+        """Wrap an algorithm that Stable-Baselines3 itself has saved.
+
+        Args:
+            path: its .zip archive.
+            pool: the models it was trained for.
+            algorithm: one of ALGORITHMS.
+            features: what it saw, one of `envs.decoding.observation.FEATURES`.
+            trusted: whether you trust whoever made the archive as you trust code you run.
+
+        Raises:
+            ValueError: it is not trusted, or it is of another algorithm, features or pool.
+        """
+        known = algorithm_named(algorithm)
+        width = feature_width(features, pool.slm.width)
+        if not trusted:
+            raise ValueError(
+                f"{path}: to read an archive of Stable-Baselines3 is to run code it holds; give trusted=True if you "
+                "made it yourself, and save the policy: its own files hold numbers alone"
+            )
+        from agents.rl.sb3_extensions import random_state_kept
+
+        with random_state_kept(pool.slm.device):
+            found = known.kind.load(path, device=pool.slm.device)
+        spaces = found.observation_space.shape, int(getattr(found.action_space, "n", 0))
+        if spaces != ((width,), len(pool)):
+            raise ValueError(
+                f"{path}: the policy sees {spaces[0]} and chooses among {spaces[1]} models; {features} of this pool "
+                f"are {(width,)}, and it has {len(pool)} models"
+            )
+        return cls.of(found, algorithm, pool, features)
+
+    @classmethod
+    def of(
+        cls,
+        trained: BaseAlgorithm,
+        algorithm: str,
+        pool: ModelPool,
+        features: str,
+        conditioned: CostWeights | None = None,
+    ) -> Sb3Policy:
+        """The policy of an algorithm of Stable-Baselines3."""
+        from agents.rl.inputs import Standardised
+
+        arguments = {
+            name: value
+            for name, value in trained.policy_kwargs.items()
+            if not name.startswith(("optimizer", "features_extractor"))
+        }
+        extractor = trained.policy_kwargs.get("features_extractor_class")
+        if extractor not in (None, Standardised):
+            raise ValueError(f"a policy with the features extractor {extractor.__name__} cannot be wrapped")
+        return cls(
+            trained.policy, algorithm, models_manifest(pool), features, arguments, extractor is not None, conditioned
+        )
+
+
+def empty_network(
+    algorithm: str, width: int, actions: int, arguments: Mapping[str, Any], standardised: bool
+) -> nn.Module:
+    """The policy network of an algorithm before its weights are loaded.
+
+    Args:
+        algorithm: one of ALGORITHMS.
+        width: numbers it sees.
+        actions: models it chooses among.
+        arguments: further ones of the network's class.
+        standardised: whether it standardises what it sees.
+    """
+    from agents.rl.inputs import Standardised
+
+    extractor = {"features_extractor_class": Standardised} if standardised else {}
+    sees = gym.spaces.Box(-HIDDEN_BOUND, HIDDEN_BOUND, (width,), np.float32)
+    with torch.random.fork_rng(devices=[]):  # of initial weights, which are not used
+        return algorithm_named(algorithm).network(
+            sees, gym.spaces.Discrete(actions), lambda _: 0.0, **arguments, **extractor
+        )

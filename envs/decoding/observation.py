@@ -1,0 +1,129 @@
+"""What a router may see of a decision, and what a step did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from envs.arrays import BoolArray, FloatArray, IntArray
+
+Features = Literal["hidden", "hidden_logits", "hidden_logits_history"]
+FEATURES: tuple[Features, ...] = get_args(Features)
+"""What can be seen, each the one before and more: as published; with logit features; with the history."""
+TOP = 10
+"""Log-probabilities among the logit features."""
+LOGIT_FEATURES = 1 + TOP
+HISTORY_FEATURES = 2
+
+
+def check_features(features: str) -> Features:
+    """`features` if it is one of FEATURES; an error that names them otherwise."""
+    for known in FEATURES:
+        if features == known:
+            return known
+    raise ValueError(f"unknown features {features!r}; choose one of {', '.join(FEATURES)}")
+
+
+def feature_width(features: str, width: int) -> int:
+    """Numbers seen at a decision by a router of an SLM `width` wide."""
+    widths = (width, width + LOGIT_FEATURES, width + LOGIT_FEATURES + HISTORY_FEATURES)
+    return widths[FEATURES.index(check_features(features))]
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    """Entropy in nats, (n,), of distributions given by their log-probabilities, (n, vocab)."""
+    return -(log_probabilities.exp() * log_probabilities.clamp(min=-1e9)).sum(-1)
+
+
+def logit_features(logits: Tensor) -> Tensor:
+    """Entropy (nats) and the TOP largest log-probabilities of next-token logits (n, vocab): float32, (n, 1 + TOP)."""
+    log_probabilities = logits.float().log_softmax(-1)
+    # far below what float16 and a router can tell apart
+    top = log_probabilities.topk(TOP, dim=-1).values.clamp(min=-50)
+    return torch.cat([entropy(log_probabilities)[:, None], top], dim=-1)
+
+
+def all_features(hidden: Tensor, logits: Tensor) -> Tensor:
+    """Hidden states (n, width), then logit features: float32, (n, width + 1 + TOP)."""
+    return torch.cat([hidden.float(), logit_features(logits)], dim=-1)
+
+
+def history_features(positions: IntArray, since_llm: IntArray) -> Tensor:
+    """Logarithms of 1 + the tokens written, and of 1 + those since the LLM last wrote: float32, (n, 2)."""
+    counts = torch.stack([torch.from_numpy(positions), torch.from_numpy(since_llm)], dim=-1)
+    return counts.float().log1p()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a router may see of n rows that await a decision.
+
+    Attributes:
+        hidden: the SLM's last hidden state after the final norm, float32, (n, width).
+        logits: the SLM's next-token logits, (n, vocab); None where a replay tree kept their features alone.
+        positions: tokens of the response written so far, (n,).
+        episodes: a number for each row's episode, (n,); together with the position it names the decision.
+        since_llm: tokens since another model than the SLM last wrote, or since the response began, (n,).
+        kept_logit_features: what `logit_features` are where the logits are not there.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None
+    positions: IntArray
+    episodes: IntArray
+    since_llm: IntArray
+    kept_logit_features: Tensor | None = None
+
+    @property
+    def logit_features(self) -> Tensor:
+        """Entropy and top log-probabilities of the SLM's next token, float32, (n, 1 + TOP)."""
+        if self.logits is not None:
+            return logit_features(self.logits)
+        assert self.kept_logit_features is not None
+        return self.kept_logit_features
+
+    def seen(self, features: str) -> Tensor:
+        """What a router of these `features` sees, float32, (n, feature_width)."""
+        level = FEATURES.index(check_features(features))
+        parts = [self.hidden.float()]
+        if level > 0:
+            parts.append(self.logit_features)
+        if level > 1:
+            parts.append(history_features(self.positions, self.since_llm).to(self.hidden.device))
+        return torch.cat(parts, dim=-1) if level else parts[0]
+
+
+def since_at_each(writers: npt.NDArray[np.int8]) -> IntArray:
+    """Tokens since another model than the SLM last wrote, or since the response began, before each token: (n,)."""
+    positions = np.arange(len(writers))
+    last = np.maximum.accumulate(np.where(writers > 0, positions, -1))
+    return np.asarray(positions - np.concatenate([[-1], last])[: len(writers)] - 1)
+
+
+def since_llm(writers: npt.NDArray[np.int8]) -> int:
+    """Tokens since another model than the SLM last wrote, or since the response began; writers (n,)."""
+    return int(since_at_each(np.append(writers, 0))[-1])
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one routed step did to n rows.
+
+    Attributes:
+        tokens: the tokens written, (n,).
+        slm_tokens: the tokens the SLM would have written (greedily), (n,).
+        terminated: an end-of-sequence token was written, (n,).
+        truncated: the limit of new tokens was reached without one, (n,).
+        work: ledger entries of the step, (n, models, COLUMNS).
+    """
+
+    tokens: IntArray
+    slm_tokens: IntArray
+    terminated: BoolArray
+    truncated: BoolArray
+    work: FloatArray

@@ -1,0 +1,333 @@
+"""Sequences in flight, and the one place where a routed token is decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.costs import COLUMNS, SECONDS, WRITTEN, pass_entry
+from envs.decoding.decoder import check_fit, check_followed, checked_actions, sequence_capacity
+from envs.decoding.observation import Observation, Step, since_llm
+from envs.decoding.sampling import Sampling
+from envs.models.pool import ModelPool
+from envs.tasks.task import Example, Task
+
+
+class Session:
+    """Up to `rows` sequences in flight over a pool of models; the one place where a routed token is decoded.
+
+    Every model keeps a cache of its own. The SLM reads prompts and the tokens written when a row is next observed or
+    stepped, so that one pass serves rows that went on and rows that started; another model reads what it has missed
+    when it is chosen, in the same forward pass that gives its token. Rows are independent: which rows step together
+    changes nothing about the tokens written.
+
+    Args:
+        pool: the models; an action is an index into them.
+        rows: sequences in flight.
+        max_new_tokens: the longest response.
+        capacity: the longest sequence, prompt and response; the pool's capacity where None.
+        sampling: how tokens are drawn; greedy by default.
+
+    Raises:
+        ValueError: a setting out of range, or caches that do not fit in memory.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        rows: int,
+        max_new_tokens: int,
+        capacity: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, is {rows}")
+        capacity = sequence_capacity(pool, max_new_tokens, capacity)
+        self.pool, self.rows, self.max_new_tokens, self.capacity = pool, rows, max_new_tokens, capacity
+        self.sampling = sampling or Sampling()
+        self._caches = pool.new_caches(rows, capacity)
+        self._tokens: IntArray = np.zeros((rows, capacity), dtype=np.int64)
+        self._writers = np.zeros((rows, capacity), dtype=np.int8)
+        self._lengths: IntArray = np.zeros(rows, dtype=np.int64)
+        self._prompts: IntArray = np.zeros(rows, dtype=np.int64)
+        self._limits: IntArray = np.full(rows, max_new_tokens, dtype=np.int64)
+        self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
+        self._slm_tokens: IntArray = np.zeros(rows, dtype=np.int64)
+        self._since_llm: IntArray = np.zeros(rows, dtype=np.int64)
+        self._active: BoolArray = np.zeros(rows, dtype=bool)
+        self._unread: BoolArray = np.zeros(rows, dtype=bool)  # the SLM has tokens to read before the next decision
+        self._followed: BoolArray = np.ones(rows, dtype=bool)  # the SLM reads what is written
+        self._generators: list[np.random.Generator | None] = [None] * rows
+        self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
+        self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
+        self.ledger: FloatArray = np.zeros((rows, len(pool), COLUMNS))
+        """What each row took since it started, (rows, models, COLUMNS); seconds come in when passes are made."""
+
+    def check_fit(self, name: str, prompt: IntArray, response: Sequence[int] | IntArray = ()) -> None:
+        """Refuse a prompt that leaves no room for `max_new_tokens`, or a reference response longer than these.
+
+        Raises:
+            ValueError: it does not fit; the error says what `name` is.
+        """
+        check_fit(name, prompt, response, self.capacity, self.max_new_tokens)
+
+    def start(
+        self,
+        rows: IntArray,
+        prompts: Sequence[IntArray],
+        episodes: IntArray | None = None,
+        generators: Sequence[np.random.Generator] | None = None,
+        limits: IntArray | None = None,
+        responses: Sequence[IntArray] | None = None,
+    ) -> FloatArray:
+        """Start a new sequence in each row.
+
+        Args:
+            rows: distinct rows, (n,); what they held is forgotten.
+            prompts: n arrays of token ids.
+            episodes: a number for each row's episode, (n,); the rows' own numbers where None.
+            generators: the source of chance of each row, needed where tokens are sampled.
+            limits: the longest response of each row, at most `max_new_tokens`, (n,); that where None.
+            responses: n arrays of tokens that the responses begin with, as if the SLM had written them. A response of
+                the longest length can be observed, but is not in flight.
+
+        Returns:
+            Ledger entries of the SLM's reading of all that, (n, models, COLUMNS).
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room for `max_new_tokens`.
+        """
+        rows = self._checked(rows)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.check_fit(f"row {row}", prompt)
+        for row, response in zip(rows, responses or [], strict=responses is not None):
+            if len(response) > self.max_new_tokens:
+                raise ValueError(
+                    f"row {row} begins with {len(response)} tokens, max_new_tokens is {self.max_new_tokens}"
+                )
+        if not self.sampling.greedy and generators is None:
+            raise ValueError("sampling needs a generator for each row")
+        for cache in self._caches:
+            cache.free(rows)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._tokens[row, : len(prompt)] = prompt
+        self._prompts[rows] = self._lengths[rows] = [len(prompt) for prompt in prompts]
+        for row, response in zip(rows, responses or [], strict=responses is not None):
+            self._tokens[row, self._lengths[row] : self._lengths[row] + len(response)] = response
+            self._writers[row, self._lengths[row] : self._lengths[row] + len(response)] = 0
+            self._lengths[row] += len(response)
+        self._episodes[rows] = rows if episodes is None else episodes
+        self._since_llm[rows] = begun = self._lengths[rows] - self._prompts[rows]
+        self._limits[rows] = self.max_new_tokens if limits is None else np.minimum(limits, self.max_new_tokens)
+        for position, row in enumerate(rows):
+            self._generators[row] = None if generators is None else generators[position]
+        self._active[rows] = begun < self._limits[rows]
+        self._followed[rows] = True
+        self.ledger[rows] = 0
+        work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        work[:, 0, WRITTEN] = begun
+        self._leave_unread(rows, work, np.arange(len(rows)))
+        self.ledger[rows] = work
+        return work
+
+    def step(self, rows: IntArray, actions: IntArray) -> Step:
+        """Write one token in each row, by the model its action names.
+
+        Args:
+            rows: distinct rows in flight, (n,).
+            actions: 0 for the SLM, k for model k of the pool, (n,).
+
+        Raises:
+            ValueError: an action out of range, a row that is not in flight, or one for the SLM that was released.
+            FloatingPointError: a model's logits are not numbers.
+        """
+        rows = self._checked(rows)
+        actions = checked_actions(actions, len(rows), len(self.pool))
+        if not self._active[rows].all():
+            raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
+        check_followed(rows[actions == 0], self._followed)
+        self._catch_up(rows)
+        work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        slm_tokens = self._slm_tokens[rows]
+        tokens = slm_tokens.copy()
+        uniforms = None if self.sampling.greedy else np.array([self._uniform(row) for row in rows])
+        for model in np.unique(actions):
+            chosen = np.flatnonzero(actions == model)
+            if model > 0:
+                entries, _, logits, tokens[chosen] = self._read(int(model), rows[chosen])
+                work[chosen, model] += entries
+            elif uniforms is not None:
+                logits = self._logits[torch.from_numpy(rows[chosen]).to(self._logits.device)]
+            if uniforms is not None:
+                tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
+        work[np.arange(len(rows)), actions, WRITTEN] = 1
+        self._tokens[rows, self._lengths[rows]] = tokens
+        self._writers[rows, self._lengths[rows]] = actions
+        self._lengths[rows] += 1
+        self._since_llm[rows] = np.where(actions > 0, 0, self._since_llm[rows] + 1)
+        terminated = np.isin(tokens, self.pool.end_tokens)
+        truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self._limits[rows])
+        self._active[rows] = ~(terminated | truncated)
+        # The last state of a truncated row is read too: its value is what a learner bootstraps from.
+        going_on = np.flatnonzero(~terminated)
+        self._leave_unread(rows[going_on], work, going_on)
+        self.ledger[rows] += work
+        self._catch_up(rows[truncated])
+        return Step(tokens, slm_tokens, terminated, truncated, work)
+
+    def fork(
+        self,
+        sources: IntArray,
+        targets: IntArray,
+        lengths: IntArray | None = None,
+        slm_tokens: IntArray | None = None,
+    ) -> None:
+        """Copy rows, whole or their first tokens; what a model has read of them it does not read again.
+
+        Args:
+            sources: rows to copy, (n,); one may stand several times.
+            targets: distinct rows to overwrite, (n,), none of which is another's source.
+            lengths: tokens to keep, prompt included, (n,); all where None. The SLM re-reads the last token of a
+                shortened row, since the state behind it is not kept.
+            slm_tokens: what action 0 writes next in each shortened row, (n,), where that is known: the SLM's token, or
+                another one that the row is taught. Nothing is re-read then, and the row has no observation until its
+                next step.
+
+        Raises:
+            ValueError: lengths out of range, or a target that is another fork's source.
+        """
+        sources, targets = np.asarray(sources, dtype=np.int64), self._checked(targets)
+        self._catch_up(self._checked(np.unique(sources)))
+        whole = self._lengths[sources]
+        lengths = whole if lengths is None else np.asarray(lengths, dtype=np.int64)
+        shortened = lengths < whole
+        if (lengths > whole).any() or (lengths < self._prompts[sources]).any():
+            raise ValueError(
+                f"lengths {lengths.tolist()} must lie between the prompts and the {whole.tolist()} tokens written"
+            )
+        if slm_tokens is not None and not (self.sampling.greedy and shortened.all()):
+            raise ValueError(
+                "slm_tokens spare the re-reading of shortened rows under greedy decoding, and nothing else"
+            )
+        if np.isin(targets[sources != targets], sources).any():
+            raise ValueError("a fork's target is another fork's source; fork them one after the other")
+        for model, cache in enumerate(self._caches):
+            # a model must have a token to read when it is next asked for one
+            cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
+        rowwise = (self._tokens, self._writers, self._prompts, self._limits, self._episodes, self._slm_tokens)
+        for state in (*rowwise, self._since_llm, self._followed, self.ledger):
+            state[targets] = state[sources]
+        for target, source in zip(targets, sources, strict=True):
+            generator = self._generators[source]
+            # a copy draws from a stream of its own, so that what others draw changes nothing
+            self._generators[target] = generator if generator is None or target == source else generator.spawn(1)[0]
+        self._lengths[targets] = lengths
+        self._active[targets] = self._active[sources] | shortened  # the copy of a finished row is finished
+        device = self._hidden.device
+        to, of = torch.from_numpy(targets).to(device), torch.from_numpy(sources).to(device)
+        self._hidden[to], self._logits[to] = self._hidden[of], self._logits[of]
+        for target in targets[shortened]:
+            # tokens that are gone were not written
+            writers = self.writers(target)
+            self.ledger[target, :, WRITTEN] = np.bincount(writers, minlength=len(self.pool))
+            self._since_llm[target] = since_llm(writers)
+        self._unread[targets] = False
+        if slm_tokens is not None:
+            self._slm_tokens[targets] = slm_tokens
+        else:
+            work = np.zeros((len(targets), len(self.pool), COLUMNS))
+            self._leave_unread(targets[shortened], work, np.flatnonzero(shortened))
+            self.ledger[targets] += work
+
+    def rewind(self, rows: IntArray, lengths: IntArray) -> None:
+        """Forget the tokens of each row beyond `lengths`, (n,), prompt included; the rows go on from there."""
+        self.fork(rows, rows, lengths)
+
+    def release_slm(self, rows: IntArray) -> None:
+        """Let the SLM read no more of `rows`, (n,), which other models write to their ends and nobody observes."""
+        self._catch_up(self._checked(rows))
+        self._followed[rows] = False
+
+    def free(self, rows: IntArray) -> None:
+        """Take rows out of flight."""
+        self._active[rows] = self._unread[rows] = False
+
+    def observe(self, rows: IntArray) -> Observation:
+        """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
+        rows = np.asarray(rows, dtype=np.int64)
+        check_followed(rows, self._followed)
+        self._catch_up(rows)
+        index = torch.from_numpy(rows).to(self._hidden.device)
+        positions = self._lengths[rows] - self._prompts[rows]
+        return Observation(
+            self._hidden[index], self._logits[index], positions, self._episodes[rows], self._since_llm[rows]
+        )
+
+    def response(self, row: int) -> IntArray:
+        """Tokens of the response so far, (n,), an end-of-sequence token included."""
+        return self._tokens[row, self._prompts[row] : self._lengths[row]].copy()
+
+    def writers(self, row: int) -> npt.NDArray[np.int8]:
+        """Which model wrote each token of the response, (n,)."""
+        return self._writers[row, self._prompts[row] : self._lengths[row]].copy()
+
+    def correct(self, row: int, task: Task, example: Example) -> bool:
+        """Whether the response of a row answers `example`."""
+        return task.is_correct(example, self.pool.decode(self.response(row)))
+
+    def lengths(self, rows: IntArray) -> IntArray:
+        """Tokens of each row, prompt included, (n,)."""
+        return self._lengths[rows].copy()
+
+    def _read(self, model: int, rows: IntArray) -> tuple[FloatArray, Tensor, Tensor, IntArray]:
+        """Let a model read what it has missed.
+
+        Returns:
+            Ledger entries (n, COLUMNS), hidden states (n, width), logits (n, vocab), and greedy tokens (n,).
+        """
+        cache = self._caches[model]
+        before, after = cache.lengths[rows], self._lengths[rows]
+        chunks = [self._tokens[row, b:a] for row, b, a in zip(rows, before, after, strict=True)]
+        started = time.perf_counter()
+        hidden, logits = self.pool.models[model].feed(cache, rows, chunks)
+        logits = logits[:, : self.pool.vocab_size]
+        greedy = self.pool.greedy(model, logits)  # waits for the device, so that the time below is the pass's
+        return pass_entry(after - before, before, time.perf_counter() - started), hidden, logits, greedy
+
+    def _leave_unread(self, rows: IntArray, work: FloatArray, entries: IntArray) -> None:
+        """Enter what the SLM has to read of rows at `work[entries, 0]`; it does so when they are next looked at."""
+        follow = self._followed[rows]
+        rows, entries = rows[follow], entries[follow]
+        if not len(rows):
+            return
+        before = self._caches[0].lengths[rows]
+        work[entries, 0] += pass_entry(self._lengths[rows] - before, before, 0.0)
+        self._unread[rows] = True
+
+    def _catch_up(self, rows: IntArray) -> None:
+        """Let the SLM read what it has left unread of `rows`."""
+        rows = rows[self._unread[rows]]
+        if not len(rows):
+            return
+        entries, hidden, logits, self._slm_tokens[rows] = self._read(0, rows)
+        self._unread[rows] = False
+        self.ledger[rows, 0, SECONDS] += entries[:, SECONDS]
+        index = torch.from_numpy(rows).to(self._hidden.device)
+        self._hidden[index], self._logits[index] = hidden.to(self._hidden), logits.to(self._logits)
+
+    def _uniform(self, row: int) -> float:
+        generator = self._generators[row]
+        assert generator is not None
+        return float(generator.random())
+
+    def _checked(self, rows: IntArray) -> IntArray:
+        rows = np.asarray(rows, dtype=np.int64)
+        if not len(rows) or rows.min() < 0 or rows.max() >= self.rows or len(np.unique(rows)) != len(rows):
+            raise ValueError(f"rows must be distinct and in 0..{self.rows - 1}; they are {rows.tolist()}")
+        return rows

@@ -1,0 +1,269 @@
+"""A session whose rows can also be taught, given tokens that models read as if they had been written, and checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.costs import COLUMNS, WRITTEN, pass_entry
+from envs.decoding.session import Session
+
+# Logits held at once while references are read, in elements (256 MB in float32).
+LOGITS_AT_ONCE = 2**26
+View = Callable[[Tensor, Tensor], Tensor]
+
+
+def log_probability(logits: Tensor, tokens: IntArray) -> FloatArray:
+    """Log-probabilities of given tokens, (n,), under next-token logits (n, vocab): (n,)."""
+    logits = logits.float()
+    chosen = logits.gather(-1, torch.from_numpy(tokens).to(logits.device)[:, None])[:, 0]
+    return np.asarray((chosen - logits.logsumexp(-1)).double().cpu().numpy())
+
+
+class TeacherSession(Session):
+    """A `Session` for teacher forcing and for checking drafts; see there for its arguments."""
+
+    def extend(self, rows: IntArray, chunks: Sequence[IntArray], model: int = 0) -> None:
+        """Append given tokens to the responses (teacher forcing), as if a model had written them.
+
+        The SLM reads them when the rows are next looked at, in one pass with what it had left unread before.
+
+        Args:
+            rows: distinct rows in flight, (n,).
+            chunks: n arrays of at least one token id.
+            model: who is said to have written them.
+
+        Raises:
+            ValueError: there is no such model, a chunk is empty, a response would reach its limit, or a row is not in
+                flight.
+        """
+        rows = self._checked(rows)
+        if not 0 <= model < len(self.pool):
+            raise ValueError(f"model must be in 0..{len(self.pool) - 1}, is {model}")
+        counts = np.array([len(chunk) for chunk in chunks])
+        if counts.min() < 1:
+            raise ValueError(f"rows {rows[counts < 1].tolist()} are given no tokens; leave them out")
+        ends = self._lengths[rows] + counts
+        if not self._active[rows].all() or (ends - self._prompts[rows] >= self._limits[rows]).any():
+            raise ValueError(f"rows {rows.tolist()} cannot take {counts.tolist()} more tokens and stay in flight")
+        self._withdraw(rows)
+        self._append(rows, chunks, model)
+        self._leave_to_slm(rows)
+
+    def verify(self, rows: IntArray, drafted: IntArray, model: int) -> tuple[BoolArray, BoolArray]:
+        """Let a model check the last tokens of each row, all in one pass, and write the first it would not have.
+
+        The longest beginning of a draft that the model would have written itself stays, the rest was never written. The
+        model's own token follows: a correction, or one more than was drafted. No model reads twice what stays. The SLM
+        does not read what is forgotten, if it has not yet, nor a token that ends a response: a row that has ended here
+        has nothing to observe.
+
+        Args:
+            rows: distinct rows, (n,), in flight, or ended by a drafted end-of-sequence token.
+            drafted: tokens to check at the end of each row, (n,); where 0, the model writes and checks nothing.
+            model: another one than the SLM.
+
+        Returns:
+            Whether each response ends with an end-of-sequence token, (n,), and whether it has reached its limit without
+            one, (n,).
+
+        Raises:
+            ValueError: a session that samples, a model out of range, tokens that are not of the response or that the
+                model has read already, or a row that is not in flight.
+        """
+        rows, drafted = self._checked(rows), np.asarray(drafted, dtype=np.int64)
+        self._check_drafts(rows, drafted, model)
+        whole = self._lengths[rows]
+        begun = whole - drafted
+        ended = self._drafted_ends(rows, drafted)
+        found = self.read_along(rows, model, whole=~ended)
+        kept, own = begun.copy(), np.zeros_like(begun)
+        for i, (row, tokens) in enumerate(zip(rows, found, strict=True)):
+            # what the model writes in the place of each drafted token and, unless that is an end, behind them
+            choices = tokens[len(tokens) - drafted[i] - (not ended[i]) :]
+            wrong = choices[: drafted[i]] != self._tokens[row, begun[i] : whole[i]]
+            agreed = int(wrong.argmax()) if wrong.any() else int(drafted[i])
+            kept[i] += agreed
+            own[i] = choices[min(agreed, len(choices) - 1)]
+        self._withdraw(rows)
+        writing = ~(ended & (kept == whole))
+        self._cut(rows[writing], kept[writing])
+        self._append(rows[writing], own[writing, None], model)
+        terminated = ~writing | np.isin(own, self.pool.end_tokens)
+        truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self._limits[rows])
+        self._active[rows] = going_on = ~(terminated | truncated)
+        self._leave_to_slm(rows[going_on])
+        return terminated, truncated
+
+    def start_references(
+        self,
+        rows: IntArray,
+        prompts: Sequence[IntArray],
+        responses: Sequence[IntArray],
+        view: View | None = None,
+        log_probabilities: list[FloatArray] | None = None,
+    ) -> tuple[list[Tensor], list[IntArray]]:
+        """Start rows that hold whole reference responses, read by every model in one teacher-forced pass.
+
+        The rows can be forked at any length; they are not in flight themselves.
+
+        Args:
+            rows: distinct rows, (n,).
+            prompts: n arrays of token ids.
+            responses: n arrays of token ids, the end-of-sequence token included.
+            view: what to make of the SLM's hidden states (tokens, width) and logits (tokens, vocab); the hidden states
+                in float32 where None.
+            log_probabilities: gains, for each row, each model's log-probabilities of the response's own tokens
+                (length, models); they are not computed where None.
+
+        Returns:
+            For each row the view before each token of the response (length, ...), and the tokens each model would write
+            there (length, models).
+
+        Raises:
+            ValueError: a prompt or a response does not fit.
+        """
+        rows = self._checked(rows)
+        for row, prompt, response in zip(rows, prompts, responses, strict=True):
+            self.check_fit(f"row {row}", prompt, response)
+            whole = np.concatenate([prompt, response])
+            self._tokens[row, : len(whole)], self._writers[row, : len(whole)] = whole, 0
+            self._prompts[row], self._lengths[row] = len(prompt), len(whole)
+        self._active[rows], self._unread[rows], self._episodes[rows], self.ledger[rows] = False, False, rows, 0
+        self._followed[rows] = True
+        self._limits[rows] = self.max_new_tokens
+        views: list[Tensor] = []
+        choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]
+        likely = [np.empty(chosen.shape) for chosen in choices]
+        for model, cache in enumerate(self._caches):
+            cache.free(rows)
+            seen = view or (lambda states, logits: states.float())
+            own: list[FloatArray] | None = None if log_probabilities is None else []
+            found, tokens = self._read_every(model, rows, seen if model == 0 else None, own=own)
+            views += [states[-len(response) :] for states, response in zip(found, responses, strict=False)]
+            for i, response in enumerate(responses):
+                choices[i][:, model] = tokens[i][-len(response) :]
+                if own is not None:
+                    likely[i][:, model] = own[i][-len(response) :]
+        if log_probabilities is not None:
+            log_probabilities += likely
+        return views, choices
+
+    def read_along(self, rows: IntArray, model: int, whole: bool | BoolArray = False) -> list[IntArray]:
+        """Let a model other than the SLM read all but the last token of each row, as far as it has not yet.
+
+        Args:
+            rows: distinct rows, (n,).
+            model: who reads.
+            whole: read the last token as well; for all rows or for each, (n,).
+
+        Returns:
+            For each row the tokens the model would write after each token it has now read, (tokens,): the last one is
+            what it would write in the place of the row's last token, or with `whole` what it would write next.
+        """
+        return self._read_every(model, self._checked(rows), None, whole)[1]
+
+    def _read_every(
+        self,
+        model: int,
+        rows: IntArray,
+        view: View | None,
+        whole: bool | BoolArray = False,
+        own: list[FloatArray] | None = None,
+    ) -> tuple[list[Tensor], list[IntArray]]:
+        """Let a model read all but the last tokens, or all; views and greedy tokens at each token read, a row each.
+
+        `own` gains, for each row, the log-probability of the row's own token behind each token read (all but the last).
+        """
+        cache = self._caches[model]
+        before, after = cache.lengths[rows], self._lengths[rows] - np.where(whole, 0, 1)
+        # logits of every position are large: few rows at a time where the vocabulary is
+        longest = int((after - before).max())
+        together = max(1, LOGITS_AT_ONCE // (max(1, longest) * self.pool.models[model].vocab_size))
+        views: list[Tensor] = []
+        greedy: list[IntArray] = []
+        for first in range(0, len(rows), together):
+            part = slice(first, first + together)
+            chunks = [self._tokens[row, b:a] for row, b, a in zip(rows[part], before[part], after[part], strict=True)]
+            started = time.perf_counter()
+            states, logits = self.pool.models[model].feed(cache, rows[part], chunks, every_position=True)
+            logits = logits[:, : self.pool.vocab_size]
+            tokens = self.pool.greedy(model, logits)
+            read = after[part] - before[part]
+            self.ledger[rows[part], model] += pass_entry(read, before[part], time.perf_counter() - started)
+            greedy += np.split(tokens, np.cumsum(read)[:-1])
+            if view:
+                pieces = zip(states.split(read.tolist()), logits.split(read.tolist()), strict=True)
+                views += [view(*piece) for piece in pieces]
+            if own is not None:
+                # row by row: a distribution of every token at once would be a second copy of all logits
+                behind = [
+                    self._tokens[row, b + 1 : a + 1]
+                    for row, b, a in zip(rows[part], before[part], after[part], strict=True)
+                ]
+                own += [log_probability(*piece) for piece in zip(logits.split(read.tolist()), behind, strict=True)]
+        return views, greedy
+
+    def _check_drafts(self, rows: IntArray, drafted: IntArray, model: int) -> None:
+        """Refuse what `verify` cannot check."""
+        if not self.sampling.greedy:
+            raise ValueError("drafts are checked under greedy decoding; open the session without sampling")
+        if not 1 <= model < len(self.pool):
+            raise ValueError(f"the model that checks drafts must be in 1..{len(self.pool) - 1}, is {model}")
+        written = self._lengths[rows] - self._prompts[rows]
+        if drafted.shape != rows.shape or (drafted < 0).any() or (drafted > written).any():
+            raise ValueError(
+                f"drafted must lie between 0 and the {written.tolist()} tokens written, it is {drafted.tolist()}"
+            )
+        here = self._active[rows] | self._drafted_ends(rows, drafted)
+        if not here.all():
+            raise ValueError(f"rows {rows[~here].tolist()} are not in flight; start them first")
+        read = self._caches[model].lengths[rows] >= self._lengths[rows] - drafted
+        if read.any():
+            raise ValueError(
+                f"{self.pool.names[model]} has read what was drafted in rows {rows[read].tolist()} already; it can "
+                "check tokens once"
+            )
+
+    def _drafted_ends(self, rows: IntArray, drafted: IntArray) -> BoolArray:
+        """Whether the last token of each row was drafted and ends it, (n,)."""
+        last = self._tokens[rows, self._lengths[rows] - 1]
+        return np.asarray((drafted > 0) & np.isin(last, self.pool.end_tokens))
+
+    def _withdraw(self, rows: IntArray) -> None:
+        """Take out of the ledger what the SLM has been left to read: other tokens will be, or more of them at once."""
+        rows = rows[self._unread[rows]]
+        before = self._caches[0].lengths[rows]
+        self.ledger[rows, 0] -= pass_entry(self._lengths[rows] - before, before, 0.0)
+        self._unread[rows] = False
+
+    def _cut(self, rows: IntArray, lengths: IntArray) -> None:
+        """Forget tokens beyond `lengths`, (n,), of rows another model writes in next; what stays is not read again."""
+        for cache in self._caches:
+            cache.rewind(rows, lengths)
+        self._lengths[rows] = lengths
+        for row in rows:
+            # tokens that are gone were not written
+            self.ledger[row, :, WRITTEN] = np.bincount(self.writers(row), minlength=len(self.pool))
+
+    def _append(self, rows: IntArray, chunks: Sequence[IntArray] | IntArray, model: int) -> None:
+        """Write given tokens, as a model's."""
+        counts = np.array([len(chunk) for chunk in chunks], dtype=np.int64)
+        ends = self._lengths[rows] + counts
+        for row, chunk, end in zip(rows, chunks, ends, strict=True):
+            self._tokens[row, end - len(chunk) : end] = chunk
+            self._writers[row, end - len(chunk) : end] = model
+        self._lengths[rows] = ends
+        self._since_llm[rows] = 0 if model > 0 else self._since_llm[rows] + counts
+        self.ledger[rows, model, WRITTEN] += counts
+
+    def _leave_to_slm(self, rows: IntArray) -> None:
+        """Leave what the SLM has not read of rows for when they are next looked at."""
+        work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        self._leave_unread(rows, work, np.arange(len(rows)))
+        self.ledger[rows] += work

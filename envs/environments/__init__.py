@@ -1,0 +1,1 @@
+"""The Gymnasium environments, one a file, their shells, rewards and rendering."""

@@ -1,0 +1,1 @@
+"""Models: what decodes, the pool of them, and how they are loaded."""

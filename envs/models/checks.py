@@ -1,0 +1,105 @@
+"""What is refused before weights are read: attention without a cache, other vocabularies, too little memory."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the text decoder inside `config`."""
+    return config.get_text_config(decoder=True)
+
+
+def head_size(config: Any) -> int:
+    """Elements of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def kv_elements_per_token(config: Any) -> int:
+    """Elements one token takes in the key-value cache, all layers."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(kv_heads) * head_size(config)
+
+
+def check_attention(name: str, config: Any, network: Any) -> None:
+    """Refuse a model whose attention cannot take the slot cache.
+
+    Args:
+        name: the model's name, for the error.
+        config: its configuration.
+        network: the model or its class.
+
+    Raises:
+        ValueError: recurrent state, windowed attention, or no attention that takes a boolean mask.
+    """
+    config = text_config(config)
+    if getattr(network, "_is_stateful", False) or not hasattr(config, "num_attention_heads"):
+        raise ValueError(
+            f"{name} keeps a recurrent state, which a key-value cache cannot fork or rewind; choose another model"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if kinds != {"full_attention"} or (windowed and not getattr(config, "layer_types", None)):
+        found = ", ".join(sorted(kinds - {"full_attention"})) or "sliding-window attention"
+        raise ValueError(
+            f"{name} uses {found}, which the cache does not support; choose a model with full attention in every layer"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{name} turns its positions by the longest sequence in a pass (rope_type {rope}), so that rows would "
+            "depend on each other; choose a model with another rope_type"
+        )
+    if not getattr(network, "_supports_sdpa", False):
+        raise ValueError(f"{name} has no attention that takes a 4-D boolean mask (sdpa); choose another model")
+
+
+def check_fits(place: str, size: int, rows: int, capacity: int) -> None:
+    """Refuse caches (and weights) of `size` bytes that do not fit the memory free on a device, where it can be told."""
+    free: int | None = None
+    if place.startswith("cuda"):
+        free = int(torch.cuda.mem_get_info(torch.device(place))[0])
+    elif place == "cpu":
+        free = int(psutil.virtual_memory().available)
+    if free is not None and size > free:
+        raise ValueError(
+            f"{place}: {gigabytes(size)} are needed, {gigabytes(free)} are free; lower rows ({rows}), "
+            f"lower capacity ({capacity}), or choose a smaller dtype or model"
+        )
+
+
+def gigabytes(size: int) -> str:
+    """`size` bytes for people: 1.50 GB, or 12.0 MB below a tenth of one."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+class Named(Protocol):
+    """A model, loaded or not, by its name and its tokenizer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+def check_same_vocabulary(slm: Named, llm: Named) -> None:
+    """Refuse models that do not share one vocabulary and its special tokens."""
+    if slm.tokenizer is llm.tokenizer:
+        return
+    ours, theirs = slm.tokenizer.get_vocab(), llm.tokenizer.get_vocab()
+    if ours != theirs:
+        differing = sorted(dict(ours.items() ^ theirs.items()), key=str)[:3]
+        raise ValueError(
+            f"vocabularies differ: {slm.name} has {len(ours)} tokens, {llm.name} {len(theirs)} (such as {differing}); "
+            "token-level routing needs models of one family"
+        )
+    for special in ("bos_token_id", "eos_token_id"):
+        a, b = getattr(slm.tokenizer, special), getattr(llm.tokenizer, special)
+        if a != b:
+            raise ValueError(
+                f"special tokens differ: {special} is {a} for {slm.name}, {b} for {llm.name}; make them one"
+            )

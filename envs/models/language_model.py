@@ -1,0 +1,187 @@
+"""A language model that decodes many sequences at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.arrays import IntArray
+from envs.costs import ModelProfile
+from envs.models.attention import SLOT_ATTENTION, padded_tokens_per_pass, split_by_length
+from envs.models.checks import check_attention, head_size, kv_elements_per_token, text_config
+from envs.models.kv_cache import SlotCache
+from envs.models.onednn import use_onednn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Architectures that hand their attention what the cache returns as it is, so that a pass needs no padding.
+PACKED = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
+
+
+class LanguageModel:
+    """One Hugging Face causal language model, decoding rows of a slot cache.
+
+    Args:
+        name: what errors and reports call it.
+        network: a decoder that takes a `Cache`, position ids and a 4-D boolean mask.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: the network's attention cannot take the slot cache.
+    """
+
+    def __init__(self, name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_attention(name, network.config, network)
+        self.name, self.network, self.tokenizer = name, network.eval().requires_grad_(False), tokenizer
+        use_onednn(network)
+        self.device: torch.device = network.get_input_embeddings().weight.device
+        self.width: int = network.get_output_embeddings().weight.shape[1]
+        self._packed = text_config(network.config).model_type in PACKED
+        if self._packed:
+            network.set_attn_implementation(SLOT_ATTENTION)
+        self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
+        self._hidden: Tensor
+        # The head's input is the last hidden state after the final norm, whatever the architecture calls it.
+        network.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+
+    def _keep_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._hidden = inputs[0]
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the output head; may exceed the tokenizer's vocabulary."""
+        return int(self.network.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def max_positions(self) -> int:
+        """The longest sequence the model was made for."""
+        return int(getattr(text_config(self.network.config), "max_position_embeddings", 2**31))
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Token ids that end a response, as `generate` would take them."""
+        ends = self.network.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        if ends is None:
+            raise ValueError(f"{self.name} has no end-of-sequence token; name one in its generation_config.json")
+        return tuple(ends) if isinstance(ends, list) else (int(ends),)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models with other weights or another precision apart: a digest of a few elements of every tensor."""
+        digest = hashlib.sha256()
+        for name, parameter in self.network.named_parameters():
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def profile(self) -> ModelProfile:
+        """The sizes that costs depend on."""
+        config = text_config(self.network.config)
+        head = self.network.get_output_embeddings().weight
+        table = self.network.get_input_embeddings().weight
+        tied = head.data_ptr() == table.data_ptr()
+        total = sum(p.numel() for p in self.network.parameters())
+        return ModelProfile(
+            name=self.name,
+            body_parameters=total - head.numel() - (0 if tied else table.numel()),
+            head_parameters=head.numel(),
+            bytes_per_parameter=head.element_size(),
+            kv_bytes_per_token=kv_elements_per_token(config) * head.element_size(),
+            attention_width=config.num_hidden_layers * config.num_attention_heads * head_size(config),
+        )
+
+    def new_cache(self, rows: int, capacity: int) -> SlotCache:
+        """An empty cache for `rows` sequences of up to `capacity` tokens."""
+        layers = text_config(self.network.config).num_hidden_layers
+        token_bytes = self.profile.kv_bytes_per_token // layers
+        return SlotCache(layers, rows, capacity, self.device, self._packed, token_bytes)
+
+    @torch.inference_mode()
+    def feed(
+        self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], every_position: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Append a chunk of tokens to each row, all in one forward pass without padding.
+
+        Models that cannot do that read padded chunks, those of very different lengths in separate passes where padding
+        would cost more than a pass does.
+
+        Args:
+            cache: made by `new_cache`.
+            rows: distinct rows, (n,).
+            chunks: n arrays of at least one token id.
+            every_position: return all positions of the chunks.
+
+        Returns:
+            Hidden states after the final norm (n, width) and logits (n, vocab) at each chunk's last token; with
+            `every_position` (tokens, width) and (tokens, vocab), chunk after chunk.
+
+        Raises:
+            ValueError: a chunk is empty, or does not fit the cache.
+        """
+        counts = np.array([len(chunk) for chunk in chunks])
+        if counts.min() < 1:
+            raise ValueError(f"{self.name}: row {rows[counts.argmin()]} was fed an empty chunk")
+        if self._packed:
+            return self._packed_pass(cache, rows, chunks, counts, every_position)
+        if every_position:
+            hidden, logits = self._padded_pass(cache, rows, chunks, counts, keep=0)
+            filled = torch.arange(hidden.shape[1]) >= hidden.shape[1] - torch.from_numpy(counts)[:, None]
+            return hidden[filled.to(hidden.device)], logits[filled.to(logits.device)]
+        groups = split_by_length(counts, self.pass_tokens)
+        order = torch.from_numpy(np.argsort(np.concatenate(groups)))
+        parts = [self._padded_pass(cache, rows[g], [chunks[i] for i in g], counts[g], keep=1) for g in groups]
+        hidden, logits = (torch.cat(part)[order.to(part[0].device), 0] for part in zip(*parts, strict=True))
+        return hidden, logits
+
+    def _packed_pass(
+        self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], counts: IntArray, every_position: bool
+    ) -> tuple[Tensor, Tensor]:
+        order = np.argsort(counts, kind="stable")
+        positions = cache.pack(rows[order], counts[order])
+        wanted = np.cumsum(counts[order])[np.argsort(order)] - 1
+        if every_position:
+            wanted = np.repeat(wanted - np.cumsum(counts) + 1, counts) + np.arange(counts.sum())
+        # attention has its own mask; one of four dimensions keeps transformers from making another
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        keep = torch.from_numpy(wanted).to(self.device)
+        ids = np.concatenate([chunks[i] for i in order])[None]
+        hidden, logits = self._forward(cache, rows, counts, ids, positions, mask, keep)
+        return hidden[0], logits[0]
+
+    def _padded_pass(
+        self, cache: SlotCache, rows: IntArray, chunks: Sequence[IntArray], counts: IntArray, keep: int
+    ) -> tuple[Tensor, Tensor]:
+        # Right-aligned: the last token of every chunk stands in the last column, whatever its length.
+        width = int(counts.max())
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        for row, chunk in zip(ids, chunks, strict=True):
+            row[width - len(chunk) :] = chunk
+        positions, visible = cache.pad(rows, counts, width)
+        return self._forward(cache, rows, counts, ids, positions, visible, keep)
+
+    def _forward(
+        self, cache: SlotCache, rows: IntArray, counts: IntArray, ids: IntArray, positions: Tensor, mask: Tensor,
+        keep: int | Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        output = self.network(
+            input_ids=torch.from_numpy(ids).to(self.device),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        cache.lengths[rows] += counts
+        hidden, self._hidden = self._hidden, self._hidden[:0]
+        return hidden, output.logits

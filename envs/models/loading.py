@@ -1,0 +1,237 @@
+"""Loading models: where a name leads, what it will take in memory, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import is_accelerate_available, is_gguf_available
+
+from envs.models.checks import (
+    check_attention,
+    check_fits,
+    check_same_vocabulary,
+    gigabytes,
+    kv_elements_per_token,
+    text_config,
+)
+from envs.models.embedded import EMBEDDED, EMBEDDED_MODELS, embedded_folder
+from envs.models.language_model import LanguageModel
+from envs.models.pool import ModelPool
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how to load it. None leaves a setting to the pool.
+
+    Args:
+        name: `embedded/slm`, `embedded/llm`, a local folder, a local GGUF file, or a Hugging Face hub id.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` (as stored).
+        device: `cpu`, `cuda`, `cuda:1`, ...
+        device_map: passed to transformers, to spread a large model over devices (needs accelerate).
+        revision: branch, tag or commit of a hub id.
+        layers: keep only the first layers of the model; all where None.
+        trust_remote_code: run code from the hub; never on unless you set it.
+    """
+
+    name: str
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    revision: str | None = None
+    layers: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "auto", *DTYPES):
+            raise ValueError(f"{self.name}: unknown dtype {self.dtype!r}; choose one of auto, {', '.join(DTYPES)}")
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"{self.name}: layers must be at least 1, is {self.layers}")
+
+
+def load_pool(
+    names: Sequence[str | ModelSpec | Mapping[str, Any]],
+    device: str = "cpu",
+    dtype: str = "auto",
+    rows: int = 8,
+    capacity: int | None = None,
+    verbose: bool = True,
+) -> ModelPool:
+    """Load a pool of models, SLM first.
+
+    Everything that can be known from configurations and tokenizers is checked before any weights are read: that the
+    models exist, share a vocabulary, have attention that takes the cache, and that weights and caches fit in memory.
+
+    Args:
+        names: names or specs of at least two models.
+        device: for every model whose spec leaves it open.
+        dtype: for every model whose spec leaves it open.
+        rows: sequences in flight that memory is planned for.
+        capacity: longest sequence (prompt and response) the caches are planned for; the shortest limit of the models,
+            at most 4,096, where None.
+        verbose: print the memory plan.
+
+    Raises:
+        ValueError: any of the above fails; the error names the model and the setting to change.
+    """
+    specs = [ModelSpec(s) if isinstance(s, str) else s if isinstance(s, ModelSpec) else ModelSpec(**s) for s in names]
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, is {rows}")
+    specs = [replace(s, device=s.device or device, dtype=s.dtype or dtype) for s in specs]
+    if len(specs) < 2:
+        raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")
+    for spec in specs:
+        _check_device(spec)
+    sources = [_Source.find(spec) for spec in specs]
+    for source in sources[1:]:
+        check_same_vocabulary(sources[0], source)
+    limit = min(int(getattr(text_config(s.config), "max_position_embeddings", 4096)) for s in sources)
+    if capacity is None:
+        capacity = min(limit, 4096)
+    if not 1 <= capacity <= limit:
+        raise ValueError(f"capacity must be in 1..{limit}, the models' positions; it is {capacity}")
+    for source in sources:
+        _check_dtype(source)
+    _plan_memory(sources, rows, capacity, verbose)
+    loaded: dict[ModelSpec, LanguageModel] = {}
+    for source in sources:
+        if source.spec not in loaded:
+            loaded[source.spec] = source.load()
+    return ModelPool([loaded[spec] for spec in specs], rows=rows, capacity=capacity)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model found but not loaded."""
+
+    spec: ModelSpec
+    location: str
+    options: dict[str, Any]
+    config: Any
+    tokenizer: Any
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.spec.dtype != "auto":
+            return DTYPES[str(self.spec.dtype)]
+        stored = getattr(self.config, "dtype", None)
+        return stored if isinstance(stored, torch.dtype) else torch.float32
+
+    @classmethod
+    def find(cls, spec: ModelSpec) -> _Source:
+        location = spec.name
+        options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+        path = Path(spec.name)
+        if spec.name.startswith("embedded/"):
+            location = str(embedded_folder(spec.name))
+        elif path.suffix == ".gguf":
+            if not path.is_file():
+                raise ValueError(f"unknown model {spec.name!r}: there is no such GGUF file")
+            if not (is_gguf_available() and is_accelerate_available()):
+                raise ValueError(f"{spec.name}: GGUF files need two packages; pip install gguf accelerate")
+            location, options["gguf_file"] = str(path.parent), path.name
+        elif not path.is_dir() and (path.is_absolute() or spec.name.startswith(".") or spec.name.count("/") > 1):
+            raise ValueError(f"unknown model {spec.name!r}: there is no such folder")
+        if not Path(location).is_dir() and spec.revision:
+            options["revision"] = spec.revision
+        try:
+            config = AutoConfig.from_pretrained(location, **options)
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        except (OSError, ValueError, ImportError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"unknown model {spec.name!r}: neither an embedded model ({', '.join(EMBEDDED_MODELS)}), nor a local "
+                f"folder or GGUF file, nor a hub id that can be reached ({type(error).__name__}: {reason})"
+            ) from error
+        if spec.layers is not None:
+            text = text_config(config)
+            if spec.layers > text.num_hidden_layers:
+                raise ValueError(f"{spec.name} has {text.num_hidden_layers} layers; layers={spec.layers} asks for more")
+            text.num_hidden_layers = spec.layers
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[: spec.layers]
+        # encoders, and decoders that need an encoder, stand in the causal mapping too
+        encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.is_encoder_decoder
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder:
+            check_attention(spec.name, config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        elif not spec.trust_remote_code:
+            raise ValueError(f"{spec.name} ({config.model_type}) is not a causal language model; choose a decoder")
+        return cls(spec, location, options, config, tokenizer)
+
+    def weight_bytes(self) -> int:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.spec.trust_remote_code)
+        return int(sum(p.numel() for p in network.parameters()) * self.dtype.itemsize)
+
+    def cache_bytes(self, rows: int, capacity: int) -> int:
+        elements = kv_elements_per_token(text_config(self.config))
+        return int(elements * self.dtype.itemsize * rows * (capacity + 1))
+
+    def load(self) -> LanguageModel:
+        placed = {"device_map": self.spec.device_map} if self.spec.device_map else {}
+        network = AutoModelForCausalLM.from_pretrained(
+            self.location, config=self.config, dtype=self.dtype, attn_implementation="sdpa", **placed, **self.options
+        )
+        if not placed:
+            network = network.to(self.spec.device)
+        return LanguageModel(self.name, network, self.tokenizer)
+
+
+def _check_device(spec: ModelSpec) -> None:
+    try:
+        device = torch.device(str(spec.device))
+    except RuntimeError as error:
+        raise ValueError(f"{spec.name}: unknown device {spec.device!r}; say cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{spec.name}: device {spec.device} is not there ({torch.cuda.device_count()} CUDA devices); say device=cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{spec.name}: device mps is not there; say device=cpu")
+    if spec.device_map and not is_accelerate_available():
+        raise ValueError(f"{spec.name}: device_map needs the package accelerate; install it, or say device_map=null")
+
+
+def _check_dtype(source: _Source) -> None:
+    device = torch.device(str(source.spec.device))
+    if device.type == "cuda" and source.dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"{source.name}: {source.spec.device} lacks bfloat16; say dtype=float16")
+
+
+def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, verbose: bool) -> None:
+    """Print what weights and caches will take, and refuse what cannot fit."""
+    weights_of = {source.spec: source.weight_bytes() for source in sources}
+    lines: list[str] = []
+    needed: dict[str, int] = {}
+    for source in sources:
+        cache = source.cache_bytes(rows, capacity)
+        # a model that stands twice in the pool is loaded once
+        weights = weights_of.pop(source.spec, 0)
+        place = source.spec.device_map or str(torch.device(str(source.spec.device)))
+        needed[place] = needed.get(place, 0) + weights + cache
+        lines.append(
+            f"{source.name}: weights {gigabytes(weights)}, cache {gigabytes(cache)} "
+            f"({rows} rows x {capacity} tokens), {str(source.dtype).removeprefix('torch.')} on {place}"
+        )
+    if verbose:
+        print("\n".join(lines))
+    for place, size in needed.items():
+        check_fits(place, size, rows, capacity)
+
+
+@cache
+def embedded_pool() -> ModelPool:
+    """The embedded pair on the CPU in float32; the same object at every call, since pools hold no sequences."""
+    return load_pool(EMBEDDED, dtype="float32", rows=64, capacity=512, verbose=False)

@@ -1,0 +1,137 @@
+"""The pool of models a router chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.arrays import IntArray
+from envs.costs import ModelProfile
+from envs.models.checks import check_fits, check_same_vocabulary
+from envs.models.kv_cache import SlotCache
+from envs.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class ModelPool:
+    """The models a router chooses from: the SLM first, then the others, cheapest first; one vocabulary.
+
+    Args:
+        models: at least two.
+        rows: how many sequences in flight memory was planned for; None where it was not.
+        capacity: the longest sequence (prompt and response) a session holds; the models' own limit where None.
+
+    Raises:
+        ValueError: fewer than two models, or vocabularies or special tokens that differ.
+    """
+
+    models: Sequence[LanguageModel]
+    rows: int | None = None
+    capacity: int | None = None
+    names: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = [model.name for model in self.models]
+        if len(self.models) < 2:
+            raise ValueError(
+                f"a pool needs at least two models, the SLM first; it has {', '.join(self.names) or 'none'}"
+            )
+        for other in self.models[1:]:
+            check_same_vocabulary(self.slm, other)
+
+    def __deepcopy__(self, memo: object) -> ModelPool:
+        """The pool itself: it holds no sequences, and Gymnasium copies the arguments of environments."""
+        return self
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    @property
+    def slm(self) -> LanguageModel:
+        """The small model, whose hidden state routers read."""
+        return self.models[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer all models share."""
+        return self.slm.tokenizer
+
+    @cached_property
+    def profiles(self) -> list[ModelProfile]:
+        """Sizes of the models, SLM first."""
+        return [model.profile for model in self.models]
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Tokens every model can write: heads may be padded to different sizes."""
+        return min(model.vocab_size for model in self.models)
+
+    @cached_property
+    def end_tokens(self) -> IntArray:
+        """Token ids that end a response, whoever writes it: those of every model of the pool."""
+        return np.unique(np.concatenate([np.array(model.end_tokens) for model in self.models]))
+
+    @cached_property
+    def end_token(self) -> int:
+        """The token that ends a reference: the tokenizer's own, where it is one that ends responses."""
+        own = self.tokenizer.eos_token_id
+        return int(own if own in self.end_tokens else self.end_tokens[0])
+
+    @cached_property
+    def max_positions(self) -> int:
+        """The longest sequence every model can hold."""
+        return min(model.max_positions for model in self.models)
+
+    def new_caches(self, rows: int, capacity: int) -> list[SlotCache]:
+        """A cache for each model, for `rows` sequences of up to `capacity` tokens.
+
+        Raises:
+            ValueError: they do not fit the memory that is free.
+        """
+        needed: dict[torch.device, int] = {}
+        for model in self.models:
+            needed[model.device] = needed.get(model.device, 0) + model.profile.kv_bytes_per_token * rows * (
+                capacity + 1
+            )
+        for device, size in needed.items():
+            check_fits(str(device), size, rows, capacity)
+        return [model.new_cache(rows, capacity) for model in self.models]
+
+    def greedy(self, model: int, logits: Tensor) -> IntArray:
+        """The most likely tokens under logits (..., vocab) of model number `model`, as (...).
+
+        Raises:
+            FloatingPointError: the logits hold NaN.
+        """
+        best, tokens = logits.max(-1)
+        # the maximum of logits that hold a NaN is NaN
+        if bool(best.isnan().any()):
+            name = self.names[model]
+            raise FloatingPointError(f"the logits of {name} are NaN; load it with another dtype or check its weights")
+        return np.asarray(tokens.cpu().numpy())
+
+    def encode(self, text: str, special: bool = True) -> IntArray:
+        """Token ids of `text`, (n,); `special` adds what the tokenizer puts around a prompt."""
+        return np.array(self.tokenizer.encode(text, add_special_tokens=special), dtype=np.int64)
+
+    def encode_response(self, text: str) -> IntArray:
+        """Token ids of a whole response, (n,), its end included."""
+        return np.append(self.encode(text, special=False), self.end_token)
+
+    def decode(self, tokens: IntArray) -> str:
+        """The text of `tokens`, special tokens left out."""
+        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def models_manifest(pool: ModelPool) -> list[dict[str, str]]:
+    """Names and fingerprints of the models of a pool."""
+    return [{"name": model.name, "fingerprint": model.fingerprint} for model in pool.models]

@@ -1,0 +1,1 @@
+"""The prefix tree: what greedy decoding did, remembered."""

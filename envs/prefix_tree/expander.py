@@ -1,0 +1,152 @@
+"""Expanding a prefix tree: unknown states are decoded through a live session, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from envs.arrays import IntArray
+from envs.decoding.observation import LOGIT_FEATURES, all_features
+from envs.decoding.teacher_forcing import TeacherSession
+from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, UNKNOWN, PrefixTree
+
+
+class TreeExpander:
+    """Makes states of a tree known, in batches.
+
+    Args:
+        tree: gains the states.
+        rows: of the live session; a row that goes on into the unknown keeps its caches.
+        capacity: the longest sequence, prompt and response; the pool's capacity where None.
+    """
+
+    def __init__(self, tree: PrefixTree, rows: int, capacity: int | None = None) -> None:
+        self.tree, self.pool, self.rows = tree, tree.pool, rows
+        self._capacity = capacity
+        self._session: TeacherSession | None = None
+        self._at: IntArray = np.full(rows, UNKNOWN)  # the node each live row stands at
+        self._evictions = tree.evictions
+
+    @property
+    def session(self) -> TeacherSession:
+        """Opened when the first unknown state is met: a tree that knows all needs no caches."""
+        if self._session is None:
+            self._session = TeacherSession(self.pool, self.rows, self.tree.max_new_tokens, self._capacity)
+        return self._session
+
+    def roots(self, rows: IntArray, prompts: Sequence[IntArray], pinned: bool = True) -> IntArray:
+        """The nodes of prompts, (n,); unknown ones are read in these rows, (n,).
+
+        Args:
+            rows: distinct rows.
+            prompts: n arrays of token ids.
+            pinned: pin the prompts, until `PrefixTree.release`; else they must be among those of `PrefixTree.walks`.
+        """
+        self._forget_evicted()
+        use = self.tree.pin if pinned else self.tree.use
+        new: dict[bytes, int] = {}
+        for i, prompt in enumerate(prompts):
+            if self.tree.root(prompt) == UNKNOWN:
+                new.setdefault(prompt.tobytes(), i)
+            else:
+                use(prompt)
+        if new:
+            where = np.array(list(new.values()))
+            self.session.start(rows[where], [prompts[i] for i in where])
+            features, slm_tokens = self._look(rows[where])
+            for i, row_features, token in zip(where, features, slm_tokens, strict=True):
+                self._at[rows[i]] = self.tree.add_root(prompts[i], row_features, int(token))
+                use(prompts[i])
+            for i, prompt in enumerate(prompts):
+                if new.get(prompt.tobytes(), i) != i:
+                    use(prompt)
+        return np.array([self.tree.root(prompt) for prompt in prompts])
+
+    def step(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> IntArray:
+        """The nodes behind `actions` at `nodes`, (n,) each; unknown ones are decoded in distinct rows, (n,)."""
+        children = self.tree.children[nodes, actions]
+        # to make room, states may be forgotten that nobody has come by yet
+        while len(unknown := np.flatnonzero(children == UNKNOWN)):
+            _, first = np.unique(nodes[unknown] * len(self.pool) + actions[unknown], return_index=True)
+            todo = unknown[first]
+            self._expand(rows[todo], nodes[todo], actions[todo])
+            children = self.tree.children[nodes, actions]
+        return children.astype(np.int64)
+
+    def read_along(self, rows: IntArray, nodes: IntArray, model: int) -> None:
+        """Learn what a model would write at every node before `nodes`, (n,), in distinct rows that it may overwrite."""
+        self._forget_evicted()
+        tree = self.tree
+        paths = [tree.path(int(node))[:-1] for node in nodes]
+        todo = [i for i, path in enumerate(paths) if (tree.tokens[path, model] == UNKNOWN).any()]
+        if not todo:
+            return
+        # from the prompt on: of tokens it has read already, a model does not tell again what it would write after them
+        self._start(rows[todo], nodes[todo].tolist())
+        self._at[rows[todo]] = nodes[todo]
+        for i, tokens in zip(todo, self.session.read_along(rows[todo], model), strict=True):
+            unknown = np.flatnonzero(tree.tokens[paths[i], model] == UNKNOWN)
+            found = tokens[len(tokens) - len(paths[i]) :]
+            tree.learn_tokens(paths[i][unknown], np.full(len(unknown), model), found[unknown])
+
+    def _start(self, rows: IntArray, nodes: Sequence[int], tokens: Sequence[int] | None = None) -> None:
+        """Let live rows stand at nodes, or behind further tokens there."""
+        tree = self.tree
+        responses = [tree.written(tree.path(int(node))) for node in nodes]
+        if tokens is not None:
+            responses = [np.append(response, token) for response, token in zip(responses, tokens, strict=True)]
+        prompts = [tree.prompt(node) for node in nodes]
+        self.session.start(rows, prompts, responses=responses)
+
+    def _expand(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> None:
+        """Add what is behind distinct pairs of node and action."""
+        self._forget_evicted()
+        tree = self.tree
+        tokens = tree.tokens[nodes, actions].astype(np.int64)
+        ends_known = np.isin(tokens, self.pool.end_tokens)
+        here = self._at[rows] == nodes
+        by_slm = here & (tokens == tree.tokens[nodes, 0])
+        taught = np.flatnonzero((tokens != UNKNOWN) & ~by_slm & ~ends_known)
+        if len(taught):
+            self._start(rows[taught], nodes[taught].tolist(), tokens[taught].tolist())
+        lost = np.flatnonzero((tokens == UNKNOWN) & ~here)
+        if len(lost):
+            self._start(rows[lost], nodes[lost].tolist())
+        stepped = np.flatnonzero((by_slm | (tokens == UNKNOWN)) & ~ends_known)
+        if len(stepped):
+            models = np.where(by_slm[stepped], 0, actions[stepped])
+            written = self.session.step(rows[stepped], models).tokens
+            # between all but equal logits another pass may choose otherwise; what is known stays
+            strayed = stepped[by_slm[stepped] & (written != tokens[stepped])]
+            tokens[stepped] = np.where(by_slm[stepped], tokens[stepped], written)
+            if len(strayed):
+                self._start(rows[strayed], nodes[strayed].tolist(), tokens[strayed].tolist())
+        tree.learn_tokens(nodes, actions, tokens)
+        _, first = np.unique(nodes * self.pool.vocab_size + tokens, return_index=True)
+        new = first[tree.children[nodes[first], actions[first]] == UNKNOWN]
+        ended = np.isin(tokens, self.pool.end_tokens)
+        last = tree.depths[nodes] + 1 >= tree.max_new_tokens
+        ends = np.where(ended, TERMINATED, np.where(last, TRUNCATED, GOING_ON)).astype(np.int8)
+        features = np.zeros((len(rows), self.pool.slm.width + LOGIT_FEATURES), dtype=np.float32)
+        slm_tokens = np.full(len(rows), UNKNOWN)
+        seen = new[~ended[new]]
+        if len(seen):
+            features[seen], slm_tokens[seen] = self._look(rows[seen])
+        if len(new):
+            tree.add(nodes[new], actions[new], tokens[new], ends[new], features[new], slm_tokens[new])
+        tree.learn_tokens(nodes, actions, tokens)
+        self._at[rows] = np.where(ended, UNKNOWN, tree.children[nodes, actions])
+
+    def _forget_evicted(self) -> None:
+        """A node's number may name another state after an eviction."""
+        if self._evictions != self.tree.evictions:
+            self._at[:], self._evictions = UNKNOWN, self.tree.evictions
+
+    def _look(self, rows: IntArray) -> tuple[npt.NDArray[np.float32], IntArray]:
+        """What a router sees of live rows, and the tokens the SLM would write there."""
+        seen = self.session.observe(rows)
+        assert seen.logits is not None
+        features = all_features(seen.hidden, seen.logits).cpu().numpy()
+        return features, self.pool.greedy(0, seen.logits)

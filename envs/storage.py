@@ -1,0 +1,58 @@
+"""Files that are whole or absent, and manifests that say what made them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, and move it to `path` when it is done; nothing is left behind where it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text."""
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors, and words about them, as safetensors."""
+    write_whole(path, lambda partial: save_file(dict(tensors), partial, metadata=dict(metadata or {})))
+
+
+def check_manifest(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], only: Sequence[str] = ()) -> None:
+    """Refuse what was made by other models, another task or other settings than wanted.
+
+    Args:
+        place: named in the error.
+        found: the manifest that is there.
+        wanted: the manifest it should be.
+        only: compare these keys; all where empty.
+
+    Raises:
+        ValueError: they differ; the error names what differs, both ways.
+    """
+    for key in only or sorted({*found, *wanted}):
+        there, here = found.get(key), json.loads(json.dumps(wanted.get(key)))
+        if there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            inner = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
+            there, here = ({k: part.get(k) for k in inner} for part in (there, here))
+        raise ValueError(
+            f"{place} was made with {key} {there}, this run has {here}; give this run another folder, or the settings "
+            "that made it"
+        )

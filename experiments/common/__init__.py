@@ -1,0 +1,1 @@
+"""Hydra, and where measurements go."""

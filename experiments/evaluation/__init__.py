@@ -1,0 +1,1 @@
+"""From policies to measures: thresholds, baselines, sweeps, intervals."""

@@ -1,0 +1,105 @@
+"""What one decoding of all examples came to, kept on disk example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save
+
+from agents.common.policy import Policy, decision_profile
+from agents.common.rollout import Episode
+from envs.arrays import FloatArray
+from envs.costs import ALL_COSTS, WRITTEN, Price
+from envs.models.pool import ModelPool
+from envs.storage import write_whole
+from experiments.evaluation.metrics import Sweep
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One policy's answers at one threshold.
+
+    Attributes:
+        correct: (examples,).
+        terminated: (examples,).
+        llm_tokens: tokens the LLM wrote, (examples,).
+        tokens: tokens written, (examples,).
+        costs: in every unit, the policy's own decisions included, (examples,) each.
+    """
+
+    correct: npt.NDArray[np.bool_]
+    terminated: npt.NDArray[np.bool_]
+    llm_tokens: FloatArray
+    tokens: FloatArray
+    costs: Mapping[str, FloatArray]
+
+    @classmethod
+    def of(
+        cls, episodes: Sequence[Episode], pool: ModelPool, policy: Policy | None = None, timed: bool = True
+    ) -> Answers:
+        """Of decoded episodes; decisions are priced where `policy` is given, seconds where passes were `timed`."""
+        ledgers = np.stack([episode.ledger for episode in episodes])
+        units = [cost for cost in ALL_COSTS if timed or cost.reproducible]
+        costs = dict(Price(pool.profiles, units).of(ledgers))
+        if policy is not None:
+            own = Price([decision_profile(policy)], units).of(
+                np.stack([episode.decisions for episode in episodes])[:, None]
+            )
+            costs = {unit: costs[unit] + own[unit] for unit in costs}
+        return cls(
+            np.array([episode.correct for episode in episodes]),
+            np.array([episode.terminated for episode in episodes]),
+            ledgers[:, 1:, WRITTEN].sum(1),
+            ledgers[:, :, WRITTEN].sum(1),
+            costs,
+        )
+
+    @classmethod
+    def kept(cls, path: Path | None, make: Callable[[], Answers]) -> Answers:
+        """Those at `path` if they are there; else what `make` gives, kept there; nothing is kept where it is None."""
+        if path and path.is_file():
+            return cls.load(path)
+        made = make()
+        if path:
+            made.save(path)
+        return made
+
+    def row(self, llm: Answers) -> dict[str, Any]:
+        """Accuracy, cost relative to `llm` in every unit, and token shares."""
+        costs = {
+            f"cost_{unit}": round(float(cost.sum() / llm.costs[unit].sum()), 6) for unit, cost in self.costs.items()
+        }
+        return {
+            "accuracy": float(self.correct.mean()),
+            "llm_share": round(float(self.llm_tokens.sum() / self.tokens.sum()), 6),
+            "terminated": float(self.terminated.mean()),
+            **costs,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        arrays |= {f"cost_{unit}": cost for unit, cost in self.costs.items()}
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        write_whole(path, lambda partial: partial.write_bytes(content))
+
+    @classmethod
+    def load(cls, path: Path) -> Answers:
+        """Read what `save` wrote."""
+        arrays = load_file(path)
+        costs = {key.removeprefix("cost_"): array for key, array in arrays.items() if key.startswith("cost_")}
+        return cls(costs=costs, **{name: arrays[name] for name in _PLAIN})
+
+
+_PLAIN = ("correct", "terminated", "llm_tokens", "tokens")
+
+
+def sweep(runs: Sequence[Answers], slm: Answers, llm: Answers, unit: str) -> Sweep:
+    """Runs of one policy, between the two ends every policy has: the SLM alone, and LLM-only decoding."""
+    everything = (slm, *runs, llm)
+    return Sweep(np.stack([run.correct for run in everything]), np.stack([run.costs[unit] for run in everything]))

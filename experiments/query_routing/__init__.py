@@ -1,0 +1,1 @@
+"""Query-level experiments: splits of queries and models, and their measures."""

@@ -1,0 +1,51 @@
+"""Measure speed, as ratios in one run against something real.
+
+    python -m experiments.speed_suites.decode suite=decode
+    python -m experiments.speed_suites.decode suite=env
+    python -m experiments.speed_suites.decode suite=collect
+    python -m experiments.speed_suites.decode suite=rl
+
+The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
+turn (A B A B ...) in one process, and medians are compared, since machines are noisy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from experiments.common.config import program
+from experiments.speed_suites.collect import collect_suite
+from experiments.speed_suites.decode import decode_suite
+from experiments.speed_suites.env import env_suite
+from experiments.speed_suites.rl import rl_suite
+from experiments.speed_suites.timing import Numbers, machine
+
+SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {
+    "decode": decode_suite,
+    "env": env_suite,
+    "collect": collect_suite,
+    "rl": rl_suite,
+}
+
+
+@program("speed")
+def main(config: DictConfig, folder: Path) -> None:
+    """Run one suite."""
+    if config.suite not in SUITES:
+        raise ValueError(f"unknown suite {config.suite!r}; choose one of {', '.join(SUITES)}")
+    ratios, rates = SUITES[config.suite](config)
+    report = {
+        "suite": config.suite,
+        "ratios": {name: round(value, 4) for name, value in ratios.items()},
+        "rates": {name: round(value, 2) for name, value in rates.items()},
+        "machine": machine(),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
