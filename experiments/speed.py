@@ -1,9 +1,9 @@
 """Measure speed, as ratios in one run against something real.
 
-    python -m experiments.speed_suites.decode suite=decode
-    python -m experiments.speed_suites.decode suite=env
-    python -m experiments.speed_suites.decode suite=collect
-    python -m experiments.speed_suites.decode suite=rl
+    python -m experiments.speed suite=decode
+    python -m experiments.speed suite=env
+    python -m experiments.speed suite=collect
+    python -m experiments.speed suite=rl
 
 The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
 turn (A B A B ...) in one process, and medians are compared, since machines are noisy.
