@@ -28,7 +28,7 @@ from agents.heuristics import Always
 from envs.storage import write_text
 from experiments.common.config import CONF, build, program
 from experiments.evaluation.answers import Answers
-from experiments.evaluation.baselines import by_llm_alone
+from experiments.evaluation.decoder import by_llm_alone
 from experiments.evaluation.merge import report
 from experiments.reporting.leaderboard_page import page, picture
 from experiments.speed_suites.timing import alternate, machine

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from agents.query_routing.learner import QueryLearner
-from envs.storage import check_manifest, write_tensors, write_text
+from envs.storage import keep_manifest, write_tensors, write_text
 from experiments.common.config import build, program
 from experiments.evaluation.metrics import finite
 from experiments.query_routing.splits import Routed, Split, check_split, route_split
@@ -63,11 +63,7 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
     keys = ("outcomes", "embedding", "agents", "seed", "test_share", "unseen", "validation_queries")
     plain = OmegaConf.to_container(config, resolve=True)
     about = {key: plain[key] for key in keys}  # type: ignore[call-overload,index]
-    manifest = folder / "splits" / "manifest.json"
-    if manifest.is_file():
-        check_manifest(manifest, json.loads(manifest.read_text()), about)
-    else:
-        write_text(manifest, json.dumps(about, indent=1) + "\n")
+    keep_manifest(folder / "splits" / "manifest.json", about)
     splits = [Split.draw(outcomes, config, number) for number in range(config.splits)]
     for agent in agents.values():
         agent.check(splits[0].routed, len(splits[0].known))

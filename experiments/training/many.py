@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from experiments.common.config import CONF, prepare, register_schemas
-from experiments.training.run import SUMMARY, train
+from experiments.training.run import SUMMARY, train_as_configured
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def make(run: Run) -> str | None:
         try:
             config = run.config()
             prepare(config, run.folder)
-            train(config, run.folder, run.agent)
+            train_as_configured(config, run.folder, run.agent)
         except Exception as error:  # whatever it is, the other runs go on
             logging.getLogger(__name__).exception("run failed")
             return f"{type(error).__name__}: {error}"
