@@ -1,9 +1,9 @@
 """Measure speed, as ratios in one run against something real.
 
-    python -m experiments.speed_suites.decode suite=decode
-    python -m experiments.speed_suites.decode suite=env
-    python -m experiments.speed_suites.decode suite=collect
-    python -m experiments.speed_suites.decode suite=rl
+    python -m experiments.speed suite=decode
+    python -m experiments.speed suite=env
+    python -m experiments.speed suite=collect
+    python -m experiments.speed suite=rl
 
 The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
 turn (A B A B ...) in one process, and medians are compared, since machines are noisy.
@@ -18,11 +18,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.common.config import program
+from experiments.common.timing import Numbers, machine
 from experiments.speed_suites.collect import collect_suite
 from experiments.speed_suites.decode import decode_suite
 from experiments.speed_suites.env import env_suite
 from experiments.speed_suites.rl import rl_suite
-from experiments.speed_suites.timing import Numbers, machine
 
 SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {
     "decode": decode_suite,

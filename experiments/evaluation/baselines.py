@@ -147,7 +147,7 @@ def measure_baselines(
         return decoder.decode(Random(0), share, f"random, {share:.0%} LLM")
 
     slm = kept("slm", lambda: decoder.decode(Always(slm=True), 0.5, "slm only"))
-    llm = kept("llm", decoder.llm_only)
+    llm = kept("llm", lambda: decoder.llm_only("llm only"))
     random = [kept(random_name(share), partial(randomly, share)) for share in RANDOM_SHARES]
     speculative = kept("speculative", lambda: decoder.speculate(draft_tokens)) if draft_tokens else None
     if folder is not None and (folder / EXHAUSTED).is_file():

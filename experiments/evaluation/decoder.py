@@ -44,8 +44,8 @@ class ExampleDecoder:
         """The same for other examples."""
         return replace(self, examples=examples)
 
-    def decode(self, policy: Policy, threshold: float, label: str) -> list[Episode]:
-        """Answer every example; `label` names the progress bar."""
+    def decode(self, policy: Policy, threshold: float, label: str | None = None) -> list[Episode]:
+        """Answer every example; `label` names the progress bar, none is shown where None."""
         return decode(
             self.pool,
             self.task,
@@ -58,9 +58,9 @@ class ExampleDecoder:
             tree=self.tree,
         )
 
-    def llm_only(self) -> list[Episode]:
+    def llm_only(self, label: str | None = None) -> list[Episode]:
         """Answer every example by the LLM alone; the ledgers hold its work and no other model's."""
-        return [by_llm_alone(episode) for episode in self.decode(Always(slm=False), 0.5, "llm only")]
+        return [by_llm_alone(episode) for episode in self.decode(Always(slm=False), 0.5, label)]
 
     def speculate(self, draft_tokens: int) -> list[Episode]:
         """Answer every example by speculative decoding."""

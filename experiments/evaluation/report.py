@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: `summary.json`, `curve.png`, `table.md`, `transcripts.html`."""
+"""What an evaluation leaves for people: `summary.json`, `curve.png`, `table.md`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from envs.storage import write_text
 from experiments.reporting.figures import plot_curves
-from experiments.reporting.tables import markdown, table
+from experiments.reporting.tables import table, write_table
 
 
 def write_report(summary: Mapping[str, Any], folder: Path) -> None:
     """Write `summary.json`, `curve.png` and `table.md`, and print the table."""
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_curves(summary, folder / "curve.png")
-    comparison = table(summary)
-    write_text(folder / "table.md", markdown(comparison))
-    Console(width=max(150, Console().width)).print(comparison)
+    write_table(table(summary), folder / "table.md")
