@@ -404,6 +404,13 @@ def test_a_mistake_ends_a_program_with_one_line_and_no_traceback(script, overrid
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_the_old_name_of_speed_still_runs_and_says_so(tmp_path):
+    done = run("benchmark", "suite=swift", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 2
+    assert "unknown suite 'swift'" in done.stdout + done.stderr
+    assert done.stderr.splitlines()[0] == "python -m experiments.benchmark is called python -m experiments.speed now"
+
+
 @pytest.mark.parametrize("suite", ["decode", "env", "collect", "rl"])
 def test_benchmarks_print_their_report_last(suite, tmp_path):
     tiny = "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, mlp_size: 32}"
