@@ -28,7 +28,7 @@ ORDER = {
         {"common"},
         {"reporting"},
         {"evaluation"},
-        {"training", "query_routing", "speed_suites"},
+        {"training", "query_routing", "speed_suites", "pretraining"},
         {TOP},
     ],
 }

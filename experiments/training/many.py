@@ -54,7 +54,7 @@ class Run:
             )
 
     def place(self) -> list[str]:
-        """Where the evaluation keeps what runs share. Limits that were timed are others than those that were not."""
+        """Where the evaluation keeps what runs share. Baselines that were timed are kept apart."""
         if self.live:
             return [f"evaluation.shared={self.shared / 'live'}"]
         # processes that wrote one file would undo each other's work
