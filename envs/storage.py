@@ -56,3 +56,37 @@ def check_manifest(place: Path, found: Mapping[str, Any], wanted: Mapping[str, A
             f"{place} was made with {key} {there}, this run has {here}; give this run another folder, or the settings "
             "that made it"
         )
+
+
+def write_manifest(path: Path, about: Mapping[str, Any]) -> None:
+    """Write what made something, in place of what stood there."""
+    write_text(path, json.dumps(about, indent=1) + "\n")
+
+
+def keep_manifest(
+    path: Path,
+    about: Mapping[str, Any],
+    place: Path | None = None,
+    made_once: Callable[[], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Check the manifest at `path` against `about` if it is there; write it if it is not.
+
+    Args:
+        path: of the manifest, a JSON file.
+        about: what makes what lies beside it: models, task, settings.
+        place: named in the error; `path` where None.
+        made_once: gives what a new manifest holds besides `about`; in one that is there it is kept and not compared.
+
+    Returns:
+        The manifest that is there now.
+
+    Raises:
+        ValueError: the manifest there says that something else made it; the error names what differs.
+    """
+    if path.is_file():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        check_manifest(place or path, kept, about, list(about) if made_once else ())
+        return kept
+    manifest = {**about, **(made_once() if made_once else {})}
+    write_manifest(path, manifest)
+    return manifest

@@ -15,15 +15,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from agents.common.policy import POLICY_FILE, Policy, load_policy
-from experiments.common.config import build, program
-from experiments.evaluation.runner import check_evaluation, evaluate
+from experiments.common.config import build, build_settings, program
+from experiments.evaluation.runner import evaluate
+from experiments.evaluation.settings import EvaluationSettings
 
 
 def check(config: DictConfig) -> None:
-    """Refuse settings that would fail later, before any model is loaded."""
+    """Refuse what would fail later, before any model is loaded."""
     if not config.saved and not config.agents:
         raise ValueError("nothing to evaluate: name policies (+saved.NAME=FOLDER) or agents (+agent@agents.NAME=...)")
-    check_evaluation(config)
     for name, path in config.saved.items():
         if not (Path(path) / POLICY_FILE).is_file():
             raise ValueError(f"saved.{name}: {path} holds no {POLICY_FILE}; give the policy folder of a training run")
@@ -33,13 +33,16 @@ def check(config: DictConfig) -> None:
 def main(config: DictConfig, folder: Path) -> None:
     """Evaluate `config.saved` policies and `config.agents`."""
     check(config)
+    settings = build_settings(config, EvaluationSettings)
     agents = {name: build(config.agents, name) for name in config.agents}
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:
         policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
         for name, agent in agents.items():
             policies[name] = agent.fit(pool, task, seed=config.seed, track=track, folder=folder / "agents" / name)
-        summary = evaluate(config, folder, track, pool, task, policies, list(config.saved), config.seed)
+        summary = evaluate(
+            pool, task, policies, settings, folder, track=track, trained=list(config.saved), seed=config.seed
+        )
         track.summary({"policies": summary["policies"]}, {"curve": folder / "curve.png"})
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.common.config import program
+from experiments.common.timing import Numbers, machine
 from experiments.speed_suites.collect import collect_suite
 from experiments.speed_suites.decode import decode_suite
 from experiments.speed_suites.env import env_suite
 from experiments.speed_suites.rl import rl_suite
-from experiments.speed_suites.timing import Numbers, machine
 
 SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {
     "decode": decode_suite,

@@ -16,13 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.common.config import program
-from experiments.training.run import train
+from experiments.training.run import train_as_configured
 
 
 @program("train")
 def main(config: DictConfig, folder: Path) -> None:
     """Train the agent that was chosen."""
-    train(config, folder, HydraConfig.get().runtime.choices["agent"])
+    train_as_configured(config, folder, HydraConfig.get().runtime.choices["agent"])
 
 
 if __name__ == "__main__":

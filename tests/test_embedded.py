@@ -9,7 +9,10 @@ from envs.models.embedded import EMBEDDED, WEIGHTS, embedded_folder
 from envs.models.loading import embedded_pool, load_pool
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.common.config import CONF
-from experiments.pretrain import Recipe, packed_batches, pretrain, train_tokenizer
+from experiments.pretraining.batches import packed_batches
+from experiments.pretraining.loop import pretrain
+from experiments.pretraining.recipe import Recipe
+from experiments.pretraining.tokenizer import train_tokenizer
 
 
 def accuracy(pool, slm, count):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,16 @@ from agents.router.policy import RouterPolicy
 from envs.models.loading import embedded_pool
 from envs.models.pool import models_manifest
 from envs.tasks.arithmetic import ArithmeticTask
-from experiments.common.config import CONF, build, register_schemas
+from experiments.common.config import CONF, build, build_settings, register_schemas
 from experiments.common.tracking import Tracker
 from experiments.evaluation.answers import Answers
+from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.merge import gather
 from experiments.evaluation.metrics import Sweep, accuracy_at, bootstrap, comparison, cost_at, measures, monotone_hull
 from experiments.evaluation.runner import Evaluation, evaluate
+from experiments.evaluation.settings import EvaluationSettings
+from experiments.evaluation.summary import summarize
+from experiments.reporting.figures import plot_curves
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
@@ -71,6 +76,8 @@ def test_generated_tasks_build(name):
         ("agent=citter", "citter"),
         ("models.dtyp=float32", "dtyp"),
         ("sed=1", "sed"),
+        ("evaluation.exmples=3", "exmples"),
+        ("evaluation.scheduling.gather=some", "gather"),
     ],
 )
 def test_a_misspelt_key_or_a_wrong_type_is_named(override, message):
@@ -108,9 +115,9 @@ def test_a_pool_given_as_mappings_builds():
 
 def test_a_policy_pays_for_its_own_parameters():
     pool, task = embedded_pool(), ArithmeticTask()
-    evaluation = Evaluation(pool, task, task.examples("test", 2), 128, Scheduling(rows=2))
+    decoder = ExampleDecoder(pool, task, task.examples("test", 2), 128, Scheduling(rows=2))
     policy = RouterPolicy(RouterNetwork(pool.slm.width).eval(), models_manifest(pool))
-    run = evaluation.run(policy, 0.5, "router")
+    run = decoder.decode(policy, 0.5, "router")
     paid, unpaid = Answers.of(run, pool, policy).costs, Answers.of(run, pool).costs
     decisions = np.array([len(episode.tokens) for episode in run])
     size = sum(p.numel() for p in policy.network.parameters())
@@ -122,10 +129,10 @@ def test_a_policy_pays_for_its_own_parameters():
 
 def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     pool, task = embedded_pool(), ArithmeticTask()
-    evaluation = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path)
-    settings = config_of("evaluate", "oracle=0", "draft_tokens=4")
-    limits = evaluation.limits(settings, {"about": "this test"})
-    slm, llm = limits.slm, limits.llm
+    settings = EvaluationSettings(examples=4, oracle=0, draft_tokens=4, scheduling=Scheduling(rows=4))
+    evaluation = Evaluation(pool, task, settings, tmp_path)
+    baselines = evaluation.baselines()
+    slm, llm = baselines.slm, baselines.llm
     row = llm.row(llm)
     assert {value for key, value in row.items() if key.startswith("cost_")} == {1.0}
     assert row["llm_share"] == 1.0
@@ -137,11 +144,10 @@ def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     read = llm.tokens * (size.body_parameters + size.head_parameters) * 4
     assert (llm.costs["bytes"] > read).all()
     assert (llm.costs["bytes"] < read + size.kv_bytes_per_token * cached * (llm.tokens + 1)).all()
-    again = Evaluation(pool, task, task.examples("test", 4), 128, Scheduling(rows=4), tmp_path)
-    kept = again.limits(settings, {"about": "this test"})
+    kept = Evaluation(pool, task, settings, tmp_path).baselines()
     np.testing.assert_array_equal(kept.llm.costs["seconds"], llm.costs["seconds"])
-    with pytest.raises(ValueError, match="another test"):
-        again.limits(settings, {"about": "another test"})
+    with pytest.raises(ValueError, match="made with draft_tokens 4, this run has 5"):
+        Evaluation(pool, task, replace(settings, draft_tokens=5), tmp_path).baselines()
 
 
 def test_hull_costs_and_accuracies_by_hand():
@@ -255,7 +261,7 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
 
     def evaluated(folder, config=config):
         with Tracker(folder) as track:
-            return evaluate(config, folder, track, pool, task, policies, [], seed=0)
+            return evaluate(pool, task, policies, build_settings(config, EvaluationSettings), folder, track)
 
     def rows(folder):
         lines = (folder / "results.jsonl").read_text().splitlines()
@@ -263,15 +269,15 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
 
     evaluated(tmp_path / "whole")
     count = [0]
-    run = Evaluation.run
+    decode = ExampleDecoder.decode
 
     def counted(self, *args):
         count[0] += 1
         if count[0] == 11:
             raise KeyboardInterrupt
-        return run(self, *args)
+        return decode(self, *args)
 
-    monkeypatch.setattr(Evaluation, "run", counted)
+    monkeypatch.setattr(ExampleDecoder, "decode", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path / "halves")
     assert [row["policy"] for row in rows(tmp_path / "halves")][-3:] == ["oracle", "random", "random"]
@@ -283,6 +289,78 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
     other = config_of("evaluate", *QUICK, "max_new_tokens=64")
     with pytest.raises(ValueError, match="made with max_new_tokens 128, this run has 64"):
         evaluated(tmp_path / "whole", other)
+
+
+def test_five_lines_lead_from_a_pool_a_task_and_policies_to_a_curve(pool, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = EvaluationSettings(
+        examples=6, threshold_examples=4, llm_shares=[0.1, 0.5], oracle=5, draft_tokens=4, scheduling=Scheduling(rows=8)
+    )
+    evaluation = Evaluation(pool, task, settings)
+    results = evaluation.run({"entropy": Uncertainty(), "random": Random()})
+    summary = summarize(results, samples=20)
+    plot_curves(summary, Path("curve.png"))
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
+    assert summary["examples"] == 6
+    assert summary["first"] == "entropy"
+    for name in ("entropy", "random"):
+        assert len(results.policies[name][0]) == len(results.thresholds[name][0]) == 2
+        # the dearer the threshold, the more the LLM writes
+        fewer, more = (run.llm_tokens.sum() for run in results.policies[name][0])
+        assert fewer < more
+    assert evaluation.transcripts({"entropy": Uncertainty()}, results).count("<article") == 6
+
+
+def test_settings_of_an_evaluation_are_those_of_its_yaml_in_both_commands():
+    given = ["examples=7", "llm_shares=[0.1,0.2]", "shared=there", "scheduling.rows=3"]
+    settings = EvaluationSettings(
+        examples=7, llm_shares=(0.1, 0.2), shared=Path("there"), scheduling=Scheduling(rows=3)
+    )
+    assert build_settings(config_of("evaluate", *given), EvaluationSettings) == settings
+    nested = config_of("train", *(f"evaluation.{one}" for one in given))
+    assert build_settings(nested.evaluation, EvaluationSettings) == settings
+    assert build_settings(config_of("evaluate"), EvaluationSettings) == EvaluationSettings()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("examples=many", "examples: .*many"),
+        ("examples=2.5", "examples: .*2.5"),
+        ("bootstrap=0", "bootstrap must be at least 1, is 0"),
+        ("start=-1", "start must be at least 0"),
+        ("draft_tokens=-2", "draft_tokens"),
+        ("oracle=-2", "oracle"),
+        ("llm_shares=[0.5,1]", "llm_shares"),
+        ("llm_shares=[few]", "llm_shares.*few"),
+        ("llm_shares=0.5", "llm_shares"),
+        ("cost=euros", "unknown cost 'euros'"),
+        ("split=tests", "unknown split 'tests'"),
+        ("scheduling.rows=0", "scheduling: rows must be at least 1"),
+        ("scheduling.rows=some", "scheduling: "),
+        ("scheduling.gather=2", "gather"),
+    ],
+)
+def test_a_bad_setting_of_an_evaluation_is_named_in_both_commands(override, message):
+    with pytest.raises(ValueError, match=message):
+        build_settings(config_of("evaluate", override), EvaluationSettings)
+    with pytest.raises(ValueError, match=message):
+        build_settings(config_of("train", f"evaluation.{override}").evaluation, EvaluationSettings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"examples": "many"}, "examples must be a whole number, is 'many'"),
+        ({"llm_shares": []}, "llm_shares"),
+        ({"llm_shares": ["few"]}, "llm_shares"),
+        ({"tree_memory": 0}, "tree_memory must be at least 1"),
+        ({"transcripts": -1}, "transcripts must be at least 0"),
+    ],
+)
+def test_a_bad_setting_is_named_without_hydra_too(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationSettings(**settings)
 
 
 def test_a_multirun_ends_in_one_report(tmp_path):
@@ -324,6 +402,13 @@ def test_a_mistake_ends_a_program_with_one_line_and_no_traceback(script, overrid
     assert done.returncode == 2
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_old_name_of_speed_still_runs_and_says_so(tmp_path):
+    done = run("benchmark", "suite=swift", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 2
+    assert "unknown suite 'swift'" in done.stdout + done.stderr
+    assert done.stderr.splitlines()[0] == "python -m experiments.benchmark is called python -m experiments.speed now"
 
 
 @pytest.mark.parametrize("suite", ["decode", "env", "collect", "rl"])

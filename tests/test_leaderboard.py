@@ -6,9 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.common.config import CONF, register_schemas
-from experiments.leaderboard import threshold_at
 from experiments.reporting.leaderboard_page import headlines, ranked, standing
 from experiments.training.many import Run, runs_of
+from experiments.training.seconds import threshold_at
 
 ROOT = CONF.parent
 

@@ -1,6 +1,7 @@
 """The oracle, what is distilled from it, and counterfactual advantages: against plain decoding."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from experiments.evaluation.answers import Answers, sweep
 from experiments.evaluation.baselines import RANDOM_SHARES, Baselines, measure_baselines, oracle_outcomes
+from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.metrics import above_random, monotone_hull
 
 EXAMPLES = 16
@@ -140,31 +142,41 @@ def test_since_at_each_by_hand():
     assert len(since_at_each(writers[:0])) == 0
 
 
+@dataclass(frozen=True)
+class SearchesKnownTree(ExampleDecoder):
+    """Decodes live, and searches a tree that is there already."""
+
+    known: PrefixTree | None = None
+
+    def search(self, oracle):
+        return self.known, oracle.search(self.known, self.examples)
+
+
+class NeverDecodes(ExampleDecoder):
+    def decode(self, *args):
+        raise AssertionError("decoded again")
+
+    search = speculate = decode
+
+
 @pytest.fixture(scope="module")
 def measured(pool, task, examples, tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("limits")
 
-    def run(policy, threshold, label):
-        return decode(pool, task, examples, policy, threshold, scheduling=Scheduling(rows=16))
-
+    decoder = SearchesKnownTree(pool, task, examples, scheduling=Scheduling(rows=16), known=tree)
     about = {"examples": len(examples)}
-    limits = measure_baselines(run, pool, examples, None, Oracle(budget=200), lambda: tree, folder, about)
-    return limits, folder, run
+    limits = measure_baselines(decoder, Oracle(budget=200), folder=folder, about=about)
+    return limits, folder, decoder.decode
 
 
-def test_limits_are_measured_once(measured, pool, examples):
+def test_limits_are_measured_once(measured, pool, task, examples):
     limits, folder, _ = measured
-
-    def never(*args):
-        raise AssertionError("decoded again")
-
-    again = measure_baselines(
-        never, pool, examples, None, Oracle(budget=200), never, folder, {"examples": len(examples)}
-    )
+    never = NeverDecodes(pool, task, examples)
+    again = measure_baselines(never, Oracle(budget=200), folder=folder, about={"examples": len(examples)})
     for one, other in ((limits.oracle, again.oracle), (limits.random[0], again.random[0])):
         np.testing.assert_array_equal(one.costs["bytes"], other.costs["bytes"])
     with pytest.raises(ValueError, match="examples"):
-        measure_baselines(never, pool, examples, None, None, never, folder, {"examples": 3})
+        measure_baselines(never, folder=folder, about={"examples": 3})
     assert len(limits.random) == len(RANDOM_SHARES)
     assert Baselines.load(folder).exhausted == limits.exhausted
 

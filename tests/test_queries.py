@@ -14,7 +14,16 @@ from envs.tasks.arithmetic import ArithmeticTask
 from experiments.common.config import CONF, build, register_schemas
 from experiments.queries import compare
 from experiments.query_routing.sources import PoolAnswers
-from experiments.query_routing.splits import SWEEP, Routed, Split, check_split, cost_weights, embedded, route
+from experiments.query_routing.splits import (
+    SWEEP,
+    Routed,
+    Split,
+    SplitSettings,
+    check_split,
+    cost_weights,
+    embedded,
+    route,
+)
 from experiments.query_routing.summary import measured
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +58,7 @@ def even(count):
 
 def test_a_split_repeats_and_its_parts_are_disjoint():
     outcomes = topics(100, ("cheap", "middle", "other", "another", "dear"))
-    config = settings("unseen=2", "validation_queries=20", "test_share=0.3")
+    config = SplitSettings(unseen=2, validation_queries=20, test_share=0.3)
     first, again, second = (Split.draw(outcomes, config, number) for number in (0, 0, 1))
     np.testing.assert_array_equal(first.test, again.test)
     assert not np.array_equal(first.test, second.test)
@@ -58,7 +67,7 @@ def test_a_split_repeats_and_its_parts_are_disjoint():
     assert {*first.seen} | {*first.routed} == {*outcomes.models}
     assert (len(first.seen), len(first.routed)) == (3, 2)
     assert len({Split.draw(outcomes, config, number).routed for number in range(20)}) > 3
-    fixed = Split.draw(outcomes, settings(), 0)
+    fixed = Split.draw(outcomes, SplitSettings(), 0)
     assert fixed.seen == fixed.routed == outcomes.models
     np.testing.assert_array_equal(fixed.train, fixed.known)
 
@@ -166,9 +175,9 @@ def test_bad_settings_are_named(overrides, message, tmp_path):
 
 def test_too_few_models_or_queries_are_refused():
     with pytest.raises(ValueError, match="at least two models on either side"):
-        check_split(topics(60), settings("unseen=2"))
+        check_split(topics(60), SplitSettings(unseen=2))
     with pytest.raises(ValueError, match="validation_queries"):
-        check_split(topics(60, ("cheap", "middle", "other", "dear")), settings("unseen=2", "validation_queries=58"))
+        check_split(topics(60, ("cheap", "middle", "other", "dear")), SplitSettings(unseen=2, validation_queries=58))
     with pytest.raises(ValueError, match="at least two models"):
         topics(10, ("dear",))
 

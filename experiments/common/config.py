@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hydra
 import numpy as np
@@ -26,8 +27,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from envs.storage import write_text
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 CONF = Path(__file__).parents[2] / "conf"
+Settings = TypeVar("Settings", bound="DataclassInstance")
 _SCHEMA = re.compile(r"^\s*- /schema@\S+: (\S+)\s*$", re.MULTILINE)
+
+_FULL_KEY = re.compile(r"^full_key: (\S+)$", re.MULTILINE)
 
 
 def register_schemas() -> None:
@@ -60,6 +67,29 @@ def build(config: DictConfig, key: str) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__
         raise ValueError(f"{key}: {cause if isinstance(cause, (ValueError, TypeError)) else error}") from error
+
+
+def build_settings(config: DictConfig, settings: type[Settings]) -> Settings:
+    """The settings whose keys stand in `config`, where other keys may stand beside them.
+
+    Args:
+        config: of a program, or a part of it.
+        settings: a dataclass; keys that are not there have its defaults.
+
+    Raises:
+        ValueError: a setting is of a wrong type or out of range; the error names it.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    given = {field.name: plain[field.name] for field in fields(settings) if field.name in plain}
+    try:
+        built: Settings = zen_instantiate(OmegaConf.merge(OmegaConf.structured(schema_of(settings)), given))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or error.key}: {f'{error}'.splitlines()[0]}") from error
+    except HydraException as error:
+        # the dataclass says what is wrong with a setting of its own; of one inside it Hydra says which one it is
+        inside = _FULL_KEY.search(f"{error}")
+        raise ValueError(f"{inside[1] + ': ' if inside else ''}{error.__cause__ or error}") from error
+    return built
 
 
 def prepare(config: DictConfig, folder: Path) -> None:

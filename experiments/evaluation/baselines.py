@@ -11,28 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from agents.common.policy import Policy
 from agents.common.rollout import Episode
 from agents.heuristics import Always, Random
 from agents.oracle import Oracle, SearchResult
 from envs.costs import ALL_COSTS, WRITTEN, Price, response_entries
-from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
-from envs.storage import check_manifest, write_text
-from envs.tasks.task import Example
+from envs.storage import keep_manifest, write_text
 from experiments.evaluation.answers import Answers
+from experiments.evaluation.decoder import ExampleDecoder
 
 RANDOM_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Shares of tokens that random routing gives to the LLM."""
 FRONTIER_POINTS = 24
+MANIFEST = "limits.json"
 EXHAUSTED = "oracle_exhausted.json"
-"""Written last: the limits in a folder are complete with it."""
-Decode = Callable[[Policy, float, str], Sequence[Episode]]
+"""Written last: the baselines in a folder are complete with it."""
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """The limits of one set of examples.
+    """The baselines of one set of examples.
 
     Attributes:
         slm: the SLM alone.
@@ -74,9 +72,9 @@ class Baselines:
         """Write all of it into `folder`."""
         pieces = {"slm": self.slm, "llm": self.llm, "speculative": self.speculative, "oracle": self.oracle}
         pieces |= {random_name(share): run for share, run in zip(RANDOM_SHARES, self.random, strict=True)}
-        for name, outcomes in pieces.items():
-            if outcomes is not None:
-                outcomes.save(folder / f"{name}.safetensors")
+        for name, answers in pieces.items():
+            if answers is not None:
+                answers.save(folder / f"{name}.safetensors")
         write_text(folder / EXHAUSTED, json.dumps(self.exhausted) + "\n")
 
     @classmethod
@@ -89,9 +87,14 @@ class Baselines:
         def asked(name: str) -> Answers | None:
             return piece(name) if (folder / f"{name}.safetensors").is_file() else None
 
-        random = [piece(random_name(share)) for share in RANDOM_SHARES]
-        exhausted = json.loads((folder / EXHAUSTED).read_text())
-        return cls(piece("slm"), piece("llm"), random, asked("speculative"), asked("oracle"), exhausted)
+        return cls(
+            slm=piece("slm"),
+            llm=piece("llm"),
+            random=[piece(random_name(share)) for share in RANDOM_SHARES],
+            speculative=asked("speculative"),
+            oracle=asked("oracle"),
+            exhausted=json.loads((folder / EXHAUSTED).read_text()),
+        )
 
 
 def random_name(share: float) -> str:
@@ -102,103 +105,81 @@ def random_name(share: float) -> str:
 def _chosen(one: Answers, other: Answers, where: np.ndarray) -> Answers:
     """`one` for the examples `where`, `other` for the rest."""
 
-    def splitmix64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def either(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(where, a, b)
 
     return Answers(
-        splitmix64(one.correct, other.correct),
-        splitmix64(one.terminated, other.terminated),
-        splitmix64(one.llm_tokens, other.llm_tokens),
-        splitmix64(one.tokens, other.tokens),
-        {unit: splitmix64(one.costs[unit], other.costs[unit]) for unit in one.costs},
+        correct=either(one.correct, other.correct),
+        terminated=either(one.terminated, other.terminated),
+        llm_tokens=either(one.llm_tokens, other.llm_tokens),
+        tokens=either(one.tokens, other.tokens),
+        costs={unit: either(one.costs[unit], other.costs[unit]) for unit in one.costs},
     )
 
 
 def measure_baselines(
-    decode: Decode,
-    pool: ModelPool,
-    examples: Sequence[Example],
-    speculate: Callable[[], Sequence[Episode]] | None,
-    oracle: Oracle | None,
-    tree: Callable[[], PrefixTree],
-    folder: Path | None,
-    about: Mapping[str, Any],
-    timed: bool = True,
+    decoder: ExampleDecoder,
+    oracle: Oracle | None = None,
+    draft_tokens: int = 0,
+    folder: Path | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Baselines:
-    """Measure all limits, or read those that are there.
+    """Measure all baselines, or read those that are there.
 
     Args:
-        decode: answers the examples with a policy at a threshold; the last argument is a label.
-        pool: the models.
-        examples: what is answered.
-        speculate: answers the examples by speculative decoding; None for none.
+        decoder: of the examples.
         oracle: how to search; None for no oracle.
-        tree: opens the tree that is searched.
+        draft_tokens: of speculative decoding; 0 for none of it.
         folder: where each piece is kept when it is made; nothing is kept where None.
-        about: what makes the limits; pieces in a folder that something else made are refused.
-        timed: whether passes are timed.
+        about: what makes the baselines.
+
+    Raises:
+        ValueError: something else made the pieces in `folder`; the error names what differs.
     """
     if folder is not None:
-        manifest = folder / "limits.json"
-        if manifest.is_file():
-            check_manifest(manifest, json.loads(manifest.read_text()), about)
-        else:
-            write_text(manifest, json.dumps(about, indent=1) + "\n")
+        keep_manifest(folder / MANIFEST, about or {})
 
-    def kept(name: str, make: Callable[[], Answers]) -> Answers:
-        return Answers.kept(folder and folder / f"{name}.safetensors", make)
+    def kept(name: str, decode: Callable[[], Sequence[Episode]]) -> Answers:
+        path = folder and folder / f"{name}.safetensors"
+        return Answers.kept(path, lambda: Answers.of(decode(), decoder.pool, timed=decoder.timed))
 
-    def random(share: float) -> Answers:
-        return Answers.of(decode(Random(0), share, f"random, {share:.0%} LLM"), pool, timed=timed)
+    def randomly(share: float) -> Sequence[Episode]:
+        return decoder.decode(Random(0), share, f"random, {share:.0%} LLM")
 
-    def llm_only() -> Answers:
-        # LLM-only decoding runs no SLM: of the routed run in which the LLM wrote everything, only its own work counts
-        return Answers.of(
-            [by_llm_alone(episode) for episode in decode(Always(slm=False), 0.5, "llm only")], pool, timed=timed
-        )
-
-    slm = kept("slm", lambda: Answers.of(decode(Always(slm=True), 0.5, "slm only"), pool, timed=timed))
-    limits = Baselines(slm, kept("llm", llm_only), [], None, None, 0)
-    limits = replace(limits, random=[kept(random_name(share), partial(random, share)) for share in RANDOM_SHARES])
-    if speculate is not None:
-        limits = replace(limits, speculative=kept("speculative", lambda: Answers.of(speculate(), pool, timed=timed)))
-    if oracle is not None and not (folder and (folder / EXHAUSTED).is_file()):
-        place = tree()
-        found = oracle.search(place, examples)
-        limits = replace(
-            limits, oracle=oracle_outcomes(place, found, slm), exhausted=sum(one.exhausted for one in found)
-        )
+    slm = kept("slm", lambda: decoder.decode(Always(slm=True), 0.5, "slm only"))
+    llm = kept("llm", lambda: decoder.llm_only("llm only"))
+    random = [kept(random_name(share), partial(randomly, share)) for share in RANDOM_SHARES]
+    speculative = kept("speculative", lambda: decoder.speculate(draft_tokens)) if draft_tokens else None
+    if folder is not None and (folder / EXHAUSTED).is_file():
+        return Baselines.load(folder)
+    baselines = Baselines(slm, llm, random, speculative, None, 0)
+    if oracle is not None:
+        tree, results = decoder.search(oracle)
+        best = oracle_outcomes(tree, results, slm)
+        baselines = replace(baselines, oracle=best, exhausted=sum(result.exhausted for result in results))
     if folder is None:
-        return limits
-    if not (folder / EXHAUSTED).is_file():
-        limits.save(folder)
+        return baselines
+    baselines.save(folder)
     return Baselines.load(folder)
 
 
-def by_llm_alone(episode: Episode) -> Episode:
-    """A routed answer in which the LLM wrote everything, less the reading of the SLM: LLM-only decoding runs none."""
-    ledger = episode.ledger.copy()
-    ledger[:-1] = 0
-    return replace(episode, ledger=ledger)
-
-
-def oracle_outcomes(tree: PrefixTree, found: Sequence[SearchResult], slm: Answers) -> Answers:
+def oracle_outcomes(tree: PrefixTree, results: Sequence[SearchResult], slm: Answers) -> Answers:
     """What the oracle's answers come to; where it found none, the SLM's."""
-    ends = np.array([one.nodes[-1] for one in found])
+    ends = np.array([result.nodes[-1] for result in results])
     terminated = tree.ends[ends] == TERMINATED
     prompts = [len(tree.prompt(end)) for end in ends]
     entries = np.stack(
         [
-            response_entries(prompt, one.writers, bool(end), len(tree.pool))
-            for one, prompt, end in zip(found, prompts, terminated, strict=True)
+            response_entries(prompt, result.writers, bool(end), len(tree.pool))
+            for result, prompt, end in zip(results, prompts, terminated, strict=True)
         ]
     )
     price = Price(tree.pool.profiles, [cost for cost in ALL_COSTS if cost.name in slm.costs])
-    outcomes = Answers(
-        np.array([one.solved for one in found]),
-        terminated,
-        entries[:, 1:, WRITTEN].sum(1),
-        entries[:, :, WRITTEN].sum(1),
-        price.of(entries),
+    answers = Answers(
+        correct=np.array([result.solved for result in results]),
+        terminated=terminated,
+        llm_tokens=entries[:, 1:, WRITTEN].sum(1),
+        tokens=entries[:, :, WRITTEN].sum(1),
+        costs=price.of(entries),
     )
-    return _chosen(outcomes, slm, outcomes.correct)
+    return _chosen(answers, slm, answers.correct)

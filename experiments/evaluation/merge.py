@@ -9,7 +9,7 @@ from typing import Any
 from envs.storage import check_manifest, write_text
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.runner import present
+from experiments.evaluation.report import write_report
 from experiments.evaluation.summary import Results, summarize
 
 SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens")
@@ -28,31 +28,39 @@ def gather(folder: Path, first: str | None = None) -> Results:
     manifests = sorted(folder.glob("**/runs/manifest.json"))
     if not manifests:
         raise ValueError(f"{folder} holds no evaluations; run experiments.train -m evaluate=true first")
-    read = [(path.parent, json.loads(path.read_text())) for path in manifests]
-    found: dict[str, dict[int, list[Answers]]] = {}
+    evaluations = [(path.parent, json.loads(path.read_text())) for path in manifests]
+    place, about = evaluations[0]
+    runs: dict[str, dict[int, list[Answers]]] = {}
+    thresholds: dict[str, dict[int, list[float]]] = {}
     trained: set[str] = set()
-    for place, manifest in read:
-        check_manifest(place, manifest, read[0][1], SAME)
+    for runs_folder, manifest in evaluations:
+        check_manifest(runs_folder, manifest, about, SAME)
+        seed = manifest["seed"]
         for name in manifest["policies"]:
-            seeds = found.setdefault(name, {})
-            if manifest["seed"] in seeds:
-                raise ValueError(f"{place}: {name} with seed {manifest['seed']} is there twice; report on fewer runs")
-            paths = [place / name / f"{number:02d}.safetensors" for number in range(len(manifest["thresholds"][name]))]
-            for path in paths:
-                if not path.is_file():
-                    raise ValueError(f"{path} is missing: that evaluation was interrupted; start it again first")
-            seeds[manifest["seed"]] = [Answers.load(path) for path in paths]
+            if seed in runs.setdefault(name, {}):
+                raise ValueError(f"{runs_folder}: {name} with seed {seed} is there twice; report on fewer runs")
+            at = thresholds.setdefault(name, {})[seed] = manifest["thresholds"][name]
+            runs[name][seed] = _read_runs(runs_folder / name, len(at))
         trained |= set(manifest["trained"])
-    if first is not None and first not in found:
-        raise ValueError(f"there is no policy {first!r} in {folder}; there are {', '.join(sorted(found))}")
-    names = sorted(found, key=lambda name: (name != first, name not in trained, name))
-    place, about = read[0]
+    if first is not None and first not in runs:
+        raise ValueError(f"there is no policy {first!r} in {folder}; there are {', '.join(sorted(runs))}")
+    names = sorted(runs, key=lambda name: (name != first, name not in trained, name))
     return Results(
         {key: about[key] for key in ("task", "pool", "split", "start", "max_new_tokens")},
         Baselines.load(place),
-        {name: [found[name][seed] for seed in sorted(found[name])] for name in names},
-        frozenset(trained),
+        policies={name: [runs[name][seed] for seed in sorted(runs[name])] for name in names},
+        trained=frozenset(trained),
+        thresholds={name: [thresholds[name][seed] for seed in sorted(runs[name])] for name in names},
     )
+
+
+def _read_runs(folder: Path, count: int) -> list[Answers]:
+    """A policy's answers at each of its thresholds."""
+    paths = [folder / f"{number:02d}.safetensors" for number in range(count)]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: that evaluation was interrupted; start it again first")
+    return [Answers.load(path) for path in paths]
 
 
 def report(folder: Path, first: str | None, unit: str, samples: int) -> dict[str, Any]:
@@ -61,6 +69,6 @@ def report(folder: Path, first: str | None, unit: str, samples: int) -> dict[str
     summary = summarize(results, unit, samples, seed=0)
     rows = [path.read_text() for path in sorted(folder.glob("*/evaluation/results.jsonl"))]
     write_text(folder / "results.jsonl", "".join(rows))
-    present(summary, folder)
+    write_report(summary, folder)
     print(f"wrote {folder}")
     return summary

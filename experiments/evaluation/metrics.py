@@ -83,22 +83,22 @@ def measures(sweep: Sweep, calls: Sweep | None, weights: FloatArray) -> dict[str
     """
     points = sweep.points(weights)
     hull, slm, llm = monotone_hull(points), points[0], points[-1]
-    found = {f"cost_at_{level:.2f}": cost_at(hull, level * llm[1]) for level in LEVELS}
-    found |= {f"accuracy_at_{cost:.2f}": accuracy_at(hull, cost) for cost in COSTS}
-    found["deferral_area"] = area(hull, slm[0], llm[0])
-    found["aiq"] = found["deferral_area"] / (llm[0] - slm[0]) if llm[0] > slm[0] else float("nan")
+    values = {f"cost_at_{level:.2f}": cost_at(hull, level * llm[1]) for level in LEVELS}
+    values |= {f"accuracy_at_{cost:.2f}": accuracy_at(hull, cost) for cost in COSTS}
+    values["deferral_area"] = area(hull, slm[0], llm[0])
+    values["aiq"] = values["deferral_area"] / (llm[0] - slm[0]) if llm[0] > slm[0] else float("nan")
     best = slm if slm[1] >= llm[1] else llm
-    found["qnc"] = cost_at(hull, best[1]) / best[0] if best[0] > 0 else float("nan")
+    values["qnc"] = cost_at(hull, best[1]) / best[0] if best[0] > 0 else float("nan")
     if calls is None:
-        return found
+        return values
     by_calls = monotone_hull(calls.points(weights))
     gap = llm[1] - slm[1]
     if gap > 0:
-        found["apgr"] = (area(by_calls, 0.0, 1.0) - slm[1]) / gap
-        found |= {f"cpt_{share:.2f}": cost_at(by_calls, slm[1] + share * gap) for share in (0.5, 0.8)}
+        values["apgr"] = (area(by_calls, 0.0, 1.0) - slm[1]) / gap
+        values |= {f"cpt_{share:.2f}": cost_at(by_calls, slm[1] + share * gap) for share in (0.5, 0.8)}
     else:
-        found |= {"apgr": float("nan"), "cpt_0.50": float("nan"), "cpt_0.80": float("nan")}
-    return found
+        values |= {"apgr": float("nan"), "cpt_0.50": float("nan"), "cpt_0.80": float("nan")}
+    return values
 
 
 def above_random(sweep: Sweep, random: Sweep, oracle: Sweep | None, weights: FloatArray) -> dict[str, float]:
@@ -111,17 +111,19 @@ def above_random(sweep: Sweep, random: Sweep, oracle: Sweep | None, weights: Flo
     points = [one.points(weights) for one in (sweep, random, oracle or random)]
     low, high = points[0][0, 0], points[0][-1, 0]
     ours, theirs, best = (area(monotone_hull(some), low, high) for some in points)
-    found = {"area_above_random": ours - theirs}
+    values = {"area_above_random": ours - theirs}
     if oracle is not None:
-        found["oracle_share"] = (ours - theirs) / (best - theirs) if best > theirs else float("nan")
-    return found
+        values["oracle_share"] = (ours - theirs) / (best - theirs) if best > theirs else float("nan")
+    return values
 
 
-def over_price(found: Mapping[str, float], price: FloatArray, llm: FloatArray, weights: FloatArray) -> dict[str, float]:
+def over_price(
+    costs_at: Mapping[str, float], price: FloatArray, llm: FloatArray, weights: FloatArray
+) -> dict[str, float]:
     """A policy's costs over those of a way to decode that has but one.
 
     Args:
-        found: `cost_at_X` of the policy, relative to LLM-only decoding.
+        costs_at: `cost_at_X` of the policy, relative to LLM-only decoding.
         price: cost of each answer the other way, (examples,).
         llm: cost of each answer by the LLM alone, (examples,).
         weights: of the examples, (examples,).
@@ -130,7 +132,7 @@ def over_price(found: Mapping[str, float], price: FloatArray, llm: FloatArray, w
         over_speculative_at_X.
     """
     relative = float(price @ weights / (llm @ weights))
-    return {f"over_speculative_at_{level:.2f}": found[f"cost_at_{level:.2f}"] / relative for level in LEVELS}
+    return {f"over_speculative_at_{level:.2f}": costs_at[f"cost_at_{level:.2f}"] / relative for level in LEVELS}
 
 
 def comparison(sweep: Sweep, other: Sweep, weights: FloatArray) -> dict[str, float]:
@@ -143,19 +145,19 @@ def comparison(sweep: Sweep, other: Sweep, weights: FloatArray) -> dict[str, flo
     """
     ours, theirs = (monotone_hull(one.points(weights)) for one in (sweep, other))
     llm = float((sweep.correct @ weights)[-1])
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for level in LEVELS:
         a, b = cost_at(ours, level * llm), cost_at(theirs, level * llm)
         ratio = a / b if b > 0 and np.isfinite(a) and np.isfinite(b) else float("nan")
-        found |= {f"ratio_at_{level:.2f}": ratio, f"saving_at_{level:.2f}": 1 - ratio}
-        found[f"extra_cost_at_{level:.2f}"] = a - b if np.isfinite(a) and np.isfinite(b) else float("nan")
-    found |= {f"gain_at_{cost:.2f}": accuracy_at(ours, cost) - accuracy_at(theirs, cost) for cost in COSTS}
+        values |= {f"ratio_at_{level:.2f}": ratio, f"saving_at_{level:.2f}": 1 - ratio}
+        values[f"extra_cost_at_{level:.2f}"] = a - b if np.isfinite(a) and np.isfinite(b) else float("nan")
+    values |= {f"gain_at_{cost:.2f}": accuracy_at(ours, cost) - accuracy_at(theirs, cost) for cost in COSTS}
     grid = np.unique(np.concatenate([ours[:, 0], theirs[:, 0]]))
     grid = grid[grid >= max(ours[0, 0], theirs[0, 0])]
     gains = np.interp(grid, ours[:, 0], ours[:, 1]) - np.interp(grid, theirs[:, 0], theirs[:, 1])
-    found["largest_gain"], found["largest_gain_cost"] = float(gains.max()), float(grid[gains.argmax()])
-    found["largest_loss"], found["largest_loss_cost"] = float(-gains.min()), float(grid[gains.argmin()])
-    return found
+    values["largest_gain"], values["largest_gain_cost"] = float(gains.max()), float(grid[gains.argmax()])
+    values["largest_loss"], values["largest_loss_cost"] = float(-gains.min()), float(grid[gains.argmin()])
+    return values
 
 
 Statistic = Callable[[int, FloatArray], Mapping[str, float]]
@@ -186,11 +188,12 @@ def bootstrap(
     weights = rng.multinomial(examples, np.full(examples, 1 / examples), size=samples) / examples
     drawn = rng.integers(seeds, size=(samples, seeds))
     rows = [over_seeds(statistic, numbers.tolist(), row) for numbers, row in zip(drawn, weights, strict=True)]
-    found = {}
+    low, high = int(0.025 * samples), min(samples - 1, int(0.975 * samples))
+    intervals = {}
     for name in rows[0]:
-        values = np.sort([row[name] for row in rows])  # what is not a number comes last
-        found[name] = (finite(values[int(0.025 * samples)]), finite(values[min(samples - 1, int(0.975 * samples))]))
-    return found
+        ordered = np.sort([row[name] for row in rows])  # what is not a number comes last
+        intervals[name] = (finite(ordered[low]), finite(ordered[high]))
+    return intervals
 
 
 def finite(value: float) -> float | None:

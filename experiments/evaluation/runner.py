@@ -1,258 +1,299 @@
-"""Evaluating policies: thresholds, baselines, a sweep, a summary, a report."""
+"""Evaluating policies, stage by stage: thresholds, baselines, a sweep, a summary, a report.
+
+From a pool, a task and policies to a curve:
+
+    evaluation = Evaluation(pool, task, EvaluationSettings(examples=100))
+    results = evaluation.run({"entropy": Uncertainty()})
+    summary = summarize(results)
+    plot_curves(summary, Path("curve.png"))
+
+Each stage can be called by itself: `thresholds`, `baselines` and `sweep` of an `Evaluation`, then `summarize` and
+`write_report`. Given a folder, an evaluation keeps every piece that is made, and goes on after the last one when it is
+started again.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from omegaconf import DictConfig
-from rich.console import Console
-from torch import Tensor
 from tqdm import tqdm
 
-from agents.common.policy import Policy, decides_once
-from agents.common.rollout import Episode, Scheduling, decode
+from agents.common.policy import Policy, Track, untracked
 from agents.oracle import Oracle
-from agents.speculative import speculate
-from envs.costs import ALL_COSTS
-from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
 from envs.prefix_tree.tree import PrefixTree
-from envs.storage import check_manifest, write_text
-from envs.tasks.task import Example, Task, check_split
-from experiments.common.config import build
-from experiments.common.tracking import Tracker
+from envs.storage import keep_manifest, write_text
+from envs.tasks.task import Example, Task
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
+from experiments.evaluation.decoder import ExampleDecoder
+from experiments.evaluation.report import write_report
+from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, summarize
-from experiments.reporting.figures import plot_curves
-from experiments.reporting.tables import markdown, table
+from experiments.evaluation.threshold_sweep import choose_thresholds, pick_threshold
 from experiments.reporting.transcripts import transcripts
 
 
-@dataclass
 class Evaluation:
-    """Decodes the same examples again and again, and keeps what came out.
+    """The stages of one evaluation: the same problems, answered in every way that is compared.
 
     Args:
-        pool: the models.
-        task: judges the answers.
-        examples: what is answered.
-        max_new_tokens: the longest response.
-        scheduling: how rows share passes.
-        folder: of the outcomes, which are not made again where they are there; nothing is kept where None.
-        tree: a replay tree to decode through; nothing is timed then.
+        pool: the models, SLM first.
+        task: where problems come from, and who judges the answers.
+        settings: see `EvaluationSettings`; its defaults where None.
+        folder: receives `results.jsonl` and, in `runs/`, every piece when it is made, which is not made again where it
+            is there; nothing is kept where None.
+        track: receives the rows of `results.jsonl`.
+
+    Raises:
+        ValueError: the task has fewer problems.
     """
 
-    pool: ModelPool
-    task: Task
-    examples: Sequence[Example]
-    max_new_tokens: int
-    scheduling: Scheduling
-    folder: Path | None = None
-    tree: PrefixTree | None = None
-
-    def run(self, policy: Policy, threshold: float, label: str) -> list[Episode]:
-        """Answer every example."""
-        return decode(
-            self.pool, self.task, self.examples, policy, threshold, self.max_new_tokens, self.scheduling, label=label,
-            tree=self.tree,
-        )  # fmt: skip
-
-    def outcomes(self, policy: Policy, threshold: float, name: str, number: int) -> Answers:
-        """What a policy's answers at its threshold `number` come to."""
-        path = self.folder and self.folder / name / f"{number:02d}.safetensors"
-        timed = self.tree is None
-        return Answers.kept(path, lambda: Answers.of(self.run(policy, threshold, name), self.pool, policy, timed))
-
-    def limits(self, settings: DictConfig, about: Mapping[str, Any]) -> Baselines:
-        """Each model alone, random routing and the oracle; taken from, or kept in, `settings.shared` if it is set."""
-        oracle = Oracle(budget=settings.oracle) if settings.oracle else None
-        place = Path(settings.shared) if settings.shared else self.folder
-        drafts = settings.draft_tokens
-        speculated = partial(self._speculated, drafts) if drafts else None
-        limits = measure_baselines(
-            self.run, self.pool, self.examples, speculated, oracle, self._searched, place, about, self.tree is None
-        )
-        if self.folder and place != self.folder:
-            limits.save(self.folder)
-        return limits
-
-    def _speculated(self, draft_tokens: int) -> list[Episode]:
-        return speculate(
-            self.pool, self.task, self.examples, draft_tokens, self.max_new_tokens, self.scheduling, "speculative"
+    def __init__(
+        self,
+        pool: ModelPool,
+        task: Task,
+        settings: EvaluationSettings | None = None,
+        folder: Path | None = None,
+        track: Track = untracked,
+    ) -> None:
+        self.pool, self.task, self.settings = pool, task, settings or EvaluationSettings()
+        self.folder, self.track = folder, track
+        self.examples: Sequence[Example] = task.examples(
+            self.settings.split, self.settings.examples, start=self.settings.start
         )
 
-    def _searched(self) -> PrefixTree:
-        return self.tree or PrefixTree(self.pool, self.task, self.max_new_tokens)
+    @property
+    def runs(self) -> Path | None:
+        """The folder of what is not made again."""
+        return self.folder and self.folder / "runs"
+
+    @cached_property
+    def tree(self) -> PrefixTree | None:
+        """The replay tree that is decoded through, read from `settings.tree` if it is there; None if it is not set."""
+        path = self.settings.tree
+        if path is None:
+            return None
+        return PrefixTree(
+            self.pool,
+            self.task,
+            self.settings.max_new_tokens,
+            self.settings.tree_memory,
+            path if path.is_file() else None,
+        )
+
+    @cached_property
+    def decoder(self) -> ExampleDecoder:
+        """Answers the problems."""
+        return ExampleDecoder(
+            self.pool, self.task, self.examples, self.settings.max_new_tokens, self.settings.scheduling, self.tree
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Which problems are answered by which models, as summaries say it."""
+        return {
+            "task": self.task.name,
+            "pool": self.pool.names,
+            "split": self.settings.split,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "start": self.settings.start,
+        }
+
+    def run(self, policies: Mapping[str, Policy], trained: Sequence[str] = (), seed: int = 0) -> Results:
+        """All that is measured: thresholds, baselines, and every policy at each of its thresholds.
+
+        Args:
+            policies: by name; summaries compare the others with the first.
+            trained: names of those that learned anything.
+            seed: that they were trained with.
+        """
+        thresholds = self.thresholds(policies, trained, seed)
+        baselines = self.baselines()
+        runs = self.sweep(policies, thresholds, baselines, seed)
+        return Results(
+            self.about(),
+            baselines,
+            policies={name: [runs[name]] for name in policies},
+            trained=frozenset(trained),
+            thresholds={name: [thresholds[name]] for name in policies},
+        )
+
+    def thresholds(
+        self, policies: Mapping[str, Policy], trained: Sequence[str] = (), seed: int = 0
+    ) -> dict[str, list[float]]:
+        """The thresholds of each policy, chosen on validation problems; in a folder, kept with what made them.
+
+        Args:
+            policies: by name.
+            trained: names of those that learned anything, kept with the thresholds.
+            seed: that they were trained with, kept too.
+
+        Raises:
+            ValueError: the folder holds an evaluation of other policies, or with other settings.
+        """
+
+        def chosen() -> dict[str, Any]:
+            examples = self.task.examples("validation", self.settings.threshold_examples)
+            thresholds = choose_thresholds(self.decoder.on(examples), policies, self.settings.llm_shares)
+            return {"thresholds": thresholds, "trained": list(trained), "seed": seed}
+
+        if self.runs is None:
+            return dict(chosen()["thresholds"])
+        manifest = {
+            **self._problems,
+            "thresholds_at": {
+                "llm_shares": list(self.settings.llm_shares),
+                "examples": self.settings.threshold_examples,
+            },
+            "timed": self.settings.tree is None,
+            "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
+        }
+        return dict(keep_manifest(self.runs / "manifest.json", manifest, self.runs, chosen)["thresholds"])
+
+    def baselines(self) -> Baselines:
+        """Each model alone, random routing, speculative decoding and the oracle.
+
+        They are taken from, or kept in, `settings.shared` if it is set.
+
+        Raises:
+            ValueError: other models, problems or settings made what is there.
+        """
+        settings = self.settings
+        place = settings.shared or self.runs
+        baselines = measure_baselines(
+            self.decoder,
+            Oracle(budget=settings.oracle) if settings.oracle else None,
+            settings.draft_tokens,
+            place,
+            {**self._problems, "timed": settings.tree is None},
+        )
+        if self.runs and place != self.runs:
+            baselines.save(self.runs)
+        return baselines
+
+    def sweep(
+        self,
+        policies: Mapping[str, Policy],
+        thresholds: Mapping[str, Sequence[float]],
+        baselines: Baselines,
+        seed: int = 0,
+    ) -> dict[str, list[Answers]]:
+        """The answers of every policy at each of its thresholds; rows go to `results.jsonl` as they come.
+
+        Args:
+            policies: by name.
+            thresholds: of each policy.
+            baselines: of the same problems; their rows come first.
+            seed: that the policies were trained with, named in the rows.
+        """
+        rows = _ResultRows(baselines.llm, seed, self.folder and self.folder / "results.jsonl", self.track)
+        rows.record("slm", None, baselines.slm)
+        rows.record("llm", None, baselines.llm)
+        if baselines.speculative is not None:
+            rows.record("speculative", None, baselines.speculative)
+        for answers in baselines.frontier(self.settings.cost):
+            rows.record("oracle", None, answers)
+        runs: dict[str, list[Answers]] = {name: [] for name in policies}
+        with tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
+            for name, policy in policies.items():
+                for number, threshold in enumerate(thresholds[name]):
+                    runs[name].append(self.answers(policy, threshold, name, number))
+                    rows.record(name, threshold, runs[name][-1])
+                    progress.update()
+        return runs
+
+    def answers(self, policy: Policy, threshold: float, name: str, number: int) -> Answers:
+        """The answers of the policy `name` at its threshold `number`, kept in the folder if there is one."""
+        path = self.runs and self.runs / name / f"{number:02d}.safetensors"
+
+        def decoded() -> Answers:
+            return Answers.of(self.decoder.decode(policy, threshold, name), self.pool, policy, self.decoder.timed)
+
+        return Answers.kept(path, decoded)
+
+    def transcripts(self, policies: Mapping[str, Policy], results: Results) -> str:
+        """A page of the first `settings.transcripts` answers of the first policy, at the threshold to use it at."""
+        name, policy = next(iter(policies.items()))
+        runs, thresholds = results.policies[name][0], results.thresholds[name][0]
+        chosen = thresholds[pick_threshold(runs, results.baselines.llm, self.settings.cost)]
+        some = self.decoder.on(self.examples[: self.settings.transcripts])
+        episodes = some.decode(policy, chosen, "transcripts")
+        return transcripts(self.pool, episodes, f"{self.task.name}, routed by {name}")
+
+    def save_tree(self) -> None:
+        """Write the replay tree to `settings.tree`, if there is one."""
+        if self.tree is not None and self.settings.tree is not None:
+            self.tree.save(self.settings.tree)
+
+    @cached_property
+    def _problems(self) -> dict[str, Any]:
+        """What makes the baselines, and anything else that is measured here."""
+        return {
+            **self.about(),
+            "models": models_manifest(self.pool),
+            "examples": self.settings.examples,
+            "oracle": self.settings.oracle,
+            "draft_tokens": self.settings.draft_tokens,
+        }
 
 
-class _Recorder:
-    """Lets the SLM write everything and keeps what each policy would have scored."""
+class _ResultRows:
+    """Writes a row for every run of a policy, all of them at each new one.
 
-    def __init__(self, policies: Mapping[str, Policy]) -> None:
-        self.policies = policies
-        self.scores: dict[str, list[Tensor]] = {name: [] for name in policies}
+    Args:
+        llm: that costs are relative to.
+        seed: named in every row.
+        path: of the JSON lines; nothing is written where None.
+        track: receives them too.
+    """
 
-    def score(self, observation: Observation) -> Tensor:
-        first = torch.from_numpy(observation.positions == 0)
-        for name, policy in self.policies.items():
-            once = decides_once(policy)
-            if once and not first.any():
-                continue  # it is asked once a response
-            scores = policy.score(observation).float().cpu()
-            self.scores[name].append(scores[first] if once else scores)
-        return torch.ones(len(observation.positions))
+    def __init__(self, llm: Answers, seed: int, path: Path | None, track: Track) -> None:
+        self.llm, self.seed, self.path, self.track = llm, seed, path, track
+        self.lines: list[str] = []
 
-
-def choose_thresholds(
-    evaluation: Evaluation, examples: Sequence[Example], policies: Mapping[str, Policy], shares: Sequence[float]
-) -> dict[str, list[float]]:
-    """Thresholds at quantiles of each policy's score on validation problems, so that curves are evenly covered."""
-    recorder = _Recorder(policies)
-    replace(evaluation, examples=examples).run(recorder, 0.5, "thresholds")
-    return {
-        name: np.unique(np.quantile(torch.cat(scores).double().numpy(), np.array(shares))).tolist()
-        for name, scores in recorder.scores.items()
-    }
-
-
-def pick_threshold(runs: Sequence[Answers], llm: Answers, unit: str) -> int:
-    """The cheapest run that reaches 95 % of the LLM's accuracy, or the most accurate one."""
-    rows = [run.row(llm) for run in runs]
-    reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= 0.95 * float(llm.correct.mean())]
-    if reaching:
-        return min(reaching, key=lambda i: rows[i][f"cost_{unit}"])
-    return max(range(len(rows)), key=lambda i: rows[i]["accuracy"])
+    def record(self, name: str, threshold: float | None, answers: Answers) -> None:
+        row = {"threshold": threshold, "seed": self.seed, **answers.row(self.llm)}
+        self.track({"run": name, **row})
+        self.lines.append(json.dumps({"policy": name, **row}) + "\n")
+        if self.path is not None:
+            write_text(self.path, "".join(self.lines))
 
 
 def evaluate(
-    config: DictConfig,
-    folder: Path,
-    track: Tracker,
     pool: ModelPool,
     task: Task,
     policies: Mapping[str, Policy],
-    trained: Sequence[str],
-    seed: int,
+    settings: EvaluationSettings,
+    folder: Path,
+    track: Track = untracked,
+    trained: Sequence[str] = (),
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Sweep the thresholds of policies, and write everything into `folder`.
+    """Run every stage, and write everything into `folder`; what is there already is not made again.
 
     Args:
-        config: an evaluation's settings.
-        folder: of the run.
-        track: receives rows.
         pool: the models.
         task: where problems come from.
-        policies: what is evaluated; the others are compared with the first.
-        trained: which of them learned anything.
-        seed: that they were trained with.
+        policies: by name; the others are compared with the first.
+        settings: of the evaluation.
+        folder: of the run.
+        track: receives rows.
+        trained: names of the policies that learned anything.
+        seed: that they were trained with; the bootstrap draws from it too.
+
+    Returns:
+        The contents of `summary.json`.
     """
-    runs_folder = folder / "runs"
-    about = {
-        "task": task.name,
-        "pool": pool.names,
-        "split": config.split,
-        "max_new_tokens": config.max_new_tokens,
-        "start": config.start,
-    }
-    manifest = {
-        **about,
-        "models": models_manifest(pool),
-        "examples": config.examples,
-        "oracle": config.oracle,
-        "draft_tokens": config.draft_tokens,
-        "thresholds_at": {"llm_shares": list(config.llm_shares), "examples": config.threshold_examples},
-        "timed": not config.tree,
-        "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
-    }
-    kept = runs_folder / "manifest.json"
-    examples = task.examples(check_split(config.split), config.examples, start=config.start)
-    scheduling, tree = build(config, "scheduling"), open_tree(config, pool, task)
-    evaluation = Evaluation(pool, task, examples, config.max_new_tokens, scheduling, runs_folder, tree)
-    if kept.is_file():
-        found = json.loads(kept.read_text())
-        check_manifest(runs_folder, found, manifest, list(manifest))
-        thresholds: dict[str, list[float]] = found["thresholds"]
-    else:
-        for_thresholds = task.examples("validation", config.threshold_examples)
-        thresholds = choose_thresholds(evaluation, for_thresholds, policies, config.llm_shares)
-        manifest |= {"thresholds": thresholds, "trained": list(trained), "seed": seed}
-        write_text(kept, json.dumps(manifest, indent=1) + "\n")
-    made_by = {key: manifest[key] for key in (*about, "models", "examples", "oracle", "draft_tokens")}
-    limits = evaluation.limits(config, {**made_by, "timed": tree is None})
-    slm, llm = limits.slm, limits.llm
-    runs: dict[str, list[Answers]] = {}
-    rows: list[dict[str, Any]] = []
-
-    def record(name: str, threshold: float | None, outcomes: Answers) -> None:
-        rows.append({"policy": name, "threshold": threshold, "seed": seed, **outcomes.row(llm)})
-        track({"run": name, **{key: value for key, value in rows[-1].items() if key != "policy"}})
-        write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-    record("slm", None, slm)
-    record("llm", None, llm)
-    if limits.speculative is not None:
-        record("speculative", None, limits.speculative)
-    for outcomes in limits.frontier(config.cost):
-        record("oracle", None, outcomes)
-    with tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
-        for name, policy in policies.items():
-            runs[name] = []
-            for number, threshold in enumerate(thresholds[name]):
-                runs[name].append(evaluation.outcomes(policy, threshold, name, number))
-                record(name, threshold, runs[name][-1])
-                progress.update()
-    results = Results(about, limits, {name: [runs[name]] for name in policies}, frozenset(trained))
-    summary = {**summarize(results, config.cost, config.bootstrap, seed), "seed": seed}
-    present(summary, folder)
-    if config.transcripts:
-        name, policy = next(iter(policies.items()))
-        chosen = thresholds[name][pick_threshold(runs[name], llm, config.cost)]
-        shown = replace(evaluation, examples=examples[: config.transcripts]).run(policy, chosen, "transcripts")
-        write_text(folder / "transcripts.html", transcripts(pool, shown, f"{task.name}, routed by {name}"))
-    if tree is not None:
-        tree.save(Path(config.tree))
+    evaluation = Evaluation(pool, task, settings, folder, track)
+    results = evaluation.run(policies, trained, seed)
+    summary = {**summarize(results, settings.cost, settings.bootstrap, seed), "seed": seed}
+    write_report(summary, folder)
+    if settings.transcripts:
+        write_text(folder / "transcripts.html", evaluation.transcripts(policies, results))
+    evaluation.save_tree()
     print(f"wrote {folder}")
     return summary
-
-
-def open_tree(config: DictConfig, pool: ModelPool, task: Task) -> PrefixTree | None:
-    """The replay tree an evaluation decodes through, from `config.tree` if it is there; None where it is not set."""
-    if not config.tree:
-        return None
-    path = Path(config.tree)
-    return PrefixTree(pool, task, config.max_new_tokens, config.tree_memory, path if path.is_file() else None)
-
-
-def present(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write `summary.json`, `curve.png` and `table.md`, and print the table."""
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    plot_curves(summary, folder / "curve.png")
-    comparison = table(summary)
-    write_text(folder / "table.md", markdown(comparison))
-    Console(width=max(150, Console().width)).print(comparison)
-
-
-def check_evaluation(config: DictConfig) -> None:
-    """Refuse settings of an evaluation that would fail later."""
-    if config.cost not in [cost.name for cost in ALL_COSTS]:
-        raise ValueError(f"unknown cost {config.cost!r}; choose one of {', '.join(cost.name for cost in ALL_COSTS)}")
-    if config.draft_tokens < 0:
-        raise ValueError(
-            f"draft_tokens must be at least 1, or 0 for no speculative decoding; it is {config.draft_tokens}"
-        )
-    if config.oracle < 0:
-        raise ValueError(f"oracle is how many answers are tried per problem, 0 for none; it is {config.oracle}")
-    if not config.llm_shares or not all(0 < share < 1 for share in config.llm_shares):
-        raise ValueError(f"llm_shares must lie between 0 and 1, at least one; they are {list(config.llm_shares)}")
-    for key, least in (("examples", 1), ("threshold_examples", 1), ("bootstrap", 1), ("max_new_tokens", 1)):
-        if config[key] < least:
-            raise ValueError(f"{key} must be at least {least}, is {config[key]}")
-    check_split(config.split)

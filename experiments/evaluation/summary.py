@@ -1,4 +1,4 @@
-"""From outcomes to what is reported: measures with intervals over examples and seeds, comparisons and curves."""
+"""From answers to what is reported: measures with intervals over examples and seeds, comparisons and curves."""
 
 from __future__ import annotations
 
@@ -35,26 +35,33 @@ class Results:
 
     Attributes:
         about: task, pool, split and their like.
-        limits: each model alone, random routing and the oracle.
-        policies: for each policy, for each training seed, the outcomes at each threshold.
+        baselines: each model alone, random routing, speculative decoding and the oracle.
+        policies: for each policy, for each training seed, the answers at each threshold.
         trained: which policies were trained.
+        thresholds: for each policy, for each training seed, the thresholds.
     """
 
     about: Mapping[str, Any]
-    limits: Baselines
+    baselines: Baselines
     policies: Mapping[str, Sequence[Sequence[Answers]]]
     trained: frozenset[str]
+    thresholds: Mapping[str, Sequence[Sequence[float]]]
+
+    @property
+    def first(self) -> str:
+        """The policy that the others are compared with."""
+        return next(iter(self.policies))
 
     def sweep(self, runs: Sequence[Answers], unit: str) -> Sweep:
         """Some runs between the two ends every policy has."""
-        return sweep(runs, self.limits.slm, self.limits.llm, unit)
+        return sweep(runs, self.baselines.slm, self.baselines.llm, unit)
 
     def sweeps(self, name: str, unit: str) -> list[Sweep]:
         """A policy's sweep for each training seed."""
         return [self.sweep(runs, unit) for runs in self.policies[name]]
 
 
-def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str, Any]:
+def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """The contents of `summary.json`.
 
     Args:
@@ -63,94 +70,104 @@ def summarize(results: Results, unit: str, samples: int, seed: int) -> dict[str,
         samples: of the bootstrap.
         seed: of its draws.
     """
-    limits = results.limits
-    count = len(limits.slm.correct)
-    even = np.full(count, 1 / count)
-    in_unit = {name: results.sweeps(name, unit) for name in results.policies}
-    calls = {name: results.sweeps(name, "llm_tokens") for name in results.policies}
-    first = next(iter(results.policies))
-    random = results.sweep(limits.random, unit)
-    oracle = results.sweep(limits.frontier(unit), unit) if limits.oracle else None
-    summaries: dict[str, Any] = {}
-    for name, sweeps in in_unit.items():
-        seeds = len(sweeps)
-
-        def own(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
-            found = measures(in_unit[name][number], calls[name][number], weights)
-            found |= above_random(in_unit[name][number], random, oracle, weights)
-            if limits.speculative is not None:
-                found |= over_price(found, limits.speculative.costs[unit], limits.llm.costs[unit], weights)
-            return found
-
-        def above(number: int, weights: FloatArray, name: str = name) -> dict[str, float]:
-            # seeds are paired as far as they go; one that is not trained has one
-            other = in_unit[first][number % len(in_unit[first])]
-            return comparison(in_unit[name][number], other, weights)
-
-        values = over_seeds(own, range(seeds), even)
-        intervals = bootstrap(own, seeds, count, samples, seed)
-        against = over_seeds(above, range(seeds), even)
-        against_intervals = bootstrap(above, seeds, count, samples, seed)
-        summaries[name] = {
-            "trained": name in results.trained,
-            "seeds": seeds,
-            "cost_at": {f"{level:.2f}": finite(values[f"cost_at_{level:.2f}"]) for level in LEVELS},
-            "cost_at_interval": {f"{level:.2f}": intervals[f"cost_at_{level:.2f}"] for level in LEVELS},
-            "cost_at_by_unit": {other: _costs_at(results.sweeps(name, other), even) for other in limits.slm.costs},
-            "measures": {key: {"value": finite(values[key]), "interval": intervals[key]} for key in values},
-            f"against_{first}": {
-                key: {"value": finite(against[key]), "interval": against_intervals[key]} for key in against
-            },
-            "curve": mean_curve(sweeps, even),
-            "band": band(sweeps, min(samples, BAND_SAMPLES), seed),
-        }
-    rows = {"slm": limits.slm.row(limits.llm), "llm": limits.llm.row(limits.llm)}
+    baselines = results.baselines
+    rows = {"slm": baselines.slm.row(baselines.llm), "llm": baselines.llm.row(baselines.llm)}
     return {
         **results.about,
         "cost": unit,
-        "examples": count,
-        "first": first,
+        "examples": len(baselines.slm.correct),
+        "first": results.first,
         "models": {name: {"accuracy": row["accuracy"], "cost": row[f"cost_{unit}"]} for name, row in rows.items()},
-        "limits": _limits(results, unit, even),
-        "policies": summaries,
+        "limits": _summarize_baselines(results, unit),
+        "policies": {name: _summarize_policy(results, name, unit, samples, seed) for name in results.policies},
     }
 
 
-def _limits(results: Results, unit: str, weights: FloatArray) -> dict[str, Any]:
+def _summarize_policy(results: Results, name: str, unit: str, samples: int, seed: int) -> dict[str, Any]:
+    """Measures of one policy and its comparison with the first, both with intervals; its curve and costs."""
+    baselines = results.baselines
+    sweeps, calls = results.sweeps(name, unit), results.sweeps(name, "llm_tokens")
+    others = results.sweeps(results.first, unit)
+    random = results.sweep(baselines.random, unit)
+    oracle = results.sweep(baselines.frontier(unit), unit) if baselines.oracle else None
+
+    def own(number: int, weights: FloatArray) -> dict[str, float]:
+        values = measures(sweeps[number], calls[number], weights)
+        values |= above_random(sweeps[number], random, oracle, weights)
+        if baselines.speculative is not None:
+            values |= over_price(values, baselines.speculative.costs[unit], baselines.llm.costs[unit], weights)
+        return values
+
+    def above(number: int, weights: FloatArray) -> dict[str, float]:
+        # seeds are paired as far as they go; one that is not trained has one
+        return comparison(sweeps[number], others[number % len(others)], weights)
+
+    seeds, even = len(sweeps), _even(baselines)
+    values = over_seeds(own, range(seeds), even)
+    intervals = bootstrap(own, seeds, len(even), samples, seed)
+    against = over_seeds(above, range(seeds), even)
+    against_intervals = bootstrap(above, seeds, len(even), samples, seed)
+    return {
+        "trained": name in results.trained,
+        "seeds": seeds,
+        "cost_at": {f"{level:.2f}": finite(values[f"cost_at_{level:.2f}"]) for level in LEVELS},
+        "cost_at_interval": {f"{level:.2f}": intervals[f"cost_at_{level:.2f}"] for level in LEVELS},
+        "cost_at_by_unit": {other: _costs_at(results.sweeps(name, other), even) for other in baselines.slm.costs},
+        "measures": with_intervals(values, intervals),
+        f"against_{results.first}": with_intervals(against, against_intervals),
+        "curve": mean_curve(sweeps, even),
+        "band": band(sweeps, min(samples, BAND_SAMPLES), seed),
+    }
+
+
+def with_intervals(
+    values: Mapping[str, float], intervals: Mapping[str, tuple[float | None, float | None]]
+) -> dict[str, dict[str, Any]]:
+    """Each value beside its interval, as summaries hold them."""
+    return {key: {"value": finite(value), "interval": intervals[key]} for key, value in values.items()}
+
+
+def _summarize_baselines(results: Results, unit: str) -> dict[str, Any]:
     """Curve and costs of random routing and of the oracles, and how many of its searches were cut short."""
-    limits = results.limits
-    runs = {"random": limits.random, "query_oracle": limits.query_frontier(unit)}
-    runs |= {"oracle": limits.frontier(unit)} if limits.oracle else {}
-    found: dict[str, Any] = {
+    baselines, even = results.baselines, _even(results.baselines)
+    runs = {"random": baselines.random, "query_oracle": baselines.query_frontier(unit)}
+    runs |= {"oracle": baselines.frontier(unit)} if baselines.oracle else {}
+    summaries: dict[str, Any] = {
         name: {
-            "curve": mean_curve([results.sweep(some, unit)], weights),
+            "curve": mean_curve([results.sweep(some, unit)], even),
             "cost_at_by_unit": {
-                other: _costs_at([results.sweep(some, other)], weights)
-                for other in limits.slm.costs
+                other: _costs_at([results.sweep(some, other)], even)
+                for other in baselines.slm.costs
                 if other != "seconds"  # the oracle's answers are not timed
             },
         }
         for name, some in runs.items()
     }
-    if limits.speculative is not None:
-        found["speculative"] = limits.speculative.row(limits.llm)
-    if limits.oracle:
-        found["oracle"] |= {
-            "solved": float(limits.oracle.correct.mean()),
-            "ran_out_of_budget": limits.exhausted,
-            "llm_share": round(float(limits.oracle.llm_tokens.sum() / limits.oracle.tokens.sum()), 6),
+    if baselines.speculative is not None:
+        summaries["speculative"] = baselines.speculative.row(baselines.llm)
+    if baselines.oracle:
+        summaries["oracle"] |= {
+            "solved": float(baselines.oracle.correct.mean()),
+            "ran_out_of_budget": baselines.exhausted,
+            "llm_share": round(float(baselines.oracle.llm_tokens.sum() / baselines.oracle.tokens.sum()), 6),
         }
-    return found
+    return summaries
+
+
+def _even(baselines: Baselines) -> FloatArray:
+    """The same weight for every example, (examples,)."""
+    count = len(baselines.slm.correct)
+    return np.full(count, 1 / count)
 
 
 def _costs_at(sweeps: Sequence[Sweep], weights: FloatArray) -> dict[str, float | None]:
-    found = {}
-    for level in LEVELS:
-        costs = [
-            cost_at(monotone_hull(points), level * points[-1, 1]) for points in (one.points(weights) for one in sweeps)
-        ]
-        found[f"{level:.2f}"] = finite(float(np.mean(costs)))
-    return found
+    """Costs at shares of the LLM's accuracy, means over seeds."""
+    curves = [one.points(weights) for one in sweeps]
+    hulls = [(monotone_hull(points), points[-1, 1]) for points in curves]
+    return {
+        f"{level:.2f}": finite(float(np.mean([cost_at(hull, level * accuracy) for hull, accuracy in hulls])))
+        for level in LEVELS
+    }
 
 
 def mean_curve(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from agents.common.rollout import Scheduling
 from agents.query_routing.learner import answer_alone
 from agents.query_routing.outcomes import QueryOutcomes, check_models
 from envs.models.pool import models_manifest
-from envs.storage import check_manifest, write_text
+from envs.storage import keep_manifest, write_manifest
 from envs.tasks.task import Split, check_split
 
 
@@ -93,7 +92,7 @@ class PoolAnswers:
         }
         path, manifest = folder / "outcomes.jsonl", folder / "outcomes.json"
         if path.is_file() and manifest.is_file():
-            check_manifest(path, json.loads(manifest.read_text()), about)
+            keep_manifest(manifest, about, place=path)
             return QueryOutcomes.read(path)
         parts = []
         for key, task in self.tasks.items():
@@ -108,6 +107,6 @@ class PoolAnswers:
             np.concatenate([part.costs for _, part in parts]),
         )
         outcomes = outcomes.of(outcomes.models)
-        write_text(manifest, json.dumps(about, indent=1) + "\n")
+        write_manifest(manifest, about)
         outcomes.write(path)
         return outcomes

@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.reporting.figures import LIMITS, plot_curves
+from experiments.reporting.figures import BASELINE_NAMES, plot_curves
 from experiments.reporting.tables import markdown_table, number, with_interval
 
 LEVEL = "0.95"
 DRAWN = 9
 """Policies in the picture, besides the first one."""
-PAPER = {
-    "collm": ("Co-LLM", ("collm",), 0.27, 17),
-    "routellm": ("RouteLLM", ("routellm_mf", "routellm_sw", "routellm_classifier"), 0.30, 12),
-    "citer_s": ("CITER-S", ("citer_s",), 0.42, 23),
-}
-"""The headlines of Zheng et al. 2025: CITER's rival, what it is here, CITER's saving at equal accuracy and its gain in
-points at equal cost."""
 Summary = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PaperHeadline:
+    """What a paper says of CITER against a rival.
+
+    Attributes:
+        rival: as the paper calls it.
+        agents: what it is here, names in `conf/agent`.
+        saving: share of the cost that CITER saves at equal accuracy.
+        gain: points of accuracy that it gains at equal cost.
+    """
+
+    rival: str
+    agents: tuple[str, ...]
+    saving: float
+    gain: int
+
+
+PAPER = (
+    PaperHeadline("Co-LLM", ("collm",), saving=0.27, gain=17),
+    PaperHeadline("RouteLLM", ("routellm_mf", "routellm_sw", "routellm_classifier"), saving=0.30, gain=12),
+    PaperHeadline("CITER-S", ("citer_s",), saving=0.42, gain=23),
+)
+"""The headlines of Zheng et al. 2025."""
+
+
+@dataclass(frozen=True)
+class HowMade:
+    """What the page says of how it was made.
+
+    Attributes:
+        machine: processor, cores and versions, as `experiments.common.timing.machine` gives them.
+        commit: of the code.
+        workers: runs at a time.
+        seeds: of training.
+        minutes: in all.
+        train: overrides of every run.
+        departures: overrides of some agents' runs, by agent.
+    """
+
+    machine: Mapping[str, Any]
+    commit: str
+    workers: int
+    seeds: Sequence[int]
+    minutes: int
+    train: Sequence[str]
+    departures: Mapping[str, Sequence[str]]
 
 
 def picture(summary: Summary, path: Path) -> None:
@@ -35,17 +77,17 @@ def ranked(summary: Summary) -> list[str]:
     return sorted(costs, key=lambda name: (costs[name] is None, costs[name] or 0.0))
 
 
-def page(summary: Summary, seconds: Mapping[str, float | None], about: Mapping[str, Any], curve: str) -> str:
+def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, curve: str) -> str:
     """The page.
 
     Args:
         summary: of all evaluations.
         seconds: of each policy at 95 % of the LLM's accuracy, over those of LLM-only decoding.
-        about: how it was made.
+        how: it was made.
         curve: where the picture is, from the page.
     """
-    models = summary["models"]
-    seeds = ", ".join(map(str, about["seeds"]))
+    models, machine = summary["models"], how.machine
+    seeds = ", ".join(map(str, how.seeds))
     return f"""# Benchmark
 
 Every agent of `conf/agent`, trained and decoded through the same engine on the same problems: `make benchmark`. The
@@ -59,7 +101,7 @@ The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summa
 
 ## Cost at 95 % of the LLM's accuracy
 
-{results_table(summary, seconds, about)}
+{results_table(summary, seconds, how)}
 Costs are relative to LLM-only decoding of the same problems. The first three are memory traffic (the paper's measure);
 the table is sorted by that at 95 %. In brackets: 95 % intervals, bootstrapped over problems and training seeds, whose
 number stands behind the name. The other units are at 95 % of the LLM's accuracy too: LLM tokens, floating-point
@@ -82,52 +124,65 @@ compare directions, not digits.
 
 ## How it was made
 
-{about["processor"]}, {about["cores"]} cores, torch {about["torch"]}, Python {about["python"]}; commit
-`{about["commit"]}`; {about["workers"]} runs at a time, one thread each; {about["minutes"]} minutes in all. One row:
+{machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, Python {machine["python"]}; commit
+`{how.commit}`; {how.workers} runs at a time, one thread each; {how.minutes} minutes in all. One row:
 
 ```
-{reproduce(about)}
+{reproduce(how)}
 ```
-{departures(about)}"""
+{departures(how)}"""
 
 
-def results_table(summary: Summary, seconds: Mapping[str, float | None], about: Mapping[str, Any]) -> str:
-    """A row a policy, the limits below."""
-    first, order = summary["first"], ranked(summary)
-    leader = summary["policies"][order[0]]["cost_at_interval"][LEVEL]
-    rows = []
-    for name in order:
-        policy = summary["policies"][name]
-        units = policy["cost_at_by_unit"]
-        ratio = policy[f"against_{first}"][f"ratio_at_{LEVEL}"]
-        departed = " *" if name in about["departures"] else ""
-        rows.append(
-            [
-                f"{name} ({policy['seeds']}){departed}",
-                *(with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()),
-                share(units["llm_tokens"][LEVEL]),
-                *(number(units[unit][LEVEL]) for unit in ("flops", "dollars")),
-                number(seconds.get(name)),
-                number(policy["measures"]["aiq"]["value"]),
-                with_interval(ratio["value"], ratio["interval"]) if name != first else "",
-                standing(name, order[0], policy["cost_at_interval"][LEVEL], leader),
-            ]
-        )
-    for name, limit in summary["limits"].items():
-        if "curve" in limit:
-            units = limit["cost_at_by_unit"]
-            cells = [number(cost) for cost in units[summary["cost"]].values()]
-            others = [share(units["llm_tokens"][LEVEL]), *(number(units[unit][LEVEL]) for unit in ("flops", "dollars"))]
-        else:  # one point, at the LLM's own accuracy
-            cells = ["", "", number(limit[f"cost_{summary['cost']}"])]
-            others = [share(limit["cost_llm_tokens"]), number(limit["cost_flops"]), number(limit["cost_dollars"])]
-        rows.append([f"*{LIMITS[name]}*", *cells, *others, "", "", "", "limit"])
+def results_table(summary: Summary, seconds: Mapping[str, float | None], how: HowMade) -> str:
+    """A row a policy, the baselines below."""
+    first = summary["first"]
     headers = [
         "policy (seeds)",
         *(f"cost at {float(level):.0%}" for level in summary["policies"][first]["cost_at"]),
-        "LLM tokens", "FLOPs", "dollars", "seconds", "AIQ", f"over {first}'s", "",
-    ]  # fmt: skip
-    return markdown_table(headers, rows)
+        "LLM tokens",
+        "FLOPs",
+        "dollars",
+        "seconds",
+        "AIQ",
+        f"over {first}'s",
+        "",
+    ]
+    policies = [_policy_row(summary, name, seconds.get(name), name in how.departures) for name in ranked(summary)]
+    baselines = [_baseline_row(summary, name) for name in summary["limits"]]
+    return markdown_table(headers, policies + baselines)
+
+
+def _policy_row(summary: Summary, name: str, seconds: float | None, departed: bool) -> list[str]:
+    policy, leader = summary["policies"][name], ranked(summary)[0]
+    intervals, units = policy["cost_at_interval"], policy["cost_at_by_unit"]
+    over_first = ""
+    if name != summary["first"]:
+        ratio = policy[f"against_{summary['first']}"][f"ratio_at_{LEVEL}"]
+        over_first = with_interval(ratio["value"], ratio["interval"])
+    return [
+        f"{name} ({policy['seeds']}){' *' if departed else ''}",
+        *(with_interval(cost, intervals[level]) for level, cost in policy["cost_at"].items()),
+        share(units["llm_tokens"][LEVEL]),
+        number(units["flops"][LEVEL]),
+        number(units["dollars"][LEVEL]),
+        number(seconds),
+        number(policy["measures"]["aiq"]["value"]),
+        over_first,
+        standing(name, leader, intervals[LEVEL], summary["policies"][leader]["cost_at_interval"][LEVEL]),
+    ]
+
+
+def _baseline_row(summary: Summary, name: str) -> list[str]:
+    baseline, unit = summary["limits"][name], summary["cost"]
+    if "curve" in baseline:
+        costs = baseline["cost_at_by_unit"]
+        at_levels = [number(cost) for cost in costs[unit].values()]
+        tokens, flops, dollars = (costs[other][LEVEL] for other in ("llm_tokens", "flops", "dollars"))
+    else:  # one point, at the LLM's own accuracy
+        at_levels = ["", "", number(baseline[f"cost_{unit}"])]
+        tokens, flops, dollars = (baseline[f"cost_{other}"] for other in ("llm_tokens", "flops", "dollars"))
+    costs_at_level = [share(tokens), number(flops), number(dollars)]
+    return [f"*{BASELINE_NAMES[name]}*", *at_levels, *costs_at_level, "", "", "", "limit"]
 
 
 def standing(name: str, leader: str, interval: Sequence[float | None], leading: Sequence[float | None]) -> str:
@@ -140,40 +195,47 @@ def standing(name: str, leader: str, interval: Sequence[float | None], leading: 
 
 def headlines(summary: Summary) -> str:
     """CITER against what the paper compares it with."""
-    rows = []
-    for label, names, saved, gained in PAPER.values():
-        for name in names:
-            if name not in summary["policies"] or summary["first"] != "citer":
-                continue
-            against = summary["policies"][name]["against_citer"]
-            ratio, loss = against[f"ratio_at_{LEVEL}"], against["largest_loss"]
-            saving = [None if value is None else 1 - 1 / value for value in (ratio["value"], *ratio["interval"])]
-            points = [None if value is None else 100 * value for value in (loss["value"], *loss["interval"])]
-            rows.append(
-                [
-                    f"{label} (`{name}`)",
-                    "none" if saving[0] is None else f"{saving[0]:.0%} [{percent(saving[1])}, {percent(saving[2])}]",
-                    f"{saved:.0%}",
-                    "none" if points[0] is None else f"{points[0]:.0f} [{whole(points[1])}, {whole(points[2])}]",
-                    f"{gained}",
-                ]
-            )
+    rows = [
+        _headline_row(headline, agent, summary["policies"][agent]["against_citer"])
+        for headline in PAPER
+        for agent in headline.agents
+        if agent in summary["policies"] and summary["first"] == "citer"
+    ]
     if not rows:
         return "CITER and its rivals were not among the agents.\n"
     headers = ["CITER against", "saving here", "saving in the paper", "most points above, here", "points in the paper"]
     return markdown_table(headers, rows)
 
 
-def reproduce(about: Mapping[str, Any]) -> str:
+def _headline_row(headline: PaperHeadline, agent: str, against_citer: Mapping[str, Any]) -> list[str]:
+    ratio, loss = against_citer[f"ratio_at_{LEVEL}"], against_citer["largest_loss"]
+    # the ratio is the rival's cost over CITER's; where the rival loses most, CITER gains most
+    saving, *saving_interval = (None if r is None else 1 - 1 / r for r in (ratio["value"], *ratio["interval"]))
+    points, *points_interval = (None if gain is None else 100 * gain for gain in (loss["value"], *loss["interval"]))
+    return [
+        f"{headline.rival} (`{agent}`)",
+        _in_brackets(percent, saving, saving_interval),
+        f"{headline.saving:.0%}",
+        _in_brackets(whole, points, points_interval),
+        f"{headline.gain}",
+    ]
+
+
+def _in_brackets(shown: Callable[[float | None], str], value: float | None, interval: Sequence[float | None]) -> str:
+    """A value, its interval behind it; "none" where there is no value."""
+    return "none" if value is None else f"{shown(value)} [{shown(interval[0])}, {shown(interval[1])}]"
+
+
+def reproduce(how: HowMade) -> str:
     """The command that makes one row."""
-    return f"python -m experiments.train {' '.join(about['train'])} agent=NAME seed={about['seeds'][0]}"
+    return f"python -m experiments.train {' '.join(how.train)} agent=NAME seed={how.seeds[0]}"
 
 
-def departures(about: Mapping[str, Any]) -> str:
+def departures(how: HowMade) -> str:
     """What some agents were run with, other than their defaults."""
-    if not about["departures"]:
+    if not how.departures:
         return ""
-    lines = "".join(f"- {name}: `{' '.join(changes)}`\n" for name, changes in sorted(about["departures"].items()))
+    lines = "".join(f"- {name}: `{' '.join(changes)}`\n" for name, changes in sorted(how.departures.items()))
     return f"\nRows with a star were run for less long than by default; add to the command:\n\n{lines}"
 
 

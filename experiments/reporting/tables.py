@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from experiments.reporting.figures import LIMITS, UNITS
+from envs.storage import write_text
+from experiments.reporting.figures import BASELINE_NAMES, UNITS
 
-MEASURED = ("over_speculative_at_0.99", "area_above_random", "oracle_share")
-COMPARED = ("ratio_at_0.95", "largest_gain")
-
-
-def table(summary: Mapping[str, Any]) -> Table:
-    """The comparison as a table, with 95 % intervals: costs at shares of the LLM's accuracy, areas, and gains."""
-    first = summary["first"]
-    result = Table(
-        title=f"{summary['task']}, {summary['examples']} {summary['split']} problems; cost: {UNITS[summary['cost']]}, "
-        "LLM only = 1; intervals: 95 %, over problems and training seeds"
-    )
-    result.add_column("policy (seeds)")
-    result.add_column("accuracy", justify="right")
-    result.add_column("cost", justify="right")
-    for level in next(iter(summary["policies"].values()))["cost_at"]:
-        result.add_column(f"cost at {float(level):.0%} of\nthe LLM's accuracy", justify="right")
-    result.add_column(f"at 95%: cost\nover {first}'s", justify="right")
-    result.add_column(f"most above\n{first}", justify="right")
-    if "speculative" in summary["limits"]:
-        result.add_column("at 99%: cost over\nspeculative's", justify="right")
-    result.add_column("area above\nrandom", justify="right")
-    if "oracle" in summary["limits"]:
-        result.add_column("share of the\noracle's", justify="right")
-    result.add_column("LLM tokens\nat 95%", justify="right")
-    for name in ("slm", "llm"):
-        model = summary["models"][name]
-        result.add_row(f"{name} only", f"{model['accuracy']:.1%}", f"{model['cost']:.3f}")
-    for name, policy in summary["policies"].items():
-        cells = [with_interval(cost, policy["cost_at_interval"][level]) for level, cost in policy["cost_at"].items()]
-        against = policy[f"against_{first}"]
-        compared = [_measured(against[key]) if name != first else "" for key in COMPARED]
-        tokens = number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"])
-        label = f"{name} ({policy['seeds']})"
-        areas = [_measured(policy["measures"][key]) for key in MEASURED if key in policy["measures"]]
-        result.add_row(label, "", "", *cells, *compared, *areas, tokens)
-    for name, limit in summary["limits"].items():
-        if "curve" not in limit:
-            result.add_row(LIMITS[name], f"{limit['accuracy']:.1%}", number(limit[f"cost_{summary['cost']}"]))
-            continue
-        by_unit = limit["cost_at_by_unit"]
-        cells = [number(cost) for cost in by_unit[summary["cost"]].values()]
-        empty = len(result.columns) - len(cells) - 4
-        result.add_row(LIMITS[name], "", "", *cells, *[""] * empty, number(by_unit["llm_tokens"]["0.95"]))
-    return result
-
-
+Summary = Mapping[str, Any]
+AREAS = {
+    "over_speculative_at_0.99": "at 99%: cost over\nspeculative's",
+    "area_above_random": "area above\nrandom",
+    "oracle_share": "share of the\noracle's",
+}
+"""Measures of a policy that are shown where they were measured, with their headers."""
+COMPARED = {"ratio_at_0.95": "at 95%: cost\nover {first}'s", "largest_gain": "most above\n{first}"}
+"""What is shown of the comparison with the first policy."""
 QUERY_MEASURES = {
     "area_above_random": "area above\nrandom",
     "aiq": "AIQ",
@@ -64,27 +30,98 @@ QUERY_MEASURES = {
     "cpt_0.50": "CPT(50%)",
     "cpt_0.80": "CPT(80%)",
 }
-COMPARED_QUERIES = ("qnc", "aiq")
+COMPARED_QUERIES = {"qnc": "QNC less\n{first}'s", "aiq": "AIQ less\n{first}'s"}
 
 
-def query_table(summary: Mapping[str, Any]) -> Table:
+def table(summary: Summary) -> Table:
+    """The comparison as a table, with 95 % intervals: costs at shares of the LLM's accuracy, areas, and gains."""
+    first, areas = summary["first"], _measured_of(summary, AREAS)
+    levels = list(summary["policies"][first]["cost_at"])
+    headers = [
+        "policy (seeds)",
+        "accuracy",
+        "cost",
+        *(f"cost at {float(level):.0%} of\nthe LLM's accuracy" for level in levels),
+        *_headers(COMPARED, first),
+        *_headers({key: AREAS[key] for key in areas}, first),
+        "LLM tokens\nat 95%",
+    ]
+    rows = []
+    for name in ("slm", "llm"):
+        model = summary["models"][name]
+        rows.append([f"{name} only", f"{model['accuracy']:.1%}", f"{model['cost']:.3f}"])
+    for name, policy in summary["policies"].items():
+        rows.append(
+            [
+                f"{name} ({policy['seeds']})",
+                "",
+                "",
+                *(with_interval(policy["cost_at"][level], policy["cost_at_interval"][level]) for level in levels),
+                *_compared(summary, name, "against", COMPARED),
+                *(_measured(policy["measures"][key]) for key in areas),
+                number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]),
+            ]
+        )
+    rows += [_baseline_row(summary, name, len(COMPARED) + len(areas)) for name in summary["limits"]]
+    title = (
+        f"{summary['task']}, {summary['examples']} {summary['split']} problems; cost: {UNITS[summary['cost']]}, "
+        "LLM only = 1; intervals: 95 %, over problems and training seeds"
+    )
+    return _table(title, headers, rows)
+
+
+def _baseline_row(summary: Summary, name: str, empty: int) -> list[str]:
+    """A row of one baseline: one point, or costs at shares of the LLM's accuracy, then `empty` cells."""
+    baseline, unit = summary["limits"][name], summary["cost"]
+    if "curve" not in baseline:
+        return [BASELINE_NAMES[name], f"{baseline['accuracy']:.1%}", number(baseline[f"cost_{unit}"])]
+    costs = baseline["cost_at_by_unit"]
+    at_levels = [number(cost) for cost in costs[unit].values()]
+    return [BASELINE_NAMES[name], "", "", *at_levels, *[""] * empty, number(costs["llm_tokens"]["0.95"])]
+
+
+def query_table(summary: Summary) -> Table:
     """Query-level agents as a table: measures with 95 % intervals, and differences from the first agent."""
-    first = summary["first"]
-    result = Table(
-        title=f"{summary['task']}: {summary['splits']} splits, {summary['examples']} test queries each; "
+    first, measures = summary["first"], _measured_of(summary, QUERY_MEASURES)
+    headers = ["agent", *(QUERY_MEASURES[key] for key in measures), *_headers(COMPARED_QUERIES, first)]
+    rows = [
+        [
+            name,
+            *(_measured(policy["measures"][key]) for key in measures),
+            *_compared(summary, name, "less", COMPARED_QUERIES),
+        ]
+        for name, policy in summary["policies"].items()
+    ]
+    title = (
+        f"{summary['task']}: {summary['splits']} splits, {summary['examples']} test queries each; "
         "intervals: 95 %, over splits and queries"
     )
-    result.add_column("agent")
-    shown = [key for key in QUERY_MEASURES if key in summary["policies"][first]["measures"]]
-    for key in shown:
-        result.add_column(QUERY_MEASURES[key], justify="right")
-    for key in COMPARED_QUERIES:
-        result.add_column(f"{QUERY_MEASURES[key]} less\n{first}'s", justify="right")
-    for name, policy in summary["policies"].items():
-        cells = [_measured(policy["measures"][key]) for key in shown]
-        less = [_measured(policy[f"less_{first}"][key]) if name != first else "" for key in COMPARED_QUERIES]
-        result.add_row(name, *cells, *less)
+    return _table(title, headers, rows)
+
+
+def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Names on the left, numbers on the right; rows may be shorter than the headers."""
+    result = Table(title=title)
+    for position, header in enumerate(headers):
+        result.add_column(header, justify="right" if position else "left")
+    for row in rows:
+        result.add_row(*row)
     return result
+
+
+def _headers(columns: Mapping[str, str], first: str) -> list[str]:
+    return [header.format(first=first) for header in columns.values()]
+
+
+def _measured_of(summary: Summary, keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that policies were measured by: there may be no oracle, no speculative decoding, more models."""
+    return [key for key in keys if key in summary["policies"][summary["first"]]["measures"]]
+
+
+def _compared(summary: Summary, name: str, how: str, keys: Iterable[str]) -> list[str]:
+    """What a policy has over the first one; empty for that one itself."""
+    first = summary["first"]
+    return [_measured(summary["policies"][name][f"{how}_{first}"][key]) if name != first else "" for key in keys]
 
 
 def _measured(measure: Mapping[str, Any]) -> str:
@@ -99,6 +136,12 @@ def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
 def number(value: float | None) -> str:
     """Three digits, or that there is none."""
     return "none" if value is None else f"{value:.3f}"
+
+
+def write_table(rich_table: Table, path: Path) -> None:
+    """Write a table as markdown, and print it."""
+    write_text(path, markdown(rich_table))
+    Console(width=max(150, Console().width)).print(rich_table)
 
 
 def markdown(rich_table: Table) -> str:

@@ -15,7 +15,7 @@ from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, Task
-from experiments.speed_suites.timing import Numbers, alternate
+from experiments.common.timing import Numbers, alternate
 
 
 def plain_preferences(pool: ModelPool, task: Task, examples: list[Example], max_new_tokens: int) -> list[list[int]]:

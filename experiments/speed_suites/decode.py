@@ -23,7 +23,7 @@ from envs.decoding.session import Session
 from envs.models.attention import Group, with_groups
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
-from experiments.speed_suites.timing import Numbers, alternate
+from experiments.common.timing import Numbers, alternate
 
 
 class _NoTokenizer:

@@ -7,7 +7,7 @@ import time
 from omegaconf import DictConfig
 
 from envs.environments.token_routing import RoutingVectorEnv
-from experiments.speed_suites.timing import Numbers, alternate
+from experiments.common.timing import Numbers, alternate
 
 
 def env_suite(config: DictConfig) -> tuple[Numbers, Numbers]:

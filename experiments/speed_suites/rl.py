@@ -20,7 +20,7 @@ from envs.models.loading import embedded_pool
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import FirstExamples
-from experiments.speed_suites.timing import Numbers, alternate
+from experiments.common.timing import Numbers, alternate
 
 
 def steps_per_second(environment: VectorEnv, actions: Callable[[int], np.ndarray], steps: int) -> float:

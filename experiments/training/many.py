@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from experiments.common.config import CONF, prepare, register_schemas
-from experiments.training.run import SUMMARY, train
+from experiments.training.run import SUMMARY, train_as_configured
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
             )
 
     def place(self) -> list[str]:
-        """Where the evaluation keeps what runs share. Limits that were timed are others than those that were not."""
+        """Where the evaluation keeps what runs share. Baselines that were timed are kept apart."""
         if self.live:
             return [f"evaluation.shared={self.shared / 'live'}"]
         # processes that wrote one file would undo each other's work
@@ -104,7 +104,7 @@ def make(run: Run) -> str | None:
         try:
             config = run.config()
             prepare(config, run.folder)
-            train(config, run.folder, run.agent)
+            train_as_configured(config, run.folder, run.agent)
         except Exception as error:  # whatever it is, the other runs go on
             logging.getLogger(__name__).exception("run failed")
             return f"{type(error).__name__}: {error}"

@@ -9,47 +9,78 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from agents.common.policy import SavedPolicy
+from agents.common.policy import Learner, SavedPolicy
+from envs.models.pool import ModelPool
 from envs.storage import write_text
-from experiments.common.config import build
-from experiments.evaluation.runner import check_evaluation, evaluate
+from envs.tasks.task import Task
+from experiments.common.config import build, build_settings
+from experiments.common.tracking import Tracker
+from experiments.evaluation.runner import evaluate
+from experiments.evaluation.settings import EvaluationSettings
 from experiments.reporting.figures import plot_learning
 
 SUMMARY = "summary.json"
 """Written last: a run in a folder is complete with it."""
 
 
-def train(config: DictConfig, folder: Path, name: str) -> None:
-    """Fit `config.agent` on the task's train split; what is done already in `folder` is not done again.
+def train(
+    agent: Learner,
+    pool: ModelPool,
+    task: Task,
+    folder: Path,
+    track: Tracker,
+    name: str,
+    seed: int = 0,
+    evaluation: EvaluationSettings | None = None,
+) -> dict[str, Any]:
+    """Fit an agent on the task's train split, save its policy, evaluate it; what is in `folder` is not done again.
 
     Args:
-        config: of the program.
+        agent: what is fitted.
+        pool: the models.
+        task: where examples come from.
+        folder: of the run.
+        track: receives rows and the summary; it writes to `folder`.
+        name: what results call the agent.
+        seed: of training.
+        evaluation: how the policy is evaluated afterwards; not at all where None.
+
+    Returns:
+        The contents of `summary.json`.
+    """
+    started = time.perf_counter()
+    policy = agent.fit(pool, task, seed=seed, track=track, folder=folder)
+    seconds = round(time.perf_counter() - started, 1)
+    summary: dict[str, Any] = {"agent": type(agent).__name__, "seed": seed, "seconds": seconds}
+    if isinstance(policy, SavedPolicy):
+        policy.save(folder / "policy")
+        print(f"saved {folder / 'policy'} after {seconds} s")
+    if getattr(policy, "calibration", None):
+        summary["calibration"] = policy.calibration  # type: ignore[attr-defined]
+    images: dict[str, Path] = {}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if plot_learning(rows, folder / "learning.png"):
+        images["learning"] = folder / "learning.png"
+    if evaluation is not None:
+        place = folder / "evaluation"
+        trained = [name] if isinstance(policy, SavedPolicy) else []
+        evaluated = evaluate(pool, task, {name: policy}, evaluation, place, track=track, trained=trained, seed=seed)
+        summary["policies"], images["curve"] = evaluated["policies"], place / "curve.png"
+    track.summary(summary, images)
+    return summary
+
+
+def train_as_configured(config: DictConfig, folder: Path, name: str) -> None:
+    """Build what `config` describes, and train.
+
+    Args:
+        config: of `experiments.train`.
         folder: of the run.
         name: what results call the agent.
     """
-    if config.evaluate:
-        check_evaluation(config.evaluation)
+    evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
     agent, task, tracking = build(config, "agent"), build(config, "task"), build(config, "track")
     pool = build(config, "models")
-    started = time.perf_counter()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "train") as track:
-        policy = agent.fit(pool, task, seed=config.seed, track=track, folder=folder)
-        summary: dict[str, Any] = {
-            "agent": type(agent).__name__,
-            "seed": config.seed,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        if isinstance(policy, SavedPolicy):
-            policy.save(folder / "policy")
-            print(f"saved {folder / 'policy'} after {summary['seconds']} s")
-        if getattr(policy, "calibration", None):
-            summary["calibration"] = policy.calibration
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        images = {"learning": folder / "learning.png"} if plot_learning(rows, folder / "learning.png") else {}
-        if config.evaluate:
-            trained = [name] if isinstance(policy, SavedPolicy) else []
-            place = folder / "evaluation"
-            evaluated = evaluate(config.evaluation, place, track, pool, task, {name: policy}, trained, config.seed)
-            summary["policies"], images["curve"] = evaluated["policies"], place / "curve.png"
-        track.summary(summary, images)
+        summary = train(agent, pool, task, folder, track, name=name, seed=config.seed, evaluation=evaluation)
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")

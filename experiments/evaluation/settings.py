@@ -1,0 +1,94 @@
+"""What policies are evaluated on, and how their curves are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agents.common.rollout import Scheduling
+from envs.costs import ALL_COSTS
+from envs.tasks.task import Split, check_split
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of an evaluation; `conf/evaluation` holds those of the commands.
+
+    Args:
+        split: of the task that problems are taken from: `train`, `validation` or `test`.
+        start: the first problem of the split.
+        examples: how many problems every policy answers at every threshold.
+        max_new_tokens: the longest answer, in tokens.
+        cost: the unit of curves, tables and comparisons: `bytes`, `flops`, `llm_tokens`, `seconds` or `dollars`; what
+            is measured is kept in all of them.
+        llm_shares: the thresholds of a policy are these quantiles of its score on validation problems that the SLM
+            answers alone; about this share of decisions goes to the LLM.
+        threshold_examples: validation problems that thresholds are chosen on.
+        bootstrap: resamplings behind every interval.
+        transcripts: problems whose answers are shown as a page; 0 for no page.
+        draft_tokens: tokens that speculative decoding, the price to beat, drafts at a time; 0 for none of it.
+        oracle: answers that the oracle tries per problem; 0 for no oracle.
+        shared: a folder for the baselines, which no policy changes, so that several evaluations measure them once;
+            they are kept with the evaluation itself where None.
+        tree: a file: answers are decoded through a replay tree that is kept there, so that no state is decoded twice,
+            and nothing is timed; every token is decoded where None.
+        tree_memory: bytes that the tree may take.
+        scheduling: how answers share passes.
+
+    Raises:
+        ValueError: a setting is of a wrong type or out of range; the error names it.
+    """
+
+    split: Split = "test"
+    start: int = 0
+    examples: int = 300
+    max_new_tokens: int = 128
+    cost: str = "bytes"
+    llm_shares: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.21, 0.28, 0.4, 0.6, 0.8)
+    threshold_examples: int = 200
+    bootstrap: int = 1000
+    transcripts: int = 10
+    draft_tokens: int = 16
+    oracle: int = 300
+    shared: Path | None = None
+    tree: Path | None = None
+    tree_memory: int = 2_000_000_000
+    scheduling: Scheduling = field(default_factory=Scheduling)
+
+    def __post_init__(self) -> None:
+        units = [cost.name for cost in ALL_COSTS]
+        if self.cost not in units:
+            raise ValueError(f"unknown cost {self.cost!r}; choose one of {', '.join(units)}")
+        for key in (*_AT_LEAST, "draft_tokens", "oracle"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{key} must be a whole number, is {value!r}")
+        if self.draft_tokens < 0:
+            raise ValueError(
+                f"draft_tokens must be at least 1, or 0 for no speculative decoding; it is {self.draft_tokens}"
+            )
+        if self.oracle < 0:
+            raise ValueError(f"oracle is how many answers are tried per problem, 0 for none; it is {self.oracle}")
+        shares = list(self.llm_shares)
+        if not shares or not all(isinstance(share, (int, float)) and 0 < share < 1 for share in shares):
+            raise ValueError(f"llm_shares must lie between 0 and 1, at least one; they are {shares}")
+        for key, least in _AT_LEAST.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, is {getattr(self, key)}")
+        check_split(self.split)
+        # whatever sequence was given, and paths given as text
+        object.__setattr__(self, "llm_shares", tuple(shares))
+        for key in ("shared", "tree"):
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, Path(getattr(self, key)))
+
+
+_AT_LEAST = {
+    "examples": 1,
+    "threshold_examples": 1,
+    "bootstrap": 1,
+    "max_new_tokens": 1,
+    "start": 0,
+    "transcripts": 0,
+    "tree_memory": 1,
+}

@@ -1,0 +1,66 @@
+"""The thresholds a policy's curve is drawn at, and the one it would be used at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.common.policy import Policy, decides_once
+from envs.decoding.observation import Observation
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.decoder import ExampleDecoder
+
+
+class ScoreRecorder(Policy):
+    """Lets the SLM write everything and keeps what each policy would have scored.
+
+    Args:
+        policies: by name.
+    """
+
+    def __init__(self, policies: Mapping[str, Policy]) -> None:
+        self.policies = policies
+        self.scores: dict[str, list[Tensor]] = {name: [] for name in policies}
+
+    def score(self, observation: Observation) -> Tensor:
+        first = torch.from_numpy(observation.positions == 0)
+        for name, policy in self.policies.items():
+            once = decides_once(policy)
+            if once and not first.any():
+                continue  # it is asked once a response
+            scores = policy.score(observation).float().cpu()
+            self.scores[name].append(scores[first] if once else scores)
+        return torch.ones(len(observation.positions))
+
+
+def choose_thresholds(
+    decoder: ExampleDecoder, policies: Mapping[str, Policy], llm_shares: Sequence[float]
+) -> dict[str, list[float]]:
+    """Thresholds at quantiles of each policy's score, so that curves are evenly covered.
+
+    Args:
+        decoder: of validation problems; the SLM answers them alone.
+        policies: by name.
+        llm_shares: the quantiles, each in (0, 1).
+
+    Returns:
+        Rising thresholds of each policy, those that are equal once.
+    """
+    recorder = ScoreRecorder(policies)
+    decoder.decode(recorder, 0.5, "thresholds")
+    return {
+        name: np.unique(np.quantile(torch.cat(scores).double().numpy(), np.array(llm_shares))).tolist()
+        for name, scores in recorder.scores.items()
+    }
+
+
+def pick_threshold(runs: Sequence[Answers], llm: Answers, unit: str) -> int:
+    """The cheapest run that reaches 95 % of the LLM's accuracy, or the most accurate one."""
+    rows = [run.row(llm) for run in runs]
+    reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= 0.95 * float(llm.correct.mean())]
+    if reaching:
+        return min(reaching, key=lambda i: rows[i][f"cost_{unit}"])
+    return max(range(len(rows)), key=lambda i: rows[i]["accuracy"])
