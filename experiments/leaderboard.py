@@ -22,8 +22,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from agents.common.policy import POLICY_FILE, Policy, load_policy
+from agents.common.policy import Policy, policy_from
 from agents.common.rollout import Episode, decode
+from agents.common.saving import POLICY_FILE, load_policy
 from agents.heuristics import Always
 from envs.storage import write_text
 from experiments.common.config import CONF, build, program
@@ -43,8 +44,7 @@ def policy_of(run: Run, config: DictConfig, pool: Any, task: Any) -> Policy:
     place = run.folder / "policy"
     if (place / POLICY_FILE).is_file():
         return load_policy(place, pool)
-    policy: Policy = build(config, "agent").fit(pool, task, seed=run.seed)
-    return policy
+    return policy_from(build(config, "agent"), pool, task, run.seed)
 
 
 def threshold_at(run: Run, level: float) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from agents.common.policy import load_policy
+from agents.common.saving import load_policy
 from agents.rl.algorithms import ALGORITHMS, DEFAULTS, value_probability
 from agents.rl.cost_weights import CostWeights
 from agents.rl.inputs import Standardised, input_statistics

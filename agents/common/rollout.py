@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from agents.common.policy import Policy, decides_once
+from agents.common.policy import Policy
 from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.sampling import Sampling
@@ -184,7 +184,7 @@ def decode_loop(
         FloatingPointError: a score is not a number.
     """
     llm = len(session.pool) - 1
-    once = decides_once(policy)
+    once = policy.per_response
     actions = np.full(session.rows, UNDECIDED)
     lasting = np.full(session.rows, UNDECIDED)  # the action of a whole response, once it is decided
     free, busy = np.asarray(rows), np.zeros(0, dtype=np.int64)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.common.policy import Track, untracked
+from agents.common.policy import Learner, Policy, Track, TrainingRun, untracked
 from agents.common.rollout import Scheduling, decode
 from agents.heuristics import Always
 from agents.query_routing.outcomes import QueryOutcomes, check_models
@@ -27,7 +26,7 @@ from envs.tasks.task import Example, Task, first_training_example
 
 
 @dataclass(frozen=True)
-class QueryLearner(ABC):
+class QueryLearner(Learner[QueryPolicy]):
     """Learns to route whole queries from what each model of a pool makes of training queries by itself.
 
     Args:
@@ -76,30 +75,29 @@ class QueryLearner(ABC):
             ValueError: a setting asks for more than there are queries.
         """
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> QueryPolicy:
+    def train(self, run: TrainingRun) -> QueryPolicy:
+        pool = run.pool
         self.check(pool.names, self.examples)
-        queries = self._answered(pool, task, seed, folder)
-        router = self.fit_queries(queries, queries, seed, track)
+        queries = self._answered(run)
+        router = self.fit_queries(queries, queries, run.seed, run.track)
         policy = QueryPolicy(router, models_manifest(pool))
         right = queries.correct.mean(0).tolist()
-        track({"run": "queries", **{f"right_{name}": share for name, share in zip(pool.names, right, strict=True)}})
+        run.track({"run": "queries", **{f"right_{name}": share for name, share in zip(pool.names, right, strict=True)}})
         if self.llm_share is not None:
             scores = policy.slm_scores(queries.embeddings)
             policy = replace(policy, threshold=calibrated_threshold(scores, self.llm_share))
         return policy
 
-    def _answered(self, pool: ModelPool, task: Task, seed: int, folder: Path | None) -> EmbeddedQueries:
-        """What the models make of training problems, kept in `folder`."""
-        start = first_training_example(task, seed)
+    def _answered(self, run: TrainingRun) -> EmbeddedQueries:
+        """What the models make of training problems, kept in the run's folder."""
+        pool, task = run.pool, run.task
+        start = first_training_example(task, run.seed)
         about = {
             "models": models_manifest(pool),
             "task": {"name": task.name, "start": start, "examples": self.examples},
             "max_new_tokens": self.max_new_tokens,
         }
-        path = folder and folder / "queries.safetensors"
-        manifest = folder and folder / "queries.json"
+        path, manifest = run.file("queries.safetensors"), run.file("queries.json")
         if path and manifest and path.is_file():
             check_manifest(path, json.loads(manifest.read_text()), about)
             kept = load_file(path)
@@ -121,7 +119,7 @@ def calibrated_threshold(scores: Tensor, llm_share: float) -> float:
     return float(torch.quantile(scores.double(), llm_share))
 
 
-class _FirstStates:
+class _FirstStates(Policy):
     """Lets the SLM write everything, and keeps the state each response began in."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.common.policy import POLICY_FILE, class_name, class_named, weights_fingerprint
+from agents.common.saving import POLICY_FILE, SavedPolicy, class_name, class_named, weights_fingerprint
 from agents.query_routing.router import SUREST, QueryRouter
 from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
@@ -22,7 +22,7 @@ from envs.storage import check_manifest, write_tensors, write_text
 
 
 @dataclass(frozen=True, eq=False)
-class QueryPolicy:
+class QueryPolicy(SavedPolicy):
     """Decides once a response, by a query router that sees the SLM's state after the prompt.
 
     Attributes:

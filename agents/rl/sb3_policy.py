@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from agents.common.policy import POLICY_FILE, class_name
+from agents.common.saving import POLICY_FILE, SavedPolicy, class_name
 from agents.rl.algorithms import algorithm_named
 from agents.rl.cost_weights import CostWeights
 from envs.decoding.observation import Observation, feature_width
@@ -32,7 +32,7 @@ WEIGHTS_FILE = "policy.safetensors"
 
 
 @dataclass
-class Sb3Policy:
+class Sb3Policy(SavedPolicy):
     """Scores a decision with a network of Stable-Baselines3.
 
     The score is the actor's probability of the SLM (PPO, A2C, recurrent PPO), or the sigmoid of the SLM's advantage in

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.common.policy import POLICY_FILE, class_name, weights_fingerprint
+from agents.common.saving import POLICY_FILE, SavedPolicy, class_name, weights_fingerprint
 from agents.router.network import RouterNetwork
 from envs.decoding.observation import Observation, feature_width
 from envs.models.pool import ModelPool, models_manifest
@@ -21,7 +21,7 @@ from envs.storage import write_tensors, write_text
 
 
 @dataclass
-class RouterPolicy:
+class RouterPolicy(SavedPolicy):
     """Scores a decision with a router network.
 
     Attributes:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.common.policy import Policy, decides_once
+from agents.common.policy import Policy
 from agents.common.rollout import Episode, Scheduling, decode
 from agents.oracle import Oracle
 from agents.speculative import speculate
@@ -93,7 +93,7 @@ class Evaluation:
         return self.tree or PrefixTree(self.pool, self.task, self.max_new_tokens)
 
 
-class _Recorder:
+class _Recorder(Policy):
     """Lets the SLM write everything and keeps what each policy would have scored."""
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
@@ -103,7 +103,7 @@ class _Recorder:
     def score(self, observation: Observation) -> Tensor:
         first = torch.from_numpy(observation.positions == 0)
         for name, policy in self.policies.items():
-            once = decides_once(policy)
+            once = policy.per_response
             if once and not first.any():
                 continue  # it is asked once a response
             scores = policy.score(observation).float().cpu()
@@ -170,7 +170,7 @@ def evaluate(
         "draft_tokens": config.draft_tokens,
         "thresholds_at": {"llm_shares": list(config.llm_shares), "examples": config.threshold_examples},
         "timed": not config.tree,
-        "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
+        "policies": {name: policy.fingerprint for name, policy in policies.items()},
     }
     kept = runs_folder / "manifest.json"
     examples = task.examples(check_split(config.split), config.examples, start=config.start)

@@ -9,7 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from agents.common.policy import SavedPolicy
+from agents.common.policy import policy_from
+from agents.common.saving import SavedPolicy
+from agents.router.policy import RouterPolicy
 from envs.storage import write_text
 from experiments.common.config import build
 from experiments.evaluation.runner import check_evaluation, evaluate
@@ -33,7 +35,7 @@ def train(config: DictConfig, folder: Path, name: str) -> None:
     pool = build(config, "models")
     started = time.perf_counter()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "train") as track:
-        policy = agent.fit(pool, task, seed=config.seed, track=track, folder=folder)
+        policy = policy_from(agent, pool, task, config.seed, track, folder)
         summary: dict[str, Any] = {
             "agent": type(agent).__name__,
             "seed": config.seed,
@@ -42,7 +44,7 @@ def train(config: DictConfig, folder: Path, name: str) -> None:
         if isinstance(policy, SavedPolicy):
             policy.save(folder / "policy")
             print(f"saved {folder / 'policy'} after {summary['seconds']} s")
-        if getattr(policy, "calibration", None):
+        if isinstance(policy, RouterPolicy) and policy.calibration:
             summary["calibration"] = policy.calibration
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         images = {"learning": folder / "learning.png"} if plot_learning(rows, folder / "learning.png") else {}
