@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from agents.common.policy import Learner, TrainingRun
 from agents.common.rollout import Scheduling, decode
+from agents.common.saving import saved_as
 from agents.heuristics import Always
 from agents.preferences.collector import PreferenceCollector
 from agents.preferences.store import COLUMNS, Columns, PreferenceStore, shard_ranges
 from agents.router.dataset import LabelledTokens
-from agents.router.network import RouterNetwork
-from agents.router.policy import RouterPolicy
+from agents.router.policy import RouterPolicy, restored_network
 from agents.router.training import RouterTraining, fit_router
 from envs.arrays import BoolArray
 from envs.decoding.decoder import check_fit, sequence_capacity
@@ -77,6 +77,7 @@ def token_embeddings(pool: ModelPool) -> Tensor:
     return table
 
 
+@saved_as("r2r")
 @dataclass
 class R2RPolicy(RouterPolicy):
     """Scores a decision by the SLM's hidden state, its largest logits and the embedding of the token it would write.
@@ -119,11 +120,14 @@ class R2RPolicy(RouterPolicy):
         return pool.slm.width + logits + int(token_embeddings(pool).shape[1])
 
     @classmethod
-    def restored(cls, network: RouterNetwork, settings: Mapping[str, Any], pool: ModelPool) -> R2RPolicy:
+    def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
         return cls(
-            network, settings["models"], calibration=settings["calibration"], top_logits=settings["top_logits"],
+            restored_network(settings, tensors, pool),
+            settings["models"],
+            calibration=settings["calibration"],
+            top_logits=settings["top_logits"],
             embeddings=token_embeddings(pool),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

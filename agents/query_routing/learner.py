@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.common.policy import Learner, Policy, Track, TrainingRun, untracked
@@ -21,7 +20,7 @@ from agents.query_routing.router import EmbeddedQueries, QueryRouter
 from envs.costs import MemoryTraffic, Price
 from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
-from envs.storage import check_manifest, write_tensors, write_text
+from envs.storage import check_manifest, read_tensors, write_tensors, write_text
 from envs.tasks.task import Example, Task, first_training_example
 
 
@@ -100,7 +99,7 @@ class QueryLearner(Learner[QueryPolicy]):
         path, manifest = run.file("queries.safetensors"), run.file("queries.json")
         if path and manifest and path.is_file():
             check_manifest(path, json.loads(manifest.read_text()), about)
-            kept = load_file(path)
+            kept = read_tensors(path)
             return EmbeddedQueries(
                 kept["embeddings"], tuple(pool.names), kept["correct"].numpy(), kept["costs"].numpy()
             )
