@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy
 from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
@@ -22,6 +24,7 @@ from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.task import Example, Task
 
 UNDECIDED = -1
+"""In the place of an action: whoever decides is yet to be asked."""
 
 
 @dataclass(frozen=True)
@@ -122,78 +125,124 @@ def decode(
     prompts = [pool.encode(example.prompt) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
+    record = DecisionRecord(rows, max_new_tokens)
+
+    def start(rows: IntArray, numbers: IntArray) -> None:
+        generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
+        session.start(rows, [prompts[n] for n in numbers], numbers, generators)
+
     episodes: list[Episode | None] = [None] * len(examples)
-    serving = np.zeros(session.rows, dtype=np.int64)
-    scores = np.zeros((session.rows, max_new_tokens), dtype=np.float32)
-    decisions = np.zeros((session.rows, COLUMNS))
-    started = 0
-
-    def refill(free: IntArray) -> tuple[IntArray, IntArray]:
-        nonlocal started
-        rows = free[: len(examples) - started]
-        if len(rows):
-            numbers = np.arange(started, started + len(rows))
-            generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
-            session.start(rows, [prompts[n] for n in numbers], numbers, generators)
-            serving[rows], decisions[rows] = numbers, 0
-            started += len(rows)
-        return rows, np.full(len(rows), UNDECIDED)
-
-    def finish(row: int, terminated: bool) -> None:
-        example, tokens = examples[serving[row]], session.response(row)
-        text = pool.decode(tokens)
-        episodes[serving[row]] = Episode(
-            example, tokens, session.writers(row), text, session.correct(row, task, example), terminated,
-            session.ledger[row].copy(), decisions[row].copy(), scores[row, : len(tokens)].copy(),
-        )  # fmt: skip
-        progress.update()
-
+    queue = EpisodeQueue(np.arange(rows), len(examples), start)
     with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
-        decode_loop(
-            session, np.arange(session.rows), policy, threshold, scheduling.gather, refill, finish, scores, decisions
-        )
-    session.free(np.arange(session.rows))
+        for ended in decode_loop(session, queue, policy, threshold, gather=scheduling.gather, record=record):
+            decisions, scores = record.of(ended.row)
+            episodes[ended.item] = episode_of(session, task, examples[ended.item], ended, decisions, scores)
+            progress.update()
+    session.free(np.arange(rows))
     return [episode for episode in episodes if episode is not None]
+
+
+class EndedRow(NamedTuple):
+    """A row whose response has ended, which holds it until the next row is asked for.
+
+    Attributes:
+        row: of the session.
+        item: its number in the queue.
+        terminated: whether the response came to an end by itself.
+    """
+
+    row: int
+    item: int
+    terminated: bool
+
+
+def episode_of(
+    session: Session | TreeSession,
+    task: Task,
+    example: Example,
+    ended: EndedRow,
+    decisions: FloatArray | None = None,
+    scores: npt.NDArray[np.float32] | None = None,
+) -> Episode:
+    """The response to `example` that a row holds; decisions and scores are zeros where nobody decided."""
+    row, tokens = ended.row, session.response(ended.row)
+    return Episode(
+        example=example,
+        tokens=tokens,
+        writers=session.writers(row),
+        text=session.pool.decode(tokens),
+        correct=session.correct(row, task, example),
+        terminated=ended.terminated,
+        ledger=session.ledger[row].copy(),
+        decisions=np.zeros(COLUMNS) if decisions is None else decisions,
+        scores=np.zeros(len(tokens), dtype=np.float32) if scores is None else scores[: len(tokens)],
+    )
+
+
+class DecisionRecord:
+    """What a policy did for the response each row of a session holds.
+
+    Args:
+        rows: of the session.
+        max_new_tokens: the longest response.
+    """
+
+    def __init__(self, rows: int, max_new_tokens: int) -> None:
+        self._scores = np.zeros((rows, max_new_tokens), dtype=np.float32)
+        self._decisions: FloatArray = np.zeros((rows, COLUMNS))
+
+    def begin(self, rows: IntArray) -> None:
+        """Forget what was done for `rows`, (n,), which begin anew."""
+        self._decisions[rows] = 0
+
+    def add(self, rows: IntArray, positions: IntArray, scores: npt.NDArray[np.float32], seconds: float) -> None:
+        """Note `scores`, (n,), of `rows` at `positions`, (n,) each, which took so many seconds together."""
+        self._decisions[rows, PASSES] += 1
+        self._decisions[rows, SECONDS] += seconds / len(rows)
+        self._scores[rows, positions] = scores
+
+    def add_whole(self, rows: IntArray, scores: npt.NDArray[np.float32]) -> None:
+        """Let the scores of `rows`, (n,) each, stand for all positions of their responses."""
+        self._scores[rows] = scores[:, None]
+
+    def of(self, row: int) -> tuple[FloatArray, npt.NDArray[np.float32]]:
+        """Copies of a row's decisions, (COLUMNS,), and of its scores by position, (max_new_tokens,)."""
+        return self._decisions[row].copy(), self._scores[row].copy()
 
 
 def decode_loop(
     session: Session | TreeSession,
-    rows: IntArray,
+    queue: EpisodeQueue,
     policy: Policy,
     threshold: float,
-    gather: float,
-    refill: Callable[[IntArray], tuple[IntArray, IntArray]],
-    finish: Callable[[int, bool], None],
-    scores: npt.NDArray[np.float32] | None = None,
-    decisions: FloatArray | None = None,
-) -> None:
-    """Keep `rows` of a session busy until `refill` starts no more of them.
+    gather: float = 0.0,
+    record: DecisionRecord | None = None,
+    first_action: int = UNDECIDED,
+) -> Iterator[EndedRow]:
+    """Answer all that waits in a queue, and yield each row when its response has ended.
 
     Args:
         session: where the rows live.
-        rows: the rows to use.
+        queue: the rows to use, and what waits for them.
         policy: scores decisions.
         threshold: the SLM writes where the score is at least this.
         gather: see `Scheduling`.
-        refill: given free rows, starts some and returns them with the action each must take first, or UNDECIDED.
-        finish: called with a row that has ended, and whether it terminated.
-        scores: filled with each row's scores by position, (session.rows, max_new_tokens).
-        decisions: gains what the policy did for each row, (session.rows, COLUMNS).
+        record: notes what the policy does.
+        first_action: of every response; the policy's where UNDECIDED.
 
     Raises:
         FloatingPointError: a score is not a number.
     """
     llm = len(session.pool) - 1
-    once = policy.per_response
     actions = np.full(session.rows, UNDECIDED)
     lasting = np.full(session.rows, UNDECIDED)  # the action of a whole response, once it is decided
-    free, busy = np.asarray(rows), np.zeros(0, dtype=np.int64)
     while True:
-        if len(free):
-            started, first = refill(free)
-            actions[started], lasting[started] = first, UNDECIDED
-            free = np.setdiff1d(free, started)
-            busy = np.sort(np.concatenate([busy, started]))
+        started = queue.fill()
+        if len(started):
+            actions[started], lasting[started] = first_action, UNDECIDED
+            if record is not None:
+                record.begin(started)
+        busy = queue.busy
         if not len(busy):
             return
         undecided = busy[actions[busy] == UNDECIDED]
@@ -204,16 +253,13 @@ def decode_loop(
                 score = policy.score(observation).float().cpu().numpy()
             if np.isnan(score).any():
                 raise FloatingPointError(f"{type(policy).__name__} scored NaN; check its weights and its inputs")
-            if decisions is not None:
-                decisions[undecided, PASSES] += 1
-                decisions[undecided, SECONDS] += (time.perf_counter() - begun) / len(undecided)
+            if record is not None:
+                record.add(undecided, observation.positions, score, time.perf_counter() - begun)
             actions[undecided] = np.where(score >= threshold, 0, llm)
-            if scores is not None:
-                scores[undecided, observation.positions] = score
-            if once:
+            if policy.per_response:
                 lasting[undecided] = actions[undecided]
-                if scores is not None:
-                    scores[undecided] = score[:, None]
+                if record is not None:
+                    record.add_whole(undecided, score)
                 given = undecided[actions[undecided] > 0]
                 if len(given):
                     session.release_slm(given)
@@ -224,6 +270,5 @@ def decode_loop(
         ended = step.terminated | step.truncated
         if ended.any():
             for row, terminated in zip(go[ended], step.terminated[ended], strict=True):
-                finish(int(row), bool(terminated))
-            free = np.concatenate([free, go[ended]])
-            busy = np.setdiff1d(busy, go[ended])
+                yield EndedRow(int(row), queue.item(row), bool(terminated))
+            queue.end(go[ended])
