@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
+from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree, check_tree
 from envs.prefix_tree.tree_session import TreeSession
@@ -112,27 +114,17 @@ def decode(
     Raises:
         ValueError: there are no examples, a prompt does not fit the cache, or tokens are sampled with a tree.
     """
-    if not examples:
-        raise ValueError("there are no examples to decode")
     scheduling = scheduling or Scheduling()
-    rows = min(scheduling.rows_for(pool), len(examples))
+    rows = _rows(scheduling, pool, examples)
     session: Session | TreeSession
     if tree is None:
         session = Session(pool, rows, max_new_tokens, sampling=sampling)
     else:
         check_tree(tree, pool, task, max_new_tokens, sampling)
         session = TreeSession(tree, rows)
-    prompts = [pool.encode(example.prompt) for example in examples]
-    for example, prompt in zip(examples, prompts, strict=True):
-        session.check_fit(f"example {example.id}", prompt)
+    queue = _queue(session, examples, sampling, seed, session.start)
     record = DecisionRecord(rows, max_new_tokens)
-
-    def start(rows: IntArray, numbers: IntArray) -> None:
-        generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
-        session.start(rows, [prompts[n] for n in numbers], numbers, generators)
-
     episodes: list[Episode | None] = [None] * len(examples)
-    queue = EpisodeQueue(np.arange(rows), len(examples), start)
     with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
         for ended in decode_loop(session, queue, policy, threshold, gather=scheduling.gather, record=record):
             decisions, scores = record.of(ended.row)
@@ -140,6 +132,80 @@ def decode(
             progress.update()
     session.free(np.arange(rows))
     return [episode for episode in episodes if episode is not None]
+
+
+def decode_alone(
+    model: LanguageModel,
+    task: Task,
+    examples: Sequence[Example],
+    max_new_tokens: int = 128,
+    scheduling: Scheduling | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    label: str | None = None,
+    pool: ModelPool | None = None,
+) -> list[Episode]:
+    """Let one model answer every example, and do no work but its own.
+
+    Args:
+        model: writes every token, and reads what it must for that.
+        task: judges the answers.
+        examples: what to answer; their positions number the episodes.
+        max_new_tokens: the longest response.
+        scheduling: how many rows share passes.
+        sampling: greedy where None.
+        seed: of sampled decoding.
+        label: of the progress bar; none is shown without.
+        pool: one that the model is of: its tokenizer, its end tokens and its limits hold, and ledgers are (models,
+            COLUMNS), zeros but for this model's. A pool of this model alone where None.
+
+    Returns:
+        Episodes in the order of `examples`; nobody decides, so that decisions and scores are zeros.
+
+    Raises:
+        ValueError: there are no examples, a prompt does not fit the cache, or the model is not of the pool.
+    """
+    pool = pool or ModelPool([model])
+    numbers = [number for number, other in enumerate(pool.models) if other is model]
+    if not numbers:
+        raise ValueError(
+            f"{model.name} is not of the pool {', '.join(pool.names)}; leave the pool out, or name its own"
+        )
+    rows = _rows(scheduling, pool, examples)
+    session = Session(pool, rows, max_new_tokens, sampling=sampling)
+    queue = _queue(session, examples, sampling, seed, partial(session.start, observed=False))
+    episodes: list[Episode | None] = [None] * len(examples)
+    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+        for ended in decode_loop(session, queue, policy=None, first_action=numbers[0]):
+            episodes[ended.item] = episode_of(session, task, examples[ended.item], ended)
+            progress.update()
+    return [episode for episode in episodes if episode is not None]
+
+
+def _rows(scheduling: Scheduling | None, pool: ModelPool, examples: Sequence[Example]) -> int:
+    """The rows to open for some examples."""
+    if not examples:
+        raise ValueError("there are no examples to decode")
+    return min((scheduling or Scheduling()).rows_for(pool), len(examples))
+
+
+def _queue(
+    session: Session | TreeSession,
+    examples: Sequence[Example],
+    sampling: Sampling | None,
+    seed: int,
+    begin: Callable[..., object],
+) -> EpisodeQueue:
+    """A queue of examples, whose prompts fit, for all rows of a session; `begin` is its `start`."""
+    prompts = [session.pool.encode(example.prompt) for example in examples]
+    for example, prompt in zip(examples, prompts, strict=True):
+        session.check_fit(f"example {example.id}", prompt)
+
+    def start(rows: IntArray, numbers: IntArray) -> None:
+        generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
+        begin(rows, [prompts[n] for n in numbers], numbers, generators)
+
+    return EpisodeQueue(np.arange(session.rows), len(examples), start)
 
 
 class EndedRow(NamedTuple):
@@ -213,8 +279,8 @@ class DecisionRecord:
 def decode_loop(
     session: Session | TreeSession,
     queue: EpisodeQueue,
-    policy: Policy,
-    threshold: float,
+    policy: Policy | None,
+    threshold: float = 0.5,
     gather: float = 0.0,
     record: DecisionRecord | None = None,
     first_action: int = UNDECIDED,
@@ -224,7 +290,7 @@ def decode_loop(
     Args:
         session: where the rows live.
         queue: the rows to use, and what waits for them.
-        policy: scores decisions.
+        policy: scores decisions; where None, `first_action` is every action, and no row is observed.
         threshold: the SLM writes where the score is at least this.
         gather: see `Scheduling`.
         record: notes what the policy does.
@@ -239,14 +305,14 @@ def decode_loop(
     while True:
         started = queue.fill()
         if len(started):
-            actions[started], lasting[started] = first_action, UNDECIDED
+            actions[started], lasting[started] = first_action, first_action if policy is None else UNDECIDED
             if record is not None:
                 record.begin(started)
         busy = queue.busy
         if not len(busy):
             return
         undecided = busy[actions[busy] == UNDECIDED]
-        if len(undecided):
+        if policy is not None and len(undecided):
             observation = session.observe(undecided)
             begun = time.perf_counter()
             with torch.no_grad():

@@ -6,14 +6,14 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agents.common.policy import Learner, Policy, Track, TrainingRun, untracked
-from agents.common.rollout import Scheduling, decode
-from agents.heuristics import Always
+from agents.common.rollout import Scheduling, decode, decode_alone
 from agents.query_routing.outcomes import QueryOutcomes, check_models
 from agents.query_routing.policy import QueryPolicy
 from agents.query_routing.router import EmbeddedQueries, QueryRouter
@@ -149,23 +149,24 @@ def answer_alone(
     Returns:
         The outcomes, costs in bytes of memory traffic, and the SLM's states after the prompts: float32, (n, width).
     """
-    seen = _FirstStates()
+    first_states = _FirstStates()
     correct, costs = [], []
-    for number, name in enumerate(pool.names):
-        # the engine's decisions are between the first model and the last: a pair for each model
-        pair = ModelPool([pool.slm, pool.models[max(1, number)]], pool.rows, pool.capacity)
-        episodes = decode(
-            pair, task, examples, Always(slm=False) if number else seen, 0.5, max_new_tokens, scheduling,
-            label=f"queries answered by {name}",
-        )  # fmt: skip
-        alone = np.stack([episode.ledger[-1 if number else 0] for episode in episodes])
+    for number, (name, model) in enumerate(zip(pool.names, pool.models, strict=True)):
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "scheduling": scheduling, "label": f"queries answered by {name}"
+        }  # fmt: skip
+        if number == 0:  # its states are looked at, so that it reads what a router would have it read
+            episodes = decode(pool, task, examples, first_states, **settings)
+        else:
+            episodes = decode_alone(model, task, examples, pool=pool, **settings)
+        alone = np.stack([episode.ledger[number] for episode in episodes])
         correct.append([episode.correct for episode in episodes])
         costs.append(Price([pool.profiles[number]], [MemoryTraffic()]).of(alone[:, None])["bytes"])
     outcomes = QueryOutcomes(
         [example.prompt for example in examples], [task.name] * len(examples), tuple(pool.names),
         np.stack(correct, axis=1), np.stack(costs, axis=1),
     )  # fmt: skip
-    return outcomes, torch.stack([seen.states[i] for i in range(len(examples))])
+    return outcomes, torch.stack([first_states.states[i] for i in range(len(examples))])
 
 
 def same_models(learner: str, train: EmbeddedQueries, known: EmbeddedQueries) -> None:

@@ -178,7 +178,7 @@ def read_references(
         start = first_training_example(task, 0) if split == "train" else 0
     size = task.size(split)
     count = examples if size is None else min(examples, size - start)
-    return References.read(pool or embedded_pool(), task.examples(split, count, start), max_new_tokens)
+    return References.read((pool or embedded_pool()).check_choice(), task.examples(split, count, start), max_new_tokens)
 
 
 def check_index(index: int, count: int) -> int:
