@@ -20,7 +20,7 @@ from agents.router.training import RouterTraining, fit_router
 from envs.decoding.observation import feature_width
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import check_manifest
-from envs.tasks.task import Task, first_training_example
+from envs.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class CiterRounds:
 
     def __init__(self, settings: Citer, pool: ModelPool, task: Task, seed: int) -> None:
         self.settings, self.pool, self.task, self.seed = settings, pool, task, seed
-        self.start = first_training_example(task, seed)
+        self.start = task.training_start(seed)
         self.examples = task.examples("train", settings.examples, start=self.start)
         self.parts = shard_ranges(len(self.examples), settings.shard_examples)
         self._collector: PreferenceCollector | None = None

@@ -31,7 +31,7 @@ from envs.decoding.references import cases, check_end, encode, offsets, shape_th
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import write_text
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example, Task
 
 VALIDATION_START = 1000
 """The first validation problem for eta where problems are generated: evaluations set thresholds on earlier ones."""
@@ -167,7 +167,7 @@ class CoLlm(Learner[RouterPolicy]):
 
     def train(self, run: TrainingRun) -> RouterPolicy:
         pool, task = run.pool, run.task
-        examples = task.examples("train", self.examples, start=first_training_example(task, run.seed))
+        examples = task.examples("train", self.examples, start=task.training_start(run.seed))
         problems = self._validation_problems(pool, task)
         data = ReferenceTokens.read(pool, examples, self.max_new_tokens, self.scheduling)
         run.track(

@@ -26,7 +26,7 @@ from envs.decoding.observation import check_features, since_at_each
 from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import PrefixTree
 from envs.prefix_tree.tree_session import observation_at
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example, Task
 
 SEARCHED_AT_ONCE = 1000
 """Problems searched between two savings of the tree."""
@@ -120,7 +120,7 @@ class OracleDistillation(Learner[RouterPolicy]):
 
     def train(self, run: TrainingRun) -> RouterPolicy:
         pool, task = run.pool, run.task
-        start = first_training_example(task, run.seed)
+        start = task.training_start(run.seed)
         examples = task.examples("train", self.examples, start=start)
         # what a search found stays found when a run is interrupted; other problems of the task have another start
         kept = run.file("expert.tree")

@@ -29,7 +29,7 @@ from envs.arrays import BoolArray
 from envs.decoding.decoder import check_fit, sequence_capacity
 from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example, Task
 
 SEEN = "hidden_top_logits_token"
 """What its policies see: the SLM's hidden state, its largest logits, and the embedding of the token it would write."""
@@ -209,7 +209,7 @@ class R2R(Learner[R2RPolicy]):
         Raises:
             ValueError: a prompt does not fit, or `folder` holds what other models or settings made.
         """
-        start = first_training_example(task, seed)
+        start = task.training_start(seed)
         examples = task.examples("train", self.examples, start=start)
         capacity = sequence_capacity(pool, self.max_new_tokens, None)
         for example in examples:

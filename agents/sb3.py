@@ -20,7 +20,7 @@ from envs.costs import ALL_COSTS
 from envs.decoding.observation import Features, check_features
 from envs.environments.rewards import OutcomeReward
 from envs.models.pool import ModelPool
-from envs.tasks.task import FirstExamples, Task, first_training_example
+from envs.tasks.task import FirstExamples, Task
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -183,7 +183,7 @@ class StableBaselines(Learner[Sb3Policy]):
             "max_new_tokens": self.max_new_tokens,
             "features": self.features,
         }
-        problems = FirstExamples(task, self.examples, start=first_training_example(task, seed))
+        problems = FirstExamples(task, self.examples, start=task.training_start(seed))
         weight = self.cost_weight if self.conditioned is None else 0.0
         return ENVIRONMENTS[self.environment](EnvSettings(self.num_envs, problems, self.examples, weight, arguments))
 

@@ -30,7 +30,7 @@ from envs.models.pool import models_manifest
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, PrefixTree
 from envs.prefix_tree.tree_session import observation_at
-from envs.tasks.task import Example, first_training_example
+from envs.tasks.task import Example
 
 
 def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Tapo(Learner[RouterPolicy]):
 
     def train(self, run: TrainingRun) -> RouterPolicy:
         begun = self._begin(run)
-        examples = run.task.examples("train", self.examples, start=first_training_example(run.task, run.seed))
+        examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
         tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory)
         improvement = _Improvement(self, tree, examples, begun, run.seed)
         with tqdm(total=self.iterations, desc="tapo", leave=False) as progress:

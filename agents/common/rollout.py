@@ -302,9 +302,11 @@ def decode_loop(
     llm = len(session.pool) - 1
     actions = np.full(session.rows, UNDECIDED)
     lasting = np.full(session.rows, UNDECIDED)  # the action of a whole response, once it is decided
+    asked, episodes = np.zeros(session.rows, dtype=bool), np.zeros(session.rows, dtype=np.int64)
     while True:
         started = queue.fill()
         if len(started):
+            asked[started] = False
             actions[started], lasting[started] = first_action, first_action if policy is None else UNDECIDED
             if record is not None:
                 record.begin(started)
@@ -314,6 +316,7 @@ def decode_loop(
         undecided = busy[actions[busy] == UNDECIDED]
         if policy is not None and len(undecided):
             observation = session.observe(undecided)
+            asked[undecided], episodes[undecided] = True, observation.episodes
             begun = time.perf_counter()
             with torch.no_grad():
                 score = policy.score(observation).float().cpu().numpy()
@@ -338,3 +341,6 @@ def decode_loop(
             for row, terminated in zip(go[ended], step.terminated[ended], strict=True):
                 yield EndedRow(int(row), queue.item(row), bool(terminated))
             queue.end(go[ended])
+            known = go[ended & asked[go]]
+            if policy is not None and len(known):
+                policy.forget(episodes[known])

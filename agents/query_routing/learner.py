@@ -21,7 +21,7 @@ from envs.costs import MemoryTraffic, Price
 from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import check_manifest, read_tensors, write_tensors, write_text
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class QueryLearner(Learner[QueryPolicy]):
     def _answered(self, run: TrainingRun) -> EmbeddedQueries:
         """What the models make of training problems, kept in the run's folder."""
         pool, task = run.pool, run.task
-        start = first_training_example(task, run.seed)
+        start = task.training_start(run.seed)
         about = {
             "models": models_manifest(pool),
             "task": {"name": task.name, "start": start, "examples": self.examples},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from agents.common.saving import SavedPolicy, saved_as
 from agents.rl.algorithms import algorithm_named
 from agents.rl.cost_weights import CostWeights
+from envs.arrays import IntArray
 from envs.decoding.observation import Observation, feature_width
 from envs.environments.token_routing import HIDDEN_BOUND
 from envs.models.pool import ModelPool, models_manifest
@@ -99,6 +100,10 @@ class Sb3Policy(SavedPolicy):
         probability = algorithm_named(self.algorithm).probability
         found = self._recurrent(inputs, observation) if probability is None else probability(self.network, inputs)
         return found.view(seen.shape[:2]).mean(-1)
+
+    def forget(self, episodes: IntArray) -> None:
+        for episode in episodes.tolist():
+            self._states.pop(episode, None)
 
     def _recurrent(self, inputs: Tensor, observation: Observation) -> Tensor:
         """Probabilities of the SLM, (n x weights,), and one step of the state of every episode."""

@@ -20,6 +20,7 @@ from agents.common.policy import Policy
 from agents.common.rollout import Episode, Scheduling, decode
 from agents.oracle import Oracle
 from agents.speculative import speculate
+from envs.arrays import IntArray
 from envs.costs import ALL_COSTS
 from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
@@ -109,6 +110,10 @@ class _Recorder(Policy):
             scores = policy.score(observation).float().cpu()
             self.scores[name].append(scores[first] if once else scores)
         return torch.ones(len(observation.positions))
+
+    def forget(self, episodes: IntArray) -> None:
+        for policy in self.policies.values():
+            policy.forget(episodes)
 
 
 def choose_thresholds(
