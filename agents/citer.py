@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from agents.common.policy import Policy, Track, untracked
+from agents.common.policy import Learner, Policy, Track, TrainingRun, untracked
 from agents.common.rollout import Scheduling
 from agents.heuristics import Always
 from agents.preferences.collector import PreferenceCollector
@@ -21,11 +20,11 @@ from agents.router.training import RouterTraining, fit_router
 from envs.decoding.observation import feature_width
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import check_manifest
-from envs.tasks.task import Task, first_training_example
+from envs.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Citer:
+class Citer(Learner[RouterPolicy]):
     """CITER, and what it becomes when the labels are decided otherwise.
 
     A reference solution is walked token by token. Where the SLM would write the reference's token the SLM is preferred
@@ -49,6 +48,8 @@ class Citer:
         training: how the router is trained.
         scheduling: how rollouts share passes.
     """
+
+    needs_folder: ClassVar[bool] = True
 
     examples: int | None = 1500
     rounds: int = 2
@@ -80,15 +81,10 @@ class Citer:
             if getattr(self, key) not in values:
                 raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose one of {', '.join(values)}")
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> RouterPolicy:
-        if folder is None:
-            with tempfile.TemporaryDirectory(prefix="citer-") as temporary:
-                return self.fit(pool, task, seed, track, Path(temporary))
+    def train(self, run: TrainingRun) -> RouterPolicy:
         rolls = self.labels.case_3 == "rollout"
-        collection = CiterRounds(self, pool, task, seed)
-        first = collection.given() if self.preferences else collection.collect(folder / "round-1", None)
+        collection = CiterRounds(self, run.pool, run.task, run.seed)
+        first = collection.given() if self.preferences else collection.collect(run.workspace / "round-1", None)
         columns = {name: first.column(name) for name in COLUMNS}
         policy: RouterPolicy | None = None
         for number in range(1, (self.rounds if rolls and self.continuation == "router" else 1) + 1):
@@ -96,12 +92,12 @@ class Citer:
                 redone = self.labels.rolled_out(columns)
                 if not redone.any():
                     break  # nothing to redo: no token is in case 3
-                store = collection.collect(folder / f"round-{number}", policy, first, number)
+                store = collection.collect(run.workspace / f"round-{number}", policy, first, number)
                 for name in ("slm_outcome", "llm_outcome"):
                     columns[name][redone] = store.column(name)
             columns["label"] = self.labels.of(columns)
-            track({"run": f"round {number}", "skipped": first.skipped(), **shares(columns)})
-            policy = self._train(pool, first, columns, seed, number, track, folder)
+            run.track({"run": f"round {number}", "skipped": first.skipped(), **shares(columns)})
+            policy = self._train_router(run, first, columns, number)
         assert policy is not None
         return policy
 
@@ -114,29 +110,27 @@ class Citer:
         track({"run": "round 1", "tokens": len(columns["case"]), "skipped": store.skipped(), **shares(columns)})
         return store
 
-    def _train(
-        self,
-        pool: ModelPool,
-        store: PreferenceStore,
-        columns: Columns,
-        seed: int,
-        number: int,
-        track: Track,
-        folder: Path,
-    ) -> RouterPolicy:
+    def _train_router(self, run: TrainingRun, store: PreferenceStore, columns: Columns, number: int) -> RouterPolicy:
         data = LabelledTokens(
             features=store.features,
             sizes=store.rows(),
             prefers_slm=columns["label"] == 1,
             examples=columns["example"],
             kept=columns["label"] != DROPPED,
-            width=feature_width(self.features, pool.slm.width),
+            width=feature_width(self.features, run.pool.slm.width),
         )
-        checkpoint = folder / f"round-{number}.safetensors"
         name = f"round {number}"
-        network, report = fit_router(data, self.training, seed, track, pool.slm.device, name, checkpoint)
-        track({"run": name, **report})
-        return RouterPolicy(network, models_manifest(pool), self.features, report)
+        network, report = fit_router(
+            data,
+            self.training,
+            run.seed,
+            run.track,
+            device=run.pool.slm.device,
+            label=name,
+            checkpoint=run.file(f"round-{number}.safetensors"),
+        )
+        run.track({"run": name, **report})
+        return RouterPolicy(network, models_manifest(run.pool), self.features, report)
 
 
 class CiterRounds:
@@ -151,7 +145,7 @@ class CiterRounds:
 
     def __init__(self, settings: Citer, pool: ModelPool, task: Task, seed: int) -> None:
         self.settings, self.pool, self.task, self.seed = settings, pool, task, seed
-        self.start = first_training_example(task, seed)
+        self.start = task.training_start(seed)
         self.examples = task.examples("train", settings.examples, start=self.start)
         self.parts = shard_ranges(len(self.examples), settings.shard_examples)
         self._collector: PreferenceCollector | None = None

@@ -11,7 +11,6 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agents.common.policy import Track, untracked
+from agents.common.policy import Learner, TrainingRun
 from agents.common.rollout import Scheduling, decode
 from agents.router.dataset import LabelledTokens
 from agents.router.network import RouterNetwork
@@ -32,7 +31,7 @@ from envs.decoding.references import cases, check_end, encode, offsets, shape_th
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import write_text
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example, Task
 
 VALIDATION_START = 1000
 """The first validation problem for eta where problems are generated: evaluations set thresholds on earlier ones."""
@@ -129,7 +128,7 @@ class ReferenceTokens(LabelledTokens):
 
 
 @dataclass(frozen=True)
-class CoLlm:
+class CoLlm(Learner[RouterPolicy]):
     """Co-LLM with a frozen SLM.
 
     The LLM writes where d > eta. The policy's score is sigmoid(logit eta - logit d): at the threshold 0.5 that is the
@@ -166,13 +165,12 @@ class CoLlm:
         if self.training.balanced and not self.weak_start:
             raise ValueError("training.balanced weighs the weak labels, which weak_start=false leaves out; unset one")
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> RouterPolicy:
-        examples = task.examples("train", self.examples, start=first_training_example(task, seed))
+    def train(self, run: TrainingRun) -> RouterPolicy:
+        pool, task = run.pool, run.task
+        examples = task.examples("train", self.examples, start=task.training_start(run.seed))
         problems = self._validation_problems(pool, task)
         data = ReferenceTokens.read(pool, examples, self.max_new_tokens, self.scheduling)
-        track(
+        run.track(
             {
                 "run": "references",
                 "tokens": len(data.examples),
@@ -181,21 +179,34 @@ class CoLlm:
                 "llm_loss": float(-data.llm_log_probability.mean()),
             }
         )
-        device, weak, marginal = pool.slm.device, None, None
-        if folder is not None:
-            weak, marginal = folder / "weak.safetensors", folder / "marginal.safetensors"
-        start = None
+        device, start = pool.slm.device, None
         if self.weak_start:
-            settings = replace(self.training, epochs=self.weak_epochs)
-            start, _ = fit_router(data.weakly_labelled(), settings, seed, track, device, "weak", weak)
-        network, report = fit_router(data, self.training, seed, track, device, "marginal", marginal, start)
+            start, _ = fit_router(
+                data.weakly_labelled(),
+                replace(self.training, epochs=self.weak_epochs),
+                run.seed,
+                run.track,
+                device=device,
+                label="weak",
+                checkpoint=run.file("weak.safetensors"),
+            )
+        network, report = fit_router(
+            data,
+            self.training,
+            run.seed,
+            run.track,
+            device=device,
+            label="marginal",
+            checkpoint=run.file("marginal.safetensors"),
+            start=start,
+        )
         policy = RouterPolicy(network, models_manifest(pool), calibration=report)
         eta = 0.5
         if problems:
             logits, _ = predict(network, data, data.kept, device)
-            tried = self._try(pool, task, problems, policy, candidate_etas(logits), track, folder)
+            tried = self._try(run, problems, policy, candidate_etas(logits))
             eta = max(tried, key=lambda row: (row["accuracy"], -row["llm_tokens"]))["eta"]
-        track({"run": "marginal", "eta": eta, **report})
+        run.track({"run": "marginal", "eta": eta, **report})
         return RouterPolicy(shifted(network, eta), policy.models, calibration={"eta": eta, **report})
 
     def _validation_problems(self, pool: ModelPool, task: Task) -> list[Example]:
@@ -219,17 +230,10 @@ class CoLlm:
         return problems
 
     def _try(
-        self,
-        pool: ModelPool,
-        task: Task,
-        problems: Sequence[Example],
-        policy: RouterPolicy,
-        etas: Sequence[float],
-        track: Track,
-        folder: Path | None,
+        self, run: TrainingRun, problems: Sequence[Example], policy: RouterPolicy, etas: Sequence[float]
     ) -> list[dict[str, Any]]:
         """What each eta comes to on validation problems; kept, so that an interruption costs one of them at most."""
-        file = folder / "eta.json" if folder else None
+        file = run.file("eta.json")
         made_by = {
             "router": policy.fingerprint,
             "problems": [problem.id for problem in problems],
@@ -241,7 +245,13 @@ class CoLlm:
             if eta not in [row["eta"] for row in rows]:
                 tried = RouterPolicy(shifted(policy.network, eta), policy.models)
                 episodes = decode(
-                    pool, task, problems, tried, 0.5, self.max_new_tokens, self.scheduling, label=f"eta {eta:.3g}"
+                    run.pool,
+                    run.task,
+                    problems,
+                    tried,
+                    max_new_tokens=self.max_new_tokens,
+                    scheduling=self.scheduling,
+                    label=f"eta {eta:.3g}",
                 )
                 tokens = int(sum(episode.ledger[-1, WRITTEN] for episode in episodes))
                 right = float(np.mean([episode.correct for episode in episodes]))
@@ -249,7 +259,7 @@ class CoLlm:
                 if file:
                     write_text(file, json.dumps({"made_by": made_by, "rows": rows}) + "\n")
         for row in rows:
-            track({"run": "eta", **row})
+            run.track({"run": "eta", **row})
         return rows
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from agents.common.policy import Track, untracked
+from agents.common.policy import Learner, TrainingRun
 from agents.common.rollout import Scheduling, decode
 from agents.oracle import Oracle, SearchResult
 from agents.router.dataset import LabelledTokens
@@ -24,10 +23,10 @@ from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router
 from envs.arrays import BoolArray, IntArray
 from envs.decoding.observation import check_features, since_at_each
-from envs.models.pool import ModelPool, models_manifest
+from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import PrefixTree
 from envs.prefix_tree.tree_session import observation_at
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example, Task
 
 SEARCHED_AT_ONCE = 1000
 """Problems searched between two savings of the tree."""
@@ -76,7 +75,7 @@ class TaughtStates:
 
 
 @dataclass(frozen=True)
-class OracleDistillation:
+class OracleDistillation(Learner[RouterPolicy]):
     """A router distilled from search.
 
     Args:
@@ -119,15 +118,14 @@ class OracleDistillation:
         if self.ties not in ("entropy", "router"):
             raise ValueError(f"unknown ties {self.ties!r}; choose entropy or router")
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> RouterPolicy:
-        start = first_training_example(task, seed)
+    def train(self, run: TrainingRun) -> RouterPolicy:
+        pool, task = run.pool, run.task
+        start = task.training_start(run.seed)
         examples = task.examples("train", self.examples, start=start)
         # what a search found stays found when a run is interrupted; other problems of the task have another start
-        kept = None if folder is None else folder / "expert.tree"
+        kept = run.file("expert.tree")
         tree = PrefixTree(pool, task, self.max_new_tokens, self.memory, kept if kept and kept.is_file() else None)
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(run.seed)
         numbers = list(range(len(examples)))
         found: list[SearchResult] = []
         for begin in range(0, len(examples), SEARCHED_AT_ONCE):
@@ -135,7 +133,7 @@ class OracleDistillation:
             if kept is not None:
                 tree.save(kept)
         taught = TaughtStates.of(found, numbers)
-        policy = self._train(tree, taught, found, seed, 1, track, folder)
+        policy = self._train_router(run, tree, taught, found, 1)
         for number in range(2, self.rounds + 1):
             if self.ties == "router":
                 taught = TaughtStates.of(self.oracle.search(tree, examples, likely=policy), numbers)
@@ -148,7 +146,7 @@ class OracleDistillation:
                 taught = taught.joined(TaughtStates.of(found, owners))
                 if kept is not None:
                     tree.save(kept)
-            policy = self._train(tree, taught, found, seed, number, track, folder)
+            policy = self._train_router(run, tree, taught, found, number)
         return policy
 
     def _visited(
@@ -177,15 +175,8 @@ class OracleDistillation:
                 owners.append(number)
         return starts, written, owners
 
-    def _train(
-        self,
-        tree: PrefixTree,
-        taught: TaughtStates,
-        found: Sequence[SearchResult],
-        seed: int,
-        number: int,
-        track: Track,
-        folder: Path | None,
+    def _train_router(
+        self, run: TrainingRun, tree: PrefixTree, taught: TaughtStates, found: Sequence[SearchResult], number: int
     ) -> RouterPolicy:
         # a forgotten state's number names another one
         if tree.evictions:
@@ -194,7 +185,7 @@ class OracleDistillation:
                 "raise memory or lower examples"
             )
         name = f"round {number}"
-        track(
+        run.track(
             {
                 "run": name,
                 "searches": len(found),
@@ -207,7 +198,14 @@ class OracleDistillation:
             }
         )
         data = LabelledTokens.in_memory(taught.features(tree, self.features), taught.prefers_slm, taught.examples)
-        checkpoint = folder / f"round-{number}.safetensors" if folder else None
-        network, report = fit_router(data, self.training, seed, track, tree.pool.slm.device, name, checkpoint)
-        track({"run": name, **report})
+        network, report = fit_router(
+            data,
+            self.training,
+            run.seed,
+            run.track,
+            device=tree.pool.slm.device,
+            label=name,
+            checkpoint=run.file(f"round-{number}.safetensors"),
+        )
+        run.track({"run": name, **report})
         return RouterPolicy(network, models_manifest(tree.pool), self.features, report)

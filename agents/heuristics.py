@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agents.common.policy import Track, untracked
-from envs.decoding.observation import Observation
-from envs.models.pool import ModelPool
-from envs.tasks.task import Task
+from agents.common.policy import Observation, Policy
 
 
 @dataclass(frozen=True)
-class Always:
+class Always(Policy):
     """One model writes everything.
 
     Args:
@@ -27,29 +23,22 @@ class Always:
 
     slm: bool = True
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> Always:
-        return self
-
     def score(self, observation: Observation) -> Tensor:
         return torch.full((len(observation.positions),), float(self.slm))
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Policy):
     """A score drawn uniformly for every decision.
 
     The draw is a function of seed, episode and position alone: it does not depend on which rows step together, and a
     higher threshold sends a superset of the decisions to the LLM.
+
+    Args:
+        seed: of the draws.
     """
 
     seed: int = 0
-
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> Random:
-        return Random(seed)
 
     def score(self, observation: Observation) -> Tensor:
         with np.errstate(over="ignore"):
@@ -72,7 +61,7 @@ MOST_NATS = math.log(2**18)
 
 
 @dataclass(frozen=True)
-class Uncertainty:
+class Uncertainty(Policy):
     """Scores a decision by how sure the SLM is of its next token.
 
     Args:
@@ -84,11 +73,6 @@ class Uncertainty:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ValueError(f"unknown measure {self.measure!r}; choose one of {', '.join(MEASURES)}")
-
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> Uncertainty:
-        return self
 
     def score(self, observation: Observation) -> Tensor:
         entropy, top, second = observation.logit_features[:, :3].unbind(-1)

@@ -5,32 +5,31 @@ Fu et al., 2025, "R2R: Efficiently Navigating Divergent Reasoning Paths with Sma
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agents.common.policy import Track, untracked
+from agents.common.policy import Learner, TrainingRun
 from agents.common.rollout import Scheduling, decode
+from agents.common.saving import saved_as
 from agents.heuristics import Always
 from agents.preferences.collector import PreferenceCollector
 from agents.preferences.store import COLUMNS, Columns, PreferenceStore, shard_ranges
 from agents.router.dataset import LabelledTokens
-from agents.router.network import RouterNetwork
-from agents.router.policy import RouterPolicy
+from agents.router.policy import RouterPolicy, restored_network
 from agents.router.training import RouterTraining, fit_router
 from envs.arrays import BoolArray
 from envs.decoding.decoder import check_fit, sequence_capacity
 from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example, Task
 
 SEEN = "hidden_top_logits_token"
 """What its policies see: the SLM's hidden state, its largest logits, and the embedding of the token it would write."""
@@ -78,6 +77,7 @@ def token_embeddings(pool: ModelPool) -> Tensor:
     return table
 
 
+@saved_as("r2r")
 @dataclass
 class R2RPolicy(RouterPolicy):
     """Scores a decision by the SLM's hidden state, its largest logits and the embedding of the token it would write.
@@ -120,15 +120,18 @@ class R2RPolicy(RouterPolicy):
         return pool.slm.width + logits + int(token_embeddings(pool).shape[1])
 
     @classmethod
-    def restored(cls, network: RouterNetwork, settings: Mapping[str, Any], pool: ModelPool) -> R2RPolicy:
+    def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
         return cls(
-            network, settings["models"], calibration=settings["calibration"], top_logits=settings["top_logits"],
+            restored_network(settings, tensors, pool),
+            settings["models"],
+            calibration=settings["calibration"],
+            top_logits=settings["top_logits"],
             embeddings=token_embeddings(pool),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
-class R2R:
+class R2R(Learner[R2RPolicy]):
     """Routes to the LLM the tokens of the SLM that would change how the LLM's own answer ends.
 
     The LLM answers training problems by itself, and these answers are walked token by token; see `Divergence` for the
@@ -145,6 +148,8 @@ class R2R:
         scheduling: how responses and rollouts share passes.
     """
 
+    needs_folder: ClassVar[bool] = True
+
     examples: int | None = 1500
     max_new_tokens: int = 128
     top_logits: int = 100
@@ -159,13 +164,9 @@ class R2R:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, is {getattr(self, key)}")
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> R2RPolicy:
-        if folder is None:
-            with tempfile.TemporaryDirectory(prefix="r2r-") as temporary:
-                return self.fit(pool, task, seed, track, Path(temporary))
-        store = self.collect(pool, task, seed, folder / "paths")
+    def train(self, run: TrainingRun) -> R2RPolicy:
+        pool = run.pool
+        store = self.collect(pool, run.task, run.seed, run.workspace / "paths")
         columns = {name: store.column(name) for name in COLUMNS}
         walked = len(np.unique(columns["example"]))
         if walked < 2:
@@ -173,7 +174,7 @@ class R2R:
                 f"the LLM's responses to {walked} of {walked + store.skipped()} training problems ended by themselves, "
                 f"2 are needed; raise max_new_tokens ({self.max_new_tokens}) or examples"
             )
-        track({"run": "r2r", "walked": walked, "skipped": store.skipped(), **shares(columns)})
+        run.track({"run": "r2r", "walked": walked, "skipped": store.skipped(), **shares(columns)})
         embeddings, sizes = token_embeddings(pool), store.rows()
         written = np.split(columns["slm_token"].astype(np.int64), np.cumsum(sizes)[:-1])
 
@@ -184,9 +185,16 @@ class R2R:
         width = R2RPolicy.seen_width({"top_logits": self.top_logits}, pool)
         everywhere = np.ones(len(columns["label"]), dtype=bool)
         data = LabelledTokens(features, sizes, columns["label"] == 1, columns["example"], everywhere, width)
-        checkpoint = folder / "r2r.safetensors"
-        network, report = fit_router(data, self.training, seed, track, pool.slm.device, "r2r", checkpoint)
-        track({"run": "r2r", **report})
+        network, report = fit_router(
+            data,
+            self.training,
+            run.seed,
+            run.track,
+            device=pool.slm.device,
+            label="r2r",
+            checkpoint=run.file("r2r.safetensors"),
+        )
+        run.track({"run": "r2r", **report})
         return R2RPolicy(
             network, models_manifest(pool), calibration=report, top_logits=self.top_logits, embeddings=embeddings
         )
@@ -201,7 +209,7 @@ class R2R:
         Raises:
             ValueError: a prompt does not fit, or `folder` holds what other models or settings made.
         """
-        start = first_training_example(task, seed)
+        start = task.training_start(seed)
         examples = task.examples("train", self.examples, start=start)
         capacity = sequence_capacity(pool, self.max_new_tokens, None)
         for example in examples:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.common.policy import Track, untracked
+from agents.common.policy import Learner, Track, TrainingRun
 from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
 from agents.rl.cost_weights import CostWeights
 from agents.rl.sb3_policy import Sb3Policy
@@ -21,7 +20,7 @@ from envs.costs import ALL_COSTS
 from envs.decoding.observation import Features, check_features
 from envs.environments.rewards import OutcomeReward
 from envs.models.pool import ModelPool
-from envs.tasks.task import FirstExamples, Task, first_training_example
+from envs.tasks.task import FirstExamples, Task
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -85,7 +84,7 @@ ENVIRONMENTS: dict[str, Callable[[EnvSettings], VectorEnv]] = {
 
 
 @dataclass(frozen=True)
-class StableBaselines:
+class StableBaselines(Learner[Sb3Policy]):
     """An algorithm of Stable-Baselines3 or sb3-contrib that plays a routing environment.
 
     Args:
@@ -168,15 +167,13 @@ class StableBaselines:
             check_arguments(given, algorithm.kind, "arguments")
             check_arguments(given.get("policy_kwargs") or {}, algorithm.network, "arguments.policy_kwargs")
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> Sb3Policy:
-        environment = self.make(pool, task, seed)
+    def train(self, run: TrainingRun) -> Sb3Policy:
+        environment = self.make(run.pool, run.task, run.seed)
         try:
-            trained = train(environment, self, seed, track, pool.slm.device)
+            trained = train(environment, self, run.seed, run.track, run.pool.slm.device)
         finally:
             environment.close()
-        return Sb3Policy.of(trained, self.algorithm, pool, self.features, self.conditioned)
+        return Sb3Policy.of(trained, self.algorithm, run.pool, self.features, self.conditioned)
 
     def make(self, pool: ModelPool, task: Task, seed: int) -> VectorEnv:
         """The environment to train in."""
@@ -186,7 +183,7 @@ class StableBaselines:
             "max_new_tokens": self.max_new_tokens,
             "features": self.features,
         }
-        problems = FirstExamples(task, self.examples, start=first_training_example(task, seed))
+        problems = FirstExamples(task, self.examples, start=task.training_start(seed))
         weight = self.cost_weight if self.conditioned is None else 0.0
         return ENVIRONMENTS[self.environment](EnvSettings(self.num_envs, problems, self.examples, weight, arguments))
 

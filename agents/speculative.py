@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from agents.common.rollout import Episode, Scheduling
+from agents.common.episode_queue import EpisodeQueue
+from agents.common.rollout import EndedRow, Episode, Scheduling, episode_of
 from envs.arrays import IntArray
-from envs.costs import COLUMNS
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -60,37 +60,27 @@ def speculate(
     prompts = [pool.encode(example.prompt) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
-    episodes: list[Episode | None] = [None] * len(examples)
-    serving = np.zeros(rows, dtype=np.int64)
     limits = np.zeros(rows, dtype=np.int64)
-    free, busy, started = np.arange(rows), np.zeros(0, dtype=np.int64), 0
 
-    def finish(row: int, terminated: bool) -> None:
-        example, tokens = examples[serving[row]], session.response(row)
-        episodes[serving[row]] = Episode(
-            example, tokens, session.writers(row), pool.decode(tokens), session.correct(row, task, example), terminated,
-            session.ledger[row].copy(), np.zeros(COLUMNS), np.zeros(len(tokens), dtype=np.float32),
-        )  # fmt: skip
-        progress.update()
+    def start(rows: IntArray, numbers: IntArray) -> None:
+        session.start(rows, [prompts[n] for n in numbers], numbers)
+        limits[rows] = session.lengths(rows) + max_new_tokens
 
+    episodes: list[Episode | None] = [None] * len(examples)
+    queue = EpisodeQueue(np.arange(rows), len(examples), start)
     with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
-        while len(busy) or started < len(examples):
-            new = free[: len(examples) - started]
-            if len(new):
-                numbers = np.arange(started, started + len(new))
-                session.start(new, [prompts[n] for n in numbers], numbers)
-                serving[new] = numbers
-                limits[new] = session.lengths(new) + max_new_tokens
-                started += len(new)
-                busy = np.sort(np.concatenate([busy, new]))
+        while len(queue.fill()) or len(queue.busy):
+            busy = queue.busy
             begun = session.lengths(busy)
             # the LLM writes a token of its own behind a draft: the last one of a response need not be drafted
             draft(session, busy, np.minimum(begun + draft_tokens, limits[busy] - 1))
             terminated, truncated = session.verify(busy, session.lengths(busy) - begun, len(pool) - 1)
             ended = terminated | truncated
             for row, by_itself in zip(busy[ended], terminated[ended], strict=True):
-                finish(int(row), bool(by_itself))
-            free, busy = np.union1d(free[len(new) :], busy[ended]), busy[~ended]
+                done = EndedRow(int(row), queue.item(row), bool(by_itself))
+                episodes[done.item] = episode_of(session, task, examples[done.item], done)
+                progress.update()
+            queue.end(busy[ended])
     return [episode for episode in episodes if episode is not None]
 
 

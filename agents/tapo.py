@@ -7,11 +7,10 @@ LLM at that state, and the policy gradient is taken for both actions at once.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,18 +18,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.citer import Citer
-from agents.common.policy import Track, load_policy, untracked
+from agents.common.policy import Learner, TrainingRun
+from agents.common.saving import load_policy
 from agents.distillation import OracleDistillation
 from agents.preferences.labels import Labels
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from envs.arrays import FloatArray, IntArray
 from envs.decoding.observation import check_features, feature_width
-from envs.models.pool import ModelPool, models_manifest
+from envs.models.pool import models_manifest
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, PrefixTree
 from envs.prefix_tree.tree_session import observation_at
-from envs.tasks.task import Example, Task, first_training_example
+from envs.tasks.task import Example
 
 
 def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Tapo:
+class Tapo(Learner[RouterPolicy]):
     """A router improved by counterfactual policy gradient.
 
     Args:
@@ -69,6 +69,8 @@ class Tapo:
         memory: bytes of the replay tree.
         rows: answers in flight.
     """
+
+    needs_folder: ClassVar[bool] = True
 
     start: Literal["citer", "expert", "scratch"] = "citer"
     policy: str | None = None
@@ -104,43 +106,41 @@ class Tapo:
                 f"({self.cost_weight}) >= 0, lr ({self.lr}) > 0"
             )
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> RouterPolicy:
-        begun = self._begin(pool, task, seed, track, folder)
-        examples = task.examples("train", self.examples, start=first_training_example(task, seed))
-        tree = PrefixTree(pool, task, self.max_new_tokens, self.memory)
-        run = _Run(self, tree, examples, begun, seed)
+    def train(self, run: TrainingRun) -> RouterPolicy:
+        begun = self._begin(run)
+        examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
+        tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory)
+        improvement = _Improvement(self, tree, examples, begun, run.seed)
         with tqdm(total=self.iterations, desc="tapo", leave=False) as progress:
             for number in range(self.iterations):
-                track({"run": "tapo", "iteration": number, **run.iterate(number)})
+                run.track({"run": "tapo", "iteration": number, **improvement.iterate(number)})
                 progress.update()
-        network = run.network.eval().requires_grad_(False)
-        return RouterPolicy(network, models_manifest(pool), begun.features)
+        network = improvement.network.eval().requires_grad_(False)
+        return RouterPolicy(network, models_manifest(run.pool), begun.features)
 
-    def _begin(self, pool: ModelPool, task: Task, seed: int, track: Track, folder: Path | None) -> RouterPolicy:
+    def _begin(self, run: TrainingRun) -> RouterPolicy:
         """The router to improve.
 
         Raises:
             ValueError: `policy` is not the folder of a router.
         """
         if self.policy is not None:
-            policy = load_policy(Path(self.policy), pool)
+            policy = load_policy(Path(self.policy), run.pool)
             if not isinstance(policy, RouterPolicy):
                 raise ValueError(f"{self.policy} holds a {type(policy).__name__}; give the folder of a router")
             return policy
         if self.start != "scratch":
-            learner = self.citer if self.start == "citer" else self.expert
-            with tempfile.TemporaryDirectory(prefix="tapo-") as temporary:
-                return learner.fit(pool, task, seed, track, (folder or Path(temporary)) / self.start)
+            learner: Learner[RouterPolicy] = self.citer if self.start == "citer" else self.expert
+            return learner.train(replace(run, folder=run.workspace / self.start))
+        slm = run.pool.slm
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = RouterNetwork(feature_width(self.features, pool.slm.width)).to(pool.slm.device)
-        return RouterPolicy(network.eval(), models_manifest(pool), self.features)
+            torch.manual_seed(run.seed)
+            network = RouterNetwork(feature_width(self.features, slm.width)).to(slm.device)
+        return RouterPolicy(network.eval(), models_manifest(run.pool), self.features)
 
 
-class _Run:
-    """One training run."""
+class _Improvement:
+    """A router between two iterations."""
 
     def __init__(
         self, settings: Tapo, tree: PrefixTree, examples: Sequence[Example], begun: RouterPolicy, seed: int

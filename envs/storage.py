@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -31,6 +31,19 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors, and words about them, as safetensors."""
     write_whole(path, lambda partial: save_file(dict(tensors), partial, metadata=dict(metadata or {})))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in memory that torch allocates.
+
+    Those that are mapped from a file lie where it has them, which need not be aligned, and the last bits of a product
+    depend on that: a copy computes what the tensors did that were written.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        SafetensorError: it holds no tensors.
+    """
+    return {name: value.clone() for name, value in load_file(path).items()}
 
 
 def check_manifest(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], only: Sequence[str] = ()) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from agents.citer import Citer
-from agents.common.policy import load_policy
+from agents.common.policy import policy_from
 from agents.common.rollout import Scheduling, decode
+from agents.common.saving import load_policy
 from agents.heuristics import Always, Random, Uncertainty
 from agents.preferences.collector import PreferenceCollector
 from agents.router.dataset import LabelledTokens, held_out_rows, preference_loss
@@ -61,7 +62,7 @@ def same(first, second):
 @pytest.mark.parametrize("name", AGENTS)
 def test_every_agent_fits_and_decodes(name, pool, task, tmp_path):
     rows = []
-    policy = agent(name).fit(pool, task, seed=3, track=rows.append)
+    policy = policy_from(agent(name), pool, task, seed=3, track=rows.append)
     examples = task.examples("validation", 6)
     episodes = decode(pool, task, examples, policy, threshold=0.5, scheduling=Scheduling(rows=4))
     assert [episode.example for episode in episodes] == examples
@@ -71,7 +72,7 @@ def test_every_agent_fits_and_decodes(name, pool, task, tmp_path):
         assert episode.correct == task.is_correct(episode.example, episode.text)
         assert episode.ledger[:, WRITTEN].sum() == len(episode.tokens)
     assert all(json.dumps(row) for row in rows)
-    again = agent(name).fit(pool, task, seed=3)
+    again = policy_from(agent(name), pool, task, seed=3)
     assert same(episodes, decode(pool, task, examples, again, threshold=0.5, scheduling=Scheduling(rows=4)))
     if hasattr(policy, "save"):
         policy.save(tmp_path / "policy")

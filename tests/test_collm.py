@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from agents.collm import CoLlm, ReferenceTokens, candidate_etas, marginal_likelihood_loss, shifted
-from agents.common.policy import load_policy
 from agents.common.rollout import Scheduling, decode
+from agents.common.saving import load_policy
 from agents.router.dataset import LabelledTokens
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy

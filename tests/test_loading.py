@@ -155,7 +155,7 @@ def test_fewer_than_two_models_are_refused(no_weights, bare, tiny_pool, count):
     with pytest.raises(ValueError, match="a pool needs at least two models, the SLM first"):
         load(*[bare] * count)
     with pytest.raises(ValueError, match="a pool needs at least two models, the SLM first"):
-        ModelPool(tiny_pool.models[:count])
+        ModelPool(tiny_pool.models[:count]).check_choice()
 
 
 def test_vocabularies_that_differ_are_refused_with_both_names(no_weights, bare, save_model, make_tokenizer):

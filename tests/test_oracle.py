@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode
 from agents.distillation import OracleDistillation, TaughtStates
 from agents.heuristics import Always, Random
@@ -264,7 +265,7 @@ def test_counterfactual_advantages_equal_plain_decoding(pool, task, examples):
     advantages = run._advantages(nodes, since, problems, price=0.1)
     shifted = RouterPolicy(run.network, policy.models, features)
 
-    class Forced:
+    class Forced(Policy):
         def __init__(self, action):
             self.action = action
 

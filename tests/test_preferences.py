@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import agents.preferences.store
 from agents.citer import Citer
+from agents.common.policy import Policy
 from agents.common.rollout import Scheduling
 from agents.heuristics import Always, Uncertainty
 from agents.preferences.collector import PreferenceCollector
@@ -184,7 +185,7 @@ def test_stored_features_are_those_a_policy_sees(pool, task):
     columns = collector.collect([0], Labels(case_3="slm"), Always(), 0.5)
     seen = []
 
-    class Spy:
+    class Spy(Policy):
         def score(self, observation):
             seen.append(all_features(observation.hidden, observation.logits))
             return torch.ones(len(observation.positions))

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 import agents.query_routing.learner
-from agents.common.policy import load_policy
 from agents.common.rollout import Scheduling, decode
+from agents.common.saving import load_policy
 from agents.heuristics import Always
 from agents.query_routing.knn import Neighbours
 from agents.query_routing.learner import answer_alone, calibrated_threshold

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from agents.citer import Citer
-from agents.common.policy import load_policy
+from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode
+from agents.common.saving import load_policy
 from agents.preferences.store import COLUMNS, PreferenceStore
 from agents.r2r import R2R, Divergence, R2RPolicy, hidden_and_top_logits
 from agents.router.training import RouterTraining, fit_router
@@ -156,7 +157,7 @@ def test_a_router_is_trained_on_what_its_policy_sees(fitted, pool, task, monkeyp
     blocks = torch.cat([features for features, _ in data.blocks(data.kept)]).float()
     assert blocks.shape[1] == data.width == policy.network.width == 48 + 100 + 48
 
-    class Spy:
+    class Spy(Policy):
         def score(self, observation):
             hook = policy.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
             policy.score(observation)

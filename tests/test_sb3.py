@@ -9,7 +9,9 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from agents.common.policy import load_policy
+from agents.common.policy import Policy
+from agents.common.rollout import Scheduling, decode
+from agents.common.saving import load_policy
 from agents.rl.algorithms import ALGORITHMS, DEFAULTS, value_probability
 from agents.rl.cost_weights import CostWeights
 from agents.rl.inputs import Standardised, input_statistics
@@ -19,7 +21,7 @@ from agents.rl.vec_env import VectorEnvBridge
 from agents.sb3 import ENVIRONMENTS, StableBaselines, train
 from envs.decoding.observation import Observation
 from envs.tasks.arithmetic import ArithmeticTask
-from envs.tasks.task import first_training_example
+from envs.tasks.task import Example
 
 CPU = torch.device("cpu")
 
@@ -412,6 +414,25 @@ def test_a_recurrent_policy_remembers_its_episode_and_no_other(tiny_pool):
     assert (together[1] - together[0]).abs().max() > 1e-4  # the same input a step later: the state differs
 
 
+def test_states_of_episodes_that_ended_are_forgotten(tiny_pool, task):
+    trained = train(TwoStates(16, width=tiny_pool.slm.width), small("recurrent_ppo"), 0, lambda row: None, CPU)
+    policy = Sb3Policy.of(trained, "recurrent_ppo", tiny_pool, "hidden")
+    kept = []
+
+    class Watched(Policy):
+        def score(self, observation):
+            kept.append(len(policy._states))
+            return policy.score(observation)
+
+        def forget(self, episodes):
+            policy.forget(episodes)
+
+    examples = [Example(f"short/{number}", f"{number}+1=", "2", "2") for number in range(7)]
+    decode(tiny_pool, task, examples, Watched(), max_new_tokens=8, scheduling=Scheduling(rows=2))
+    assert max(kept) == 2
+    assert not policy._states
+
+
 def test_value_scores_order_by_advantage():
     values = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, -1.0], [0.0, 0.2, 1.0]])
     scores = value_probability(values)
@@ -506,7 +527,7 @@ def test_arguments_reach_the_algorithm_and_its_network():
 def test_every_environment_is_made_from_the_learners_examples(environment, pool):
     task = ArithmeticTask()
     made = StableBaselines(environment=environment, num_envs=4, examples=5).make(pool, task, seed=2)
-    first = first_training_example(task, 2)
+    first = task.training_start(2)
     expected = {task.example("train", first + i).id for i in range(5)}
     _, infos = made.reset(seed=0)
     assert set(infos["example"]) <= expected

@@ -21,7 +21,7 @@ from envs.tasks.arithmetic import LEVELS, ArithmeticTask
 from envs.tasks.math import MathTask, find_answer, gsm8k_reference, math_problem, same_value
 from envs.tasks.multiple_choice import MultipleChoiceTask, find_label, multiple_choice_problem
 from envs.tasks.records import RecordTask, fill
-from envs.tasks.task import SPLITS, Example, Split, Task
+from envs.tasks.task import SPLITS, Example, FirstExamples, Split, Task
 from experiments.common.config import build, register_schemas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -571,3 +571,14 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_learners_of_other_seeds_begin_elsewhere_in_a_task_without_end():
+    class Endless(ArithmeticTask):
+        def training_start(self, seed):
+            return Task.training_start(self, seed)
+
+    assert [Endless().training_start(seed) for seed in range(3)] == [0, 1_000_000, 2_000_000]
+    # the embedded models were pretrained on the first million
+    assert [ArithmeticTask().training_start(seed) for seed in range(3)] == [1_000_000, 2_000_000, 3_000_000]
+    assert FirstExamples(ArithmeticTask(), 5, start=7).training_start(2) == 0

@@ -1,22 +1,22 @@
-"""What a policy and a learner are."""
+"""What a policy and a learner are: all that a file with a new one imports of ours."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from envs.arrays import IntArray
 from envs.costs import ModelProfile
-from envs.decoding.observation import Observation
+from envs.decoding.observation import Observation as Observation  # what `score` is given
 from envs.models.pool import ModelPool
 from envs.tasks.task import Task
 
-POLICY_FILE = "policy.json"
 Track = Callable[[Mapping[str, Any]], None]
 """Where a learner reports what it measures: a row of named numbers."""
 
@@ -25,109 +25,122 @@ def untracked(row: Mapping[str, Any]) -> None:
     """Reports nothing."""
 
 
-@runtime_checkable
-class Policy(Protocol):
+class Policy(ABC):
     """Chooses which model writes the next token.
 
     The SLM writes where `score >= threshold`, the last model of the pool elsewhere; sweeping the threshold draws the
-    policy's accuracy-cost curve.
+    policy's accuracy-cost curve. `score` is all that a policy must have.
+
+    Attributes:
+        per_response: whether it chooses one model for a whole response. It is then asked once a response, and the SLM
+            reads no further than that where another model writes.
     """
 
+    per_response: ClassVar[bool] = False
+
+    @abstractmethod
     def score(self, observation: Observation) -> Tensor:
         """The probability that the SLM should write, in [0, 1], for each of n decisions: (n,)."""
 
+    @property
+    def parameters(self) -> int:
+        """Parameters read at every decision; they are part of the cost. None by default."""
+        return 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells policies apart that would score differently."""
+        return repr(self)
+
+    def forget(self, episodes: IntArray) -> None:  # noqa: B027 (most policies keep nothing)
+        """Called when `episodes`, (n,), have ended; what a policy has kept of them is not asked for again."""
+
 
 def decision_profile(policy: Policy) -> ModelProfile:
-    """What one decision costs: a policy with a network says so by an attribute `parameters`; others are free."""
-    parameters = int(getattr(policy, "parameters", 0))
-    return ModelProfile("policy", 0, parameters, bytes_per_parameter=4, kv_bytes_per_token=0, attention_width=0)
+    """What one decision costs: that of reading the policy's parameters."""
+    return ModelProfile("policy", 0, policy.parameters, bytes_per_parameter=4, kv_bytes_per_token=0, attention_width=0)
 
 
-def decides_once(policy: Policy) -> bool:
-    """Whether a policy chooses one model for a whole response: it says so by an attribute `per_response`.
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a learner is trained on, and where it reports and keeps what it does.
 
-    It is then asked once a response, and the SLM reads no further than that where another model writes.
+    Attributes:
+        pool: the models, SLM first.
+        task: where examples come from.
+        seed: makes the result repeat.
+        track: receives rows of measurements.
+        folder: where to keep what is collected and learned; nothing is kept where None.
     """
-    return bool(getattr(policy, "per_response", False))
+
+    pool: ModelPool
+    task: Task
+    seed: int = 0
+    track: Track = untracked
+    folder: Path | None = None
+
+    def file(self, name: str) -> Path | None:
+        """A file of the run's folder; None where nothing is kept."""
+        return None if self.folder is None else self.folder / name
+
+    @property
+    def workspace(self) -> Path:
+        """The folder, for a learner that `needs_folder`."""
+        assert self.folder is not None, "only learners that say needs_folder = True are sure of a folder"
+        return self.folder
 
 
-@runtime_checkable
-class SavedPolicy(Policy, Protocol):
-    """A policy that can be written to a folder and read again by `load_policy`."""
-
-    def save(self, folder: Path) -> None:
-        """Write weights as safetensors, and `policy.json`, which names the class and its settings."""
-
-    @classmethod
-    def load(cls, folder: Path, pool: ModelPool) -> Policy:
-        """Read what `save` wrote, for use with `pool`."""
+P = TypeVar("P", bound=Policy, covariant=True)
 
 
-def load_policy(folder: Path, pool: ModelPool) -> Policy:
-    """Read a saved policy of any class of `agents`.
+class Learner(ABC, Generic[P]):
+    """Makes a policy for a pool on a task.
 
-    Raises:
-        ValueError: there is none in `folder`, it names a class elsewhere, or it was made for other models.
+    Attributes:
+        needs_folder: whether it cannot train without a folder; it is lent a temporary one where none is given.
     """
-    try:
-        name = str(json.loads((folder / POLICY_FILE).read_text())["class"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder} holds no readable {POLICY_FILE}; give the policy folder of a training run"
-        ) from error
-    try:
-        saved: type[SavedPolicy] = class_named(name, "policy")
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    return saved.load(folder, pool)
 
+    needs_folder: ClassVar[bool] = False
 
-def class_name(kind: type) -> str:
-    """What a saved file calls a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def class_named(name: str, what: str) -> Any:
-    """The class of `agents` that a saved file names.
-
-    Args:
-        name: made by `class_name`.
-        what: the kind of class it should be, for errors.
-
-    Raises:
-        ValueError: it lies elsewhere, or is not there.
-    """
-    module, _, kind = name.rpartition(".")
-    # a file must not choose what is imported: what is saved lives in this package
-    if not module.startswith("agents."):
-        raise ValueError(f"{name} is not a {what} of agents; load it with the class's own load")
-    try:
-        return getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"there is no {what} {name}; was it renamed since?") from error
-
-
-def weights_fingerprint(about: str, tensors: Mapping[str, Tensor]) -> str:
-    """Tells policies with other weights apart, or with other settings, said in `about`."""
-    digest = hashlib.sha256(about.encode())
-    for name, value in tensors.items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-class Learner(Protocol):
-    """Makes a policy for a pool on a task."""
+    @abstractmethod
+    def train(self, run: TrainingRun) -> P:
+        """The policy trained on the task's train split, and on nothing else of it that is reported on."""
 
     def fit(
         self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> Policy:
-        """Train on the task's train split, and on nothing else of it.
+    ) -> P:
+        """Train on the task's train split.
 
         Args:
             pool: the models, SLM first.
             task: where examples come from.
             seed: makes the result repeat.
             track: receives rows of measurements.
-            folder: where to keep what it collects and learns, and to go on from after an interruption; a learner that
-                takes long keeps nothing where None.
+            folder: where to keep what it collects and learns, and to go on from after an interruption; nothing is kept
+                where None.
         """
+        run = TrainingRun(pool, task, seed, track, folder)
+        if folder is not None or not self.needs_folder:
+            return self.train(run)
+        with tempfile.TemporaryDirectory(prefix=f"{type(self).__name__.lower()}-") as temporary:
+            return self.train(TrainingRun(pool, task, seed, track, Path(temporary)))
+
+
+def policy_from(
+    agent: Policy | Learner[Policy],
+    pool: ModelPool,
+    task: Task,
+    seed: int = 0,
+    track: Track = untracked,
+    folder: Path | None = None,
+) -> Policy:
+    """The policy of an agent: a policy is its own, a learner makes one by `fit`, which takes the other arguments.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(agent, Policy):
+        return agent
+    if isinstance(agent, Learner):
+        return agent.fit(pool, task, seed, track, folder)
+    raise TypeError(f"{type(agent).__name__} is no agent; derive it from Policy or Learner of agents.common.policy")

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from agents.common.policy import Policy, decides_once
+from agents.common.episode_queue import EpisodeQueue
+from agents.common.policy import Policy
 from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
+from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree, check_tree
 from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.task import Example, Task
 
 UNDECIDED = -1
+"""In the place of an action: whoever decides is yet to be asked."""
 
 
 @dataclass(frozen=True)
@@ -109,111 +114,221 @@ def decode(
     Raises:
         ValueError: there are no examples, a prompt does not fit the cache, or tokens are sampled with a tree.
     """
-    if not examples:
-        raise ValueError("there are no examples to decode")
     scheduling = scheduling or Scheduling()
-    rows = min(scheduling.rows_for(pool), len(examples))
+    rows = _rows(scheduling, pool, examples)
     session: Session | TreeSession
     if tree is None:
         session = Session(pool, rows, max_new_tokens, sampling=sampling)
     else:
         check_tree(tree, pool, task, max_new_tokens, sampling)
         session = TreeSession(tree, rows)
-    prompts = [pool.encode(example.prompt) for example in examples]
+    queue = _queue(session, examples, sampling, seed, session.start)
+    record = DecisionRecord(rows, max_new_tokens)
+    episodes: list[Episode | None] = [None] * len(examples)
+    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+        for ended in decode_loop(session, queue, policy, threshold, gather=scheduling.gather, record=record):
+            decisions, scores = record.of(ended.row)
+            episodes[ended.item] = episode_of(session, task, examples[ended.item], ended, decisions, scores)
+            progress.update()
+    session.free(np.arange(rows))
+    return [episode for episode in episodes if episode is not None]
+
+
+def decode_alone(
+    model: LanguageModel,
+    task: Task,
+    examples: Sequence[Example],
+    max_new_tokens: int = 128,
+    scheduling: Scheduling | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    label: str | None = None,
+    pool: ModelPool | None = None,
+) -> list[Episode]:
+    """Let one model answer every example, and do no work but its own.
+
+    Args:
+        model: writes every token, and reads what it must for that.
+        task: judges the answers.
+        examples: what to answer; their positions number the episodes.
+        max_new_tokens: the longest response.
+        scheduling: how many rows share passes.
+        sampling: greedy where None.
+        seed: of sampled decoding.
+        label: of the progress bar; none is shown without.
+        pool: one that the model is of: its tokenizer, its end tokens and its limits hold, and ledgers are (models,
+            COLUMNS), zeros but for this model's. A pool of this model alone where None.
+
+    Returns:
+        Episodes in the order of `examples`; nobody decides, so that decisions and scores are zeros.
+
+    Raises:
+        ValueError: there are no examples, a prompt does not fit the cache, or the model is not of the pool.
+    """
+    pool = pool or ModelPool([model])
+    numbers = [number for number, other in enumerate(pool.models) if other is model]
+    if not numbers:
+        raise ValueError(
+            f"{model.name} is not of the pool {', '.join(pool.names)}; leave the pool out, or name its own"
+        )
+    rows = _rows(scheduling, pool, examples)
+    session = Session(pool, rows, max_new_tokens, sampling=sampling)
+    queue = _queue(session, examples, sampling, seed, partial(session.start, observed=False))
+    episodes: list[Episode | None] = [None] * len(examples)
+    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+        for ended in decode_loop(session, queue, policy=None, first_action=numbers[0]):
+            episodes[ended.item] = episode_of(session, task, examples[ended.item], ended)
+            progress.update()
+    return [episode for episode in episodes if episode is not None]
+
+
+def _rows(scheduling: Scheduling | None, pool: ModelPool, examples: Sequence[Example]) -> int:
+    """The rows to open for some examples."""
+    if not examples:
+        raise ValueError("there are no examples to decode")
+    return min((scheduling or Scheduling()).rows_for(pool), len(examples))
+
+
+def _queue(
+    session: Session | TreeSession,
+    examples: Sequence[Example],
+    sampling: Sampling | None,
+    seed: int,
+    begin: Callable[..., object],
+) -> EpisodeQueue:
+    """A queue of examples, whose prompts fit, for all rows of a session; `begin` is its `start`."""
+    prompts = [session.pool.encode(example.prompt) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
-    episodes: list[Episode | None] = [None] * len(examples)
-    serving = np.zeros(session.rows, dtype=np.int64)
-    scores = np.zeros((session.rows, max_new_tokens), dtype=np.float32)
-    decisions = np.zeros((session.rows, COLUMNS))
-    started = 0
 
-    def refill(free: IntArray) -> tuple[IntArray, IntArray]:
-        nonlocal started
-        rows = free[: len(examples) - started]
-        if len(rows):
-            numbers = np.arange(started, started + len(rows))
-            generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
-            session.start(rows, [prompts[n] for n in numbers], numbers, generators)
-            serving[rows], decisions[rows] = numbers, 0
-            started += len(rows)
-        return rows, np.full(len(rows), UNDECIDED)
+    def start(rows: IntArray, numbers: IntArray) -> None:
+        generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
+        begin(rows, [prompts[n] for n in numbers], numbers, generators)
 
-    def finish(row: int, terminated: bool) -> None:
-        example, tokens = examples[serving[row]], session.response(row)
-        text = pool.decode(tokens)
-        episodes[serving[row]] = Episode(
-            example, tokens, session.writers(row), text, session.correct(row, task, example), terminated,
-            session.ledger[row].copy(), decisions[row].copy(), scores[row, : len(tokens)].copy(),
-        )  # fmt: skip
-        progress.update()
+    return EpisodeQueue(np.arange(session.rows), len(examples), start)
 
-    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
-        decode_loop(
-            session, np.arange(session.rows), policy, threshold, scheduling.gather, refill, finish, scores, decisions
-        )
-    session.free(np.arange(session.rows))
-    return [episode for episode in episodes if episode is not None]
+
+class EndedRow(NamedTuple):
+    """A row whose response has ended, which holds it until the next row is asked for.
+
+    Attributes:
+        row: of the session.
+        item: its number in the queue.
+        terminated: whether the response came to an end by itself.
+    """
+
+    row: int
+    item: int
+    terminated: bool
+
+
+def episode_of(
+    session: Session | TreeSession,
+    task: Task,
+    example: Example,
+    ended: EndedRow,
+    decisions: FloatArray | None = None,
+    scores: npt.NDArray[np.float32] | None = None,
+) -> Episode:
+    """The response to `example` that a row holds; decisions and scores are zeros where nobody decided."""
+    row, tokens = ended.row, session.response(ended.row)
+    return Episode(
+        example=example,
+        tokens=tokens,
+        writers=session.writers(row),
+        text=session.pool.decode(tokens),
+        correct=session.correct(row, task, example),
+        terminated=ended.terminated,
+        ledger=session.ledger[row].copy(),
+        decisions=np.zeros(COLUMNS) if decisions is None else decisions,
+        scores=np.zeros(len(tokens), dtype=np.float32) if scores is None else scores[: len(tokens)],
+    )
+
+
+class DecisionRecord:
+    """What a policy did for the response each row of a session holds.
+
+    Args:
+        rows: of the session.
+        max_new_tokens: the longest response.
+    """
+
+    def __init__(self, rows: int, max_new_tokens: int) -> None:
+        self._scores = np.zeros((rows, max_new_tokens), dtype=np.float32)
+        self._decisions: FloatArray = np.zeros((rows, COLUMNS))
+
+    def begin(self, rows: IntArray) -> None:
+        """Forget what was done for `rows`, (n,), which begin anew."""
+        self._decisions[rows] = 0
+
+    def add(self, rows: IntArray, positions: IntArray, scores: npt.NDArray[np.float32], seconds: float) -> None:
+        """Note `scores`, (n,), of `rows` at `positions`, (n,) each, which took so many seconds together."""
+        self._decisions[rows, PASSES] += 1
+        self._decisions[rows, SECONDS] += seconds / len(rows)
+        self._scores[rows, positions] = scores
+
+    def add_whole(self, rows: IntArray, scores: npt.NDArray[np.float32]) -> None:
+        """Let the scores of `rows`, (n,) each, stand for all positions of their responses."""
+        self._scores[rows] = scores[:, None]
+
+    def of(self, row: int) -> tuple[FloatArray, npt.NDArray[np.float32]]:
+        """Copies of a row's decisions, (COLUMNS,), and of its scores by position, (max_new_tokens,)."""
+        return self._decisions[row].copy(), self._scores[row].copy()
 
 
 def decode_loop(
     session: Session | TreeSession,
-    rows: IntArray,
-    policy: Policy,
-    threshold: float,
-    gather: float,
-    refill: Callable[[IntArray], tuple[IntArray, IntArray]],
-    finish: Callable[[int, bool], None],
-    scores: npt.NDArray[np.float32] | None = None,
-    decisions: FloatArray | None = None,
-) -> None:
-    """Keep `rows` of a session busy until `refill` starts no more of them.
+    queue: EpisodeQueue,
+    policy: Policy | None,
+    threshold: float = 0.5,
+    gather: float = 0.0,
+    record: DecisionRecord | None = None,
+    first_action: int = UNDECIDED,
+) -> Iterator[EndedRow]:
+    """Answer all that waits in a queue, and yield each row when its response has ended.
 
     Args:
         session: where the rows live.
-        rows: the rows to use.
-        policy: scores decisions.
+        queue: the rows to use, and what waits for them.
+        policy: scores decisions; where None, `first_action` is every action, and no row is observed.
         threshold: the SLM writes where the score is at least this.
         gather: see `Scheduling`.
-        refill: given free rows, starts some and returns them with the action each must take first, or UNDECIDED.
-        finish: called with a row that has ended, and whether it terminated.
-        scores: filled with each row's scores by position, (session.rows, max_new_tokens).
-        decisions: gains what the policy did for each row, (session.rows, COLUMNS).
+        record: notes what the policy does.
+        first_action: of every response; the policy's where UNDECIDED.
 
     Raises:
         FloatingPointError: a score is not a number.
     """
     llm = len(session.pool) - 1
-    once = decides_once(policy)
     actions = np.full(session.rows, UNDECIDED)
     lasting = np.full(session.rows, UNDECIDED)  # the action of a whole response, once it is decided
-    free, busy = np.asarray(rows), np.zeros(0, dtype=np.int64)
+    asked, episodes = np.zeros(session.rows, dtype=bool), np.zeros(session.rows, dtype=np.int64)
     while True:
-        if len(free):
-            started, first = refill(free)
-            actions[started], lasting[started] = first, UNDECIDED
-            free = np.setdiff1d(free, started)
-            busy = np.sort(np.concatenate([busy, started]))
+        started = queue.fill()
+        if len(started):
+            asked[started] = False
+            actions[started], lasting[started] = first_action, first_action if policy is None else UNDECIDED
+            if record is not None:
+                record.begin(started)
+        busy = queue.busy
         if not len(busy):
             return
         undecided = busy[actions[busy] == UNDECIDED]
-        if len(undecided):
+        if policy is not None and len(undecided):
             observation = session.observe(undecided)
+            asked[undecided], episodes[undecided] = True, observation.episodes
             begun = time.perf_counter()
             with torch.no_grad():
                 score = policy.score(observation).float().cpu().numpy()
             if np.isnan(score).any():
                 raise FloatingPointError(f"{type(policy).__name__} scored NaN; check its weights and its inputs")
-            if decisions is not None:
-                decisions[undecided, PASSES] += 1
-                decisions[undecided, SECONDS] += (time.perf_counter() - begun) / len(undecided)
+            if record is not None:
+                record.add(undecided, observation.positions, score, time.perf_counter() - begun)
             actions[undecided] = np.where(score >= threshold, 0, llm)
-            if scores is not None:
-                scores[undecided, observation.positions] = score
-            if once:
+            if policy.per_response:
                 lasting[undecided] = actions[undecided]
-                if scores is not None:
-                    scores[undecided] = score[:, None]
+                if record is not None:
+                    record.add_whole(undecided, score)
                 given = undecided[actions[undecided] > 0]
                 if len(given):
                     session.release_slm(given)
@@ -224,6 +339,8 @@ def decode_loop(
         ended = step.terminated | step.truncated
         if ended.any():
             for row, terminated in zip(go[ended], step.terminated[ended], strict=True):
-                finish(int(row), bool(terminated))
-            free = np.concatenate([free, go[ended]])
-            busy = np.setdiff1d(busy, go[ended])
+                yield EndedRow(int(row), queue.item(row), bool(terminated))
+            queue.end(go[ended])
+            known = go[ended & asked[go]]
+            if policy is not None and len(known):
+                policy.forget(episodes[known])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode_loop
 from agents.preferences.labels import Rollouts
@@ -136,38 +137,31 @@ class PreferenceCollector:
         """Roll out the tokens `where`, all of examples in `batch`, which the session holds."""
         branches = (0, len(self.pool) - 1) if labels.branches == "both" else (0,)
         slot_of = {e: slot for slot, e in enumerate(batch)}
-        queue = [
+        rollouts = [
             (slot_of[int(columns["example"][token])], int(token), branch)
             for token in np.flatnonzero(where)
             for branch in branches
         ]
-        # taken from the end: the longest first, so that none is left to finish alone
-        queue.sort(key=lambda roll: (-columns["position"][roll[1]], roll))
-        serving: dict[int, tuple[int, int]] = {}
+        # the longest first, so that none is left to finish alone
+        rollouts.sort(key=lambda rollout: (-columns["position"][rollout[1]], rollout), reverse=True)
 
-        def refill(free: IntArray) -> tuple[IntArray, IntArray]:
-            taken = [queue.pop() for _ in range(min(len(free), len(queue)))]
-            rows = free[: len(taken)]
-            if not taken:
-                return rows, rows
-            slots, tokens, models = (np.array(part) for part in zip(*taken, strict=True))
+        def start(rows: IntArray, numbers: IntArray) -> None:
+            slots, tokens, models = (np.array(part) for part in zip(*(rollouts[n] for n in numbers), strict=True))
             prompts = np.array([len(self._prompts[batch[slot]]) for slot in slots])
             # the first token is known: where it is the LLM's, the row is taught it instead of asking the LLM again
             first = np.where(models == 0, columns["slm_token"][tokens], columns["llm_token"][tokens])
             self._session.fork(slots, rows, prompts + columns["position"][tokens], first)
-            serving.update(zip(rows.tolist(), zip(tokens.tolist(), models.tolist(), strict=True), strict=True))
-            return rows, np.zeros(len(rows), dtype=np.int64)
 
-        def finish(row: int, terminated: bool) -> None:
-            token, model = serving[row]
-            text = self.pool.decode(self._session.response(row))
+        queue = EpisodeQueue(np.arange(self._rows, 2 * self._rows), len(rollouts), start)
+        loop = decode_loop(
+            self._session, queue, policy, threshold, gather=self.scheduling.gather, first_action=0
+        )  # the SLM's turn, in which the known token is written
+        for ended in loop:
+            _, token, model = rollouts[ended.item]
+            text = self.pool.decode(self._session.response(ended.row))
             example = self.examples[columns["example"][token]]
             outcome = columns["llm_outcome" if model else "slm_outcome"]
             outcome[token] = self.task.is_correct(example, text)
-
-        if queue:
-            forks = np.arange(self._rows, 2 * self._rows)
-            decode_loop(self._session, forks, policy, threshold, self.scheduling.gather, refill, finish)
 
     def _batches(self, chosen: Sequence[int]) -> list[list[int]]:
         """Examples in groups that fit the rows for references, of like length."""

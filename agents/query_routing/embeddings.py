@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agents.query_routing.outcomes import fewest_queries
 from envs.decoding.session import Session
-from envs.models.loading import load_pool
+from envs.models.loading import load_model
 from envs.models.pool import ModelPool
 
 
@@ -53,9 +53,8 @@ class SlmEmbedding:
     capacity: int = 512
 
     def fit(self, prompts: Sequence[str], seed: int = 0) -> Embedder:
-        # a pool needs two models; one that stands there twice is loaded once
-        pool = load_pool([self.name] * 2, self.device, self.dtype, self.rows, self.capacity, verbose=False)
-        return _SlmEmbedder(pool, self.rows)
+        model = load_model(self.name, self.device, self.dtype, self.rows, self.capacity, verbose=False)
+        return _SlmEmbedder(ModelPool([model], self.rows, self.capacity), self.rows)
 
 
 class _SlmEmbedder:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.common.policy import Track, untracked
+from agents.common.saving import saved_as
 from agents.query_routing.features import compared_at_once, standardisation, standardise
 from agents.query_routing.learner import QueryLearner
 from agents.query_routing.outcomes import fewest_queries
@@ -18,6 +19,7 @@ NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """What the number of neighbours is chosen from, as far as there are others."""
 
 
+@saved_as("knn")
 @dataclass(frozen=True, eq=False)
 class NeighboursRouter(QueryRouter):
     """The mean error of each model over the nearest queries, by Euclidean distance of standardised embeddings.

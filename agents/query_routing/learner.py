@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.common.policy import Track, untracked
-from agents.common.rollout import Scheduling, decode
-from agents.heuristics import Always
+from agents.common.policy import Learner, Policy, Track, TrainingRun, untracked
+from agents.common.rollout import Scheduling, decode, decode_alone
 from agents.query_routing.outcomes import QueryOutcomes, check_models
 from agents.query_routing.policy import QueryPolicy
 from agents.query_routing.router import EmbeddedQueries, QueryRouter
 from envs.costs import MemoryTraffic, Price
 from envs.decoding.observation import Observation
 from envs.models.pool import ModelPool, models_manifest
-from envs.storage import check_manifest, write_tensors, write_text
-from envs.tasks.task import Example, Task, first_training_example
+from envs.storage import check_manifest, read_tensors, write_tensors, write_text
+from envs.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)
-class QueryLearner(ABC):
+class QueryLearner(Learner[QueryPolicy]):
     """Learns to route whole queries from what each model of a pool makes of training queries by itself.
 
     Args:
@@ -76,33 +74,32 @@ class QueryLearner(ABC):
             ValueError: a setting asks for more than there are queries.
         """
 
-    def fit(
-        self, pool: ModelPool, task: Task, seed: int = 0, track: Track = untracked, folder: Path | None = None
-    ) -> QueryPolicy:
+    def train(self, run: TrainingRun) -> QueryPolicy:
+        pool = run.pool
         self.check(pool.names, self.examples)
-        queries = self._answered(pool, task, seed, folder)
-        router = self.fit_queries(queries, queries, seed, track)
+        queries = self._answered(run)
+        router = self.fit_queries(queries, queries, run.seed, run.track)
         policy = QueryPolicy(router, models_manifest(pool))
         right = queries.correct.mean(0).tolist()
-        track({"run": "queries", **{f"right_{name}": share for name, share in zip(pool.names, right, strict=True)}})
+        run.track({"run": "queries", **{f"right_{name}": share for name, share in zip(pool.names, right, strict=True)}})
         if self.llm_share is not None:
             scores = policy.slm_scores(queries.embeddings)
             policy = replace(policy, threshold=calibrated_threshold(scores, self.llm_share))
         return policy
 
-    def _answered(self, pool: ModelPool, task: Task, seed: int, folder: Path | None) -> EmbeddedQueries:
-        """What the models make of training problems, kept in `folder`."""
-        start = first_training_example(task, seed)
+    def _answered(self, run: TrainingRun) -> EmbeddedQueries:
+        """What the models make of training problems, kept in the run's folder."""
+        pool, task = run.pool, run.task
+        start = task.training_start(run.seed)
         about = {
             "models": models_manifest(pool),
             "task": {"name": task.name, "start": start, "examples": self.examples},
             "max_new_tokens": self.max_new_tokens,
         }
-        path = folder and folder / "queries.safetensors"
-        manifest = folder and folder / "queries.json"
+        path, manifest = run.file("queries.safetensors"), run.file("queries.json")
         if path and manifest and path.is_file():
             check_manifest(path, json.loads(manifest.read_text()), about)
-            kept = load_file(path)
+            kept = read_tensors(path)
             return EmbeddedQueries(
                 kept["embeddings"], tuple(pool.names), kept["correct"].numpy(), kept["costs"].numpy()
             )
@@ -121,7 +118,7 @@ def calibrated_threshold(scores: Tensor, llm_share: float) -> float:
     return float(torch.quantile(scores.double(), llm_share))
 
 
-class _FirstStates:
+class _FirstStates(Policy):
     """Lets the SLM write everything, and keeps the state each response began in."""
 
     def __init__(self) -> None:
@@ -152,23 +149,24 @@ def answer_alone(
     Returns:
         The outcomes, costs in bytes of memory traffic, and the SLM's states after the prompts: float32, (n, width).
     """
-    seen = _FirstStates()
+    first_states = _FirstStates()
     correct, costs = [], []
-    for number, name in enumerate(pool.names):
-        # the engine's decisions are between the first model and the last: a pair for each model
-        pair = ModelPool([pool.slm, pool.models[max(1, number)]], pool.rows, pool.capacity)
-        episodes = decode(
-            pair, task, examples, Always(slm=False) if number else seen, 0.5, max_new_tokens, scheduling,
-            label=f"queries answered by {name}",
-        )  # fmt: skip
-        alone = np.stack([episode.ledger[-1 if number else 0] for episode in episodes])
+    for number, (name, model) in enumerate(zip(pool.names, pool.models, strict=True)):
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "scheduling": scheduling, "label": f"queries answered by {name}"
+        }  # fmt: skip
+        if number == 0:  # its states are looked at, so that it reads what a router would have it read
+            episodes = decode(pool, task, examples, first_states, **settings)
+        else:
+            episodes = decode_alone(model, task, examples, pool=pool, **settings)
+        alone = np.stack([episode.ledger[number] for episode in episodes])
         correct.append([episode.correct for episode in episodes])
         costs.append(Price([pool.profiles[number]], [MemoryTraffic()]).of(alone[:, None])["bytes"])
     outcomes = QueryOutcomes(
         [example.prompt for example in examples], [task.name] * len(examples), tuple(pool.names),
         np.stack(correct, axis=1), np.stack(costs, axis=1),
     )  # fmt: skip
-    return outcomes, torch.stack([seen.states[i] for i in range(len(examples))])
+    return outcomes, torch.stack([first_states.states[i] for i in range(len(examples))])
 
 
 def same_models(learner: str, train: EmbeddedQueries, known: EmbeddedQueries) -> None:

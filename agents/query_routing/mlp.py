@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.common.policy import Track, untracked
+from agents.common.saving import saved_as
 from agents.query_routing.learner import QueryLearner
 from agents.query_routing.router import SUREST, EmbeddedQueries, QueryRouter
 from agents.router.dataset import LabelledTokens, held_out_rows
@@ -59,6 +60,7 @@ def constant_network(width: int, share: float) -> RouterNetwork:
     return network.eval()
 
 
+@saved_as("mlp")
 class MlpRouter(NetworksRouter):
     """Asks each model's network how likely the model is to be wrong; logits are those of being right."""
 

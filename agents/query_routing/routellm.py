@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from agents.common.policy import Track, untracked
+from agents.common.saving import saved_as
 from agents.query_routing.features import compared_at_once, standardisation, standardise, with_constant
 from agents.query_routing.learner import QueryLearner, same_models
 from agents.query_routing.mlp import NetworksRouter
@@ -82,6 +83,7 @@ def factorised_logits(tensors: Tensors, features: Tensor) -> Tensor:
     return logits
 
 
+@saved_as("routellm_mf")
 @dataclass(frozen=True, eq=False)
 class FactorisationRouter(QueryRouter):
     """A score of each model for a query, bilinear in the model's vector and the query's embedding.
@@ -154,6 +156,7 @@ def similarities(queries: Tensor, known: Tensor) -> Tensor:
     return torch.where(largest > 0, found / largest, found)
 
 
+@saved_as("routellm_sw")
 @dataclass(frozen=True, eq=False)
 class SimilarityRouter(QueryRouter):
     """The LLM's wins over training queries, weighted by their similarity to the query.
@@ -211,6 +214,7 @@ class SimilarityWeighted(RouteLlm):
 # -- classifier -------------------------------------------------------------------------------------------------------
 
 
+@saved_as("routellm_classifier")
 class ClassifierRouter(NetworksRouter):
     """Asks one network, whose logits are those of the SLM winning."""
 

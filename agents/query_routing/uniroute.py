@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from agents.common.policy import Track, untracked
+from agents.common.saving import saved_as
 from agents.query_routing.features import standardisation, standardise, with_constant
 from agents.query_routing.learner import QueryLearner
 from agents.query_routing.optim import GradientDescent
@@ -137,6 +138,7 @@ class ClusterRouter(QueryRouter):
         return cluster_errors(self.known, wrong, float(self.shrinkage))
 
 
+@saved_as("uniroute_kmeans")
 class NearestCentreRouter(ClusterRouter):
     """A query belongs to the cluster whose centre is nearest; `theta` are the centres, (clusters, width)."""
 
@@ -145,6 +147,7 @@ class NearestCentreRouter(ClusterRouter):
         return torch.nn.functional.one_hot(torch.cdist(features, theta).argmin(1), len(theta)).float()
 
 
+@saved_as("uniroute_learned")
 class LearnedMapRouter(ClusterRouter):
     """A query belongs to cluster k in proportion to exp(theta_k . phi), phi its embedding and a constant.
 

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from agents.common.policy import POLICY_FILE, class_name
+from agents.common.saving import SavedPolicy, saved_as
 from agents.rl.algorithms import algorithm_named
 from agents.rl.cost_weights import CostWeights
+from envs.arrays import IntArray
 from envs.decoding.observation import Observation, feature_width
 from envs.environments.token_routing import HIDDEN_BOUND
 from envs.models.pool import ModelPool, models_manifest
-from envs.storage import write_tensors, write_text
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
 
-WEIGHTS_FILE = "policy.safetensors"
-
-
+@saved_as("sb3")
 @dataclass
-class Sb3Policy:
+class Sb3Policy(SavedPolicy):
     """Scores a decision with a network of Stable-Baselines3.
 
     The score is the actor's probability of the SLM (PPO, A2C, recurrent PPO), or the sigmoid of the SLM's advantage in
@@ -79,13 +73,8 @@ class Sb3Policy:
         head = algorithm_named(self.algorithm).head(self.network)
         return sum(parameter.numel() for module in head for parameter in module.parameters())
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells policies with other weights apart."""
-        digest = hashlib.sha256(f"{self.algorithm} {self.features} {self.conditioned} {self.weight}".encode())
-        for name, value in self.network.state_dict().items():
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def about(self) -> str:
+        return f"{self.algorithm} {self.features} {self.conditioned} {self.weight}"
 
     def at(self, weight: float) -> Sb3Policy:
         """The policy for one cost weight, of a conditioned policy.
@@ -112,6 +101,10 @@ class Sb3Policy:
         found = self._recurrent(inputs, observation) if probability is None else probability(self.network, inputs)
         return found.view(seen.shape[:2]).mean(-1)
 
+    def forget(self, episodes: IntArray) -> None:
+        for episode in episodes.tolist():
+            self._states.pop(episode, None)
+
     def _recurrent(self, inputs: Tensor, observation: Observation) -> Tensor:
         """Probabilities of the SLM, (n x weights,), and one step of the state of every episode."""
         lstm, n = self.network.lstm_actor, len(observation.positions)
@@ -130,14 +123,11 @@ class Sb3Policy:
             self._states[int(episode)] = state.clone()
         return cast(Tensor, distribution.distribution.probs[:, 0])
 
-    def save(self, folder: Path) -> None:
-        """Write `policy.safetensors` and `policy.json`.
+    def tensors(self) -> dict[str, Tensor]:
+        return cast(dict[str, Tensor], self.network.state_dict())
 
-        Raises:
-            ValueError: the network was built with arguments that are no plain data, as one out of an archive may be.
-        """
-        settings = {
-            "class": class_name(type(self)),
+    def settings(self) -> dict[str, Any]:
+        return {
             "models": self.models,
             "algorithm": self.algorithm,
             "features": self.features,
@@ -147,56 +137,32 @@ class Sb3Policy:
             "conditioned": None if self.conditioned is None else [self.conditioned.low, self.conditioned.high],
             "weight": self.weight,
         }
-        try:
-            text = json.dumps(settings, indent=1) + "\n"
-        except TypeError as error:
-            raise ValueError(
-                f"{folder}: the network's arguments {self.arguments} cannot be written: {error}"
-            ) from error
-        # an actor and its critic share the statistics of their inputs; the format wants each tensor on its own
-        tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-        write_tensors(folder / WEIGHTS_FILE, tensors)
-        write_text(folder / POLICY_FILE, text)
 
     @classmethod
-    def load(cls, folder: Path, pool: ModelPool) -> Sb3Policy:
-        """Read what `save` wrote.
+    def seen_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
+        return feature_width(settings["features"], pool.slm.width)
 
-        Raises:
-            ValueError: there is no such policy in `folder`, or it was trained for other models than the pool's.
-        """
-        try:
-            settings = json.loads((folder / POLICY_FILE).read_text())
-            weights = load_file(folder / WEIGHTS_FILE)
-            models, width, features = settings["models"], settings["width"], settings["features"]
-            fits = models == models_manifest(pool) and width == feature_width(features, pool.slm.width)
-            conditioned = settings["conditioned"] and CostWeights(*settings["conditioned"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no readable policy; train one with experiments.train") from error
-        if not fits:
-            named = [
-                ", ".join(f"{model['name']} ({model['fingerprint']})" for model in listed)
-                for listed in (models, models_manifest(pool))
-            ]
-            raise ValueError(
-                f"{folder}: the policy was trained for {named[0]} ({width} features); the pool is {named[1]} "
-                f"({pool.slm.width} wide): load that pool, or train for it"
-            )
-        try:
-            network = empty_network(
-                settings["algorithm"],
-                width + bool(conditioned),
-                len(pool),
-                settings["arguments"],
-                settings["standardised"],
-            )
-            network.load_state_dict(weights)
-        except (RuntimeError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder}: {WEIGHTS_FILE} does not fit {POLICY_FILE}: {error}") from error
+    @classmethod
+    def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
+        conditioned = settings["conditioned"] and CostWeights(*settings["conditioned"])
+        network = empty_network(
+            settings["algorithm"],
+            width=settings["width"] + bool(conditioned),
+            actions=len(pool),
+            arguments=settings["arguments"],
+            standardised=settings["standardised"],
+        )
+        network.load_state_dict(dict(tensors))
         return cls(
-            network.to(pool.slm.device), settings["algorithm"], models, features, settings["arguments"],
-            settings["standardised"], conditioned, settings["weight"],
-        )  # fmt: skip
+            network.to(pool.slm.device),
+            settings["algorithm"],
+            settings["models"],
+            settings["features"],
+            arguments=settings["arguments"],
+            standardised=settings["standardised"],
+            conditioned=conditioned,
+            weight=settings["weight"],
+        )
 
     @classmethod
     def from_archive(

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.common.policy import POLICY_FILE, class_name, weights_fingerprint
+from agents.common.saving import SavedPolicy, saved_as
 from agents.router.network import RouterNetwork
 from envs.decoding.observation import Observation, feature_width
-from envs.models.pool import ModelPool, models_manifest
-from envs.storage import write_tensors, write_text
+from envs.models.pool import ModelPool
 
 
+@saved_as("router")
 @dataclass
-class RouterPolicy:
+class RouterPolicy(SavedPolicy):
     """Scores a decision with a router network.
 
     Attributes:
@@ -30,6 +26,8 @@ class RouterPolicy:
         features: what it sees, one of `envs.decoding.observation.FEATURES`.
         calibration: how its scores compare with the labels of examples held out.
     """
+
+    weights_file: ClassVar[str] = "router.safetensors"
 
     network: RouterNetwork
     models: list[dict[str, str]]
@@ -41,22 +39,16 @@ class RouterPolicy:
         """Parameters read at every decision; they are part of the cost."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells routers with other weights apart."""
-        return weights_fingerprint(self.features, self.network.state_dict())
-
     def score(self, observation: Observation) -> Tensor:
         return torch.sigmoid(self.network(observation.seen(self.features)))
 
-    def save(self, folder: Path) -> None:
-        """Write `router.safetensors` and `policy.json`."""
-        write_tensors(folder / "router.safetensors", self.network.state_dict())
-        settings = {"class": class_name(type(self)), **self.settings()}
-        write_text(folder / POLICY_FILE, json.dumps(settings, indent=1) + "\n")
+    def about(self) -> str:
+        return self.features
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.network.state_dict()
 
     def settings(self) -> dict[str, Any]:
-        """What stands in `policy.json` beside the class."""
         return {
             "models": self.models,
             "features": self.features,
@@ -67,36 +59,16 @@ class RouterPolicy:
 
     @classmethod
     def seen_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
-        """Numbers seen at a decision over `pool` by a policy of these `settings`."""
         return feature_width(settings["features"], pool.slm.width)
 
     @classmethod
-    def restored(cls, network: RouterNetwork, settings: Mapping[str, Any], pool: ModelPool) -> RouterPolicy:
-        """The policy of these `settings` over `pool`, with a network in evaluation mode."""
+    def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
+        network = restored_network(settings, tensors, pool)
         return cls(network, settings["models"], settings["features"], settings["calibration"])
 
-    @classmethod
-    def load(cls, folder: Path, pool: ModelPool) -> RouterPolicy:
-        """Read what `save` wrote.
 
-        Raises:
-            ValueError: there is no router in `folder`, or it reads another model than the pool's SLM.
-        """
-        try:
-            settings = json.loads((folder / POLICY_FILE).read_text())
-            weights = load_file(folder / "router.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no readable router; train one with experiments.train") from error
-        if settings["models"] != models_manifest(pool) or settings["width"] != cls.seen_width(settings, pool):
-            raise ValueError(
-                f"{folder}: the router was trained for {_named(settings['models'])} ({settings['width']} features); "
-                f"the pool is {_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for it"
-            )
-        network = RouterNetwork(settings["width"], units=settings.get("units"))
-        network.load_state_dict(weights)
-        network.eval().requires_grad_(False)
-        return cls.restored(network.to(pool.slm.device), settings, pool)
-
-
-def _named(models: list[dict[str, str]]) -> str:
-    return ", ".join(f"{model['name']} ({model['fingerprint']})" for model in models)
+def restored_network(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> RouterNetwork:
+    """The network of saved `settings` and weights, in evaluation mode, on the device of the pool's SLM."""
+    network = RouterNetwork(settings["width"], units=settings.get("units"))
+    network.load_state_dict(dict(tensors))
+    return network.eval().requires_grad_(False).to(pool.slm.device)

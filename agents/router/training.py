@@ -251,7 +251,8 @@ class _Run:
                     f"{path} is the checkpoint of {metadata.get('about')}, this run is {self._about()}; delete it or "
                     "give this run another folder"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies, as those of read_tensors
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():

@@ -63,6 +63,7 @@ class Session:
         self._active: BoolArray = np.zeros(rows, dtype=bool)
         self._unread: BoolArray = np.zeros(rows, dtype=bool)  # the SLM has tokens to read before the next decision
         self._followed: BoolArray = np.ones(rows, dtype=bool)  # the SLM reads what is written
+        self._observed: BoolArray = np.ones(rows, dtype=bool)  # somebody may look at the SLM's state
         self._generators: list[np.random.Generator | None] = [None] * rows
         self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
         self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
@@ -85,6 +86,7 @@ class Session:
         generators: Sequence[np.random.Generator] | None = None,
         limits: IntArray | None = None,
         responses: Sequence[IntArray] | None = None,
+        observed: bool = True,
     ) -> FloatArray:
         """Start a new sequence in each row.
 
@@ -96,6 +98,8 @@ class Session:
             limits: the longest response of each row, at most `max_new_tokens`, (n,); that where None.
             responses: n arrays of tokens that the responses begin with, as if the SLM had written them. A response of
                 the longest length can be observed, but is not in flight.
+            observed: whether somebody may look at the rows' states. Where nobody does, the SLM too reads what it has
+                missed when it is chosen, and nothing else; `Step.slm_tokens` are of no use where others write.
 
         Returns:
             Ledger entries of the SLM's reading of all that, (n, models, COLUMNS).
@@ -128,7 +132,8 @@ class Session:
         for position, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[position]
         self._active[rows] = begun < self._limits[rows]
-        self._followed[rows] = True
+        self._followed[rows] = self._observed[rows] = observed
+        self._unread[rows] = False
         self.ledger[rows] = 0
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         work[:, 0, WRITTEN] = begun
@@ -151,21 +156,24 @@ class Session:
         actions = checked_actions(actions, len(rows), len(self.pool))
         if not self._active[rows].all():
             raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
-        check_followed(rows[actions == 0], self._followed)
+        observed = self._observed[rows]
+        check_followed(rows[observed & (actions == 0)], self._followed)
         self._catch_up(rows)
         work = np.zeros((len(rows), len(self.pool), COLUMNS))
         slm_tokens = self._slm_tokens[rows]
         tokens = slm_tokens.copy()
         uniforms = None if self.sampling.greedy else np.array([self._uniform(row) for row in rows])
+        has_read = observed & (actions == 0)  # the SLM's token is known
         for model in np.unique(actions):
-            chosen = np.flatnonzero(actions == model)
-            if model > 0:
+            chosen = np.flatnonzero((actions == model) & ~has_read)
+            if len(chosen):
                 entries, _, logits, tokens[chosen] = self._read(int(model), rows[chosen])
                 work[chosen, model] += entries
-            elif uniforms is not None:
-                logits = self._logits[torch.from_numpy(rows[chosen]).to(self._logits.device)]
-            if uniforms is not None:
-                tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
+                if uniforms is not None:
+                    tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
+        if uniforms is not None and has_read.any():
+            logits = self._logits[torch.from_numpy(rows[has_read]).to(self._logits.device)]
+            tokens[has_read] = self.sampling.draw(logits, uniforms[has_read])
         work[np.arange(len(rows)), actions, WRITTEN] = 1
         self._tokens[rows, self._lengths[rows]] = tokens
         self._writers[rows, self._lengths[rows]] = actions
@@ -221,7 +229,7 @@ class Session:
             # a model must have a token to read when it is next asked for one
             cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
         rowwise = (self._tokens, self._writers, self._prompts, self._limits, self._episodes, self._slm_tokens)
-        for state in (*rowwise, self._since_llm, self._followed, self.ledger):
+        for state in (*rowwise, self._since_llm, self._followed, self._observed, self.ledger):
             state[targets] = state[sources]
         for target, source in zip(targets, sources, strict=True):
             generator = self._generators[source]

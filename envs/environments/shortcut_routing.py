@@ -22,7 +22,7 @@ from envs.environments.vector import Info, all_masked, masked, row_generators, s
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
-from envs.tasks.task import Split, Task, check_split, first_training_example
+from envs.tasks.task import Split, Task, check_split
 
 Case3 = Literal["slm", "llm", "agreement", "drop", "outcome"]
 CASE_3: tuple[Case3, ...] = get_args(Case3)
@@ -175,10 +175,10 @@ def read_references(
     check_split(split)
     task = task or ArithmeticTask()
     if start is None:
-        start = first_training_example(task, 0) if split == "train" else 0
+        start = task.training_start(0) if split == "train" else 0
     size = task.size(split)
     count = examples if size is None else min(examples, size - start)
-    return References.read(pool or embedded_pool(), task.examples(split, count, start), max_new_tokens)
+    return References.read((pool or embedded_pool()).check_choice(), task.examples(split, count, start), max_new_tokens)
 
 
 def check_index(index: int, count: int) -> int:

@@ -51,7 +51,7 @@ class _Routing:
         if tree is not None:
             check_tree(tree, pool, task, max_new_tokens, sampling)
             pool, task = tree.pool, tree.task
-        self.pool = pool or embedded_pool()
+        self.pool = (pool or embedded_pool()).check_choice()
         self.task = task or ArithmeticTask()
         self.split: Split = check_split(split)
         self.reward = reward or OutcomeReward()

@@ -30,7 +30,9 @@ def tree_for(
             "citer/TokenRouting-v0"
         )
     if tree is None:
-        return PrefixTree(pool or embedded_pool(), task or ArithmeticTask(), max_new_tokens, memory, path)
+        return PrefixTree(
+            (pool or embedded_pool()).check_choice(), task or ArithmeticTask(), max_new_tokens, memory, path
+        )
     if path is not None:
         raise ValueError(
             f"a tree and the path {path} were given; give the tree alone, or open the path with PrefixTree(...)"

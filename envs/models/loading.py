@@ -82,12 +82,43 @@ def load_pool(
     Raises:
         ValueError: any of the above fails; the error names the model and the setting to change.
     """
-    specs = [ModelSpec(s) if isinstance(s, str) else s if isinstance(s, ModelSpec) else ModelSpec(**s) for s in names]
+    specs = [_spec_of(name) for name in names]
+    if len(specs) < 2 and rows >= 1:
+        raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")
+    loaded, capacity = _load(specs, device, dtype, rows, capacity, verbose)
+    return ModelPool(loaded, rows=rows, capacity=capacity)
+
+
+def load_model(
+    name: str | ModelSpec | Mapping[str, Any],
+    device: str = "cpu",
+    dtype: str = "auto",
+    rows: int = 8,
+    capacity: int | None = None,
+    verbose: bool = True,
+) -> LanguageModel:
+    """Load one model, with the checks of `load_pool`, whose arguments these are.
+
+    Raises:
+        ValueError: it is not there or cannot be used, or does not fit in memory with a cache of `rows` sequences.
+    """
+    [model], _ = _load([_spec_of(name)], device, dtype, rows, capacity, verbose)
+    return model
+
+
+def _spec_of(name: str | ModelSpec | Mapping[str, Any]) -> ModelSpec:
+    if isinstance(name, ModelSpec):
+        return name
+    return ModelSpec(name) if isinstance(name, str) else ModelSpec(**name)
+
+
+def _load(
+    specs: Sequence[ModelSpec], device: str, dtype: str, rows: int, capacity: int | None, verbose: bool
+) -> tuple[list[LanguageModel], int]:
+    """Check and load models, each once; they, and the capacity their caches were planned for."""
     if rows < 1:
         raise ValueError(f"rows must be at least 1, is {rows}")
     specs = [replace(s, device=s.device or device, dtype=s.dtype or dtype) for s in specs]
-    if len(specs) < 2:
-        raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")
     for spec in specs:
         _check_device(spec)
     sources = [_Source.find(spec) for spec in specs]
@@ -105,7 +136,7 @@ def load_pool(
     for source in sources:
         if source.spec not in loaded:
             loaded[source.spec] = source.load()
-    return ModelPool([loaded[spec] for spec in specs], rows=rows, capacity=capacity)
+    return [loaded[spec] for spec in specs], capacity
 
 
 @dataclass(frozen=True)

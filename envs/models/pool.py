@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 class ModelPool:
     """The models a router chooses from: the SLM first, then the others, cheapest first; one vocabulary.
 
+    A pool of one model answers by itself (`agents.common.rollout.decode_alone`); there is nothing to route in it.
+
     Args:
-        models: at least two.
+        models: at least one.
         rows: how many sequences in flight memory was planned for; None where it was not.
         capacity: the longest sequence (prompt and response) a session holds; the models' own limit where None.
 
     Raises:
-        ValueError: fewer than two models, or vocabularies or special tokens that differ.
+        ValueError: no models, or vocabularies or special tokens that differ.
     """
 
     models: Sequence[LanguageModel]
@@ -41,10 +43,8 @@ class ModelPool:
 
     def __post_init__(self) -> None:
         self.names = [model.name for model in self.models]
-        if len(self.models) < 2:
-            raise ValueError(
-                f"a pool needs at least two models, the SLM first; it has {', '.join(self.names) or 'none'}"
-            )
+        if not self.models:
+            raise ValueError("a pool needs at least two models, the SLM first, or one that answers alone; it has none")
         for other in self.models[1:]:
             check_same_vocabulary(self.slm, other)
 
@@ -54,6 +54,16 @@ class ModelPool:
 
     def __len__(self) -> int:
         return len(self.models)
+
+    def check_choice(self) -> ModelPool:
+        """The pool itself, for those that route in it.
+
+        Raises:
+            ValueError: it has fewer than two models.
+        """
+        if len(self.models) < 2:
+            raise ValueError(f"a pool needs at least two models, the SLM first; it has {', '.join(self.names)}")
+        return self
 
     @property
     def slm(self) -> LanguageModel:

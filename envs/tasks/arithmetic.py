@@ -75,6 +75,9 @@ LEVELS = {
     "hard": Level(steps=(4, 6), start=(20, 150), change=(10, 120), factor=(2, 9), largest=999),
 }
 
+PRETRAINED_ON = 1_000_000
+"""The first training problems: the embedded models have seen such, and learners begin behind them."""
+
 # A problem belongs to the split of its chain of equations, so no chain of one split is ever seen in another.
 _SPLIT_OF_RESIDUE: tuple[Split, ...] = ("train",) * 8 + ("validation", "test")
 _ANSWER = re.compile(r"####\s*(-?\d+)")
@@ -136,6 +139,10 @@ class ArithmeticTask(Task):
         prompt, reference = _tell(steps, pair, rng)
         kind = self.level if set(self.operations) == set(OPERATIONS) else f"{self.level} {self.operations}"
         return Example(f"arithmetic/{kind}/{split}/{index}", prompt, reference, str(steps[-1].result))
+
+    def training_start(self, seed: int) -> int:
+        """The first example of learners with this seed, behind those that the embedded models were pretrained on."""
+        return PRETRAINED_ON + super().training_start(seed)
 
     def is_correct(self, example: Example, response: str) -> bool:
         """The number behind the last `####` of the response equals the answer."""

@@ -10,6 +10,8 @@ import numpy as np
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+EXAMPLES_PER_SEED = 1_000_000
+"""How far apart learners of two seeds begin in a task without end."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Task(ABC):
             raise ValueError(f"{self.name} has {size} {split} examples; {count} from {start} on were asked for")
         return [self.example(split, start + offset) for offset in range(count)]
 
+    def training_start(self, seed: int) -> int:
+        """The first training example of learners with this seed: elsewhere for every seed where there is no end."""
+        return EXAMPLES_PER_SEED * seed if self.size("train") is None else 0
+
     def sample(self, split: Split, rng: np.random.Generator) -> Example:
         """One example of `split`, drawn uniformly with `rng`."""
         return self.example(split, int(rng.integers(self.size(split) or 2**31)))
@@ -115,14 +121,6 @@ class FirstExamples(Task):
 
     def is_correct(self, example: Example, response: str) -> bool:
         return self.task.is_correct(example, response)
-
-
-def first_training_example(task: Task, seed: int) -> int:
-    """Where learners with this seed begin to take training examples: elsewhere for every seed of an endless task.
-
-    The first million is passed over: the embedded pair was pretrained on problems from there.
-    """
-    return 1_000_000 * (seed + 1) if task.size("train") is None else 0
 
 
 def check_split(split: str) -> Split:

@@ -150,7 +150,7 @@ class Evaluation:
                 "examples": self.settings.threshold_examples,
             },
             "timed": self.settings.tree is None,
-            "policies": {name: getattr(policy, "fingerprint", repr(policy)) for name, policy in policies.items()},
+            "policies": {name: policy.fingerprint for name, policy in policies.items()},
         }
         return dict(keep_manifest(self.runs / "manifest.json", manifest, self.runs, chosen)["thresholds"])
 

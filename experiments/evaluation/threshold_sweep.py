@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.common.policy import Policy, decides_once
+from agents.common.policy import Policy
+from envs.arrays import IntArray
 from envs.decoding.observation import Observation
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.decoder import ExampleDecoder
@@ -28,12 +29,16 @@ class ScoreRecorder(Policy):
     def score(self, observation: Observation) -> Tensor:
         first = torch.from_numpy(observation.positions == 0)
         for name, policy in self.policies.items():
-            once = decides_once(policy)
+            once = policy.per_response
             if once and not first.any():
                 continue  # it is asked once a response
             scores = policy.score(observation).float().cpu()
             self.scores[name].append(scores[first] if once else scores)
         return torch.ones(len(observation.positions))
+
+    def forget(self, episodes: IntArray) -> None:
+        for policy in self.policies.values():
+            policy.forget(episodes)
 
 
 def choose_thresholds(

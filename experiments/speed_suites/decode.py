@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy
-from agents.common.rollout import UNDECIDED, decode_loop
+from agents.common.rollout import decode_loop
 from agents.heuristics import Random
 from envs.arrays import IntArray
 from envs.decoding.session import Session
@@ -83,14 +84,10 @@ def routed_seconds(
     """
     begun = time.perf_counter()
     session = Session(pool, rows, int(limits.max()), capacity=int(limits.max()) + max(map(len, prompts)))
-    waiting = list(range(len(prompts)))
 
-    def refill(free: IntArray) -> tuple[IntArray, IntArray]:
-        taken = [waiting.pop(0) for _ in range(min(len(free), len(waiting)))]
-        started = free[: len(taken)]
-        if taken and not prompts_read:
-            session.start(started, [prompts[i] for i in taken], np.array(taken), limits=limits[taken])
-        return started, np.full(len(started), UNDECIDED)
+    def start(rows: IntArray, numbers: IntArray) -> None:
+        if not prompts_read:
+            session.start(rows, [prompts[n] for n in numbers], numbers, limits=limits[numbers])
 
     if prompts_read:
         everything = np.arange(rows)
@@ -98,7 +95,9 @@ def routed_seconds(
         session.step(everything, np.full(rows, len(pool) - 1))
         session.observe(everything)
         begun = time.perf_counter()
-    decode_loop(session, np.arange(rows), policy, threshold, gather, refill, lambda row, terminated: None)
+    queue = EpisodeQueue(np.arange(rows), len(prompts), start)
+    for _ in decode_loop(session, queue, policy, threshold, gather):
+        pass
     return time.perf_counter() - begun
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from agents.common.policy import Learner, SavedPolicy
+from agents.common.policy import Learner, Policy, policy_from
+from agents.common.saving import SavedPolicy
+from agents.router.policy import RouterPolicy
 from envs.models.pool import ModelPool
 from envs.storage import write_text
 from envs.tasks.task import Task
@@ -24,7 +26,7 @@ SUMMARY = "summary.json"
 
 
 def train(
-    agent: Learner,
+    agent: Policy | Learner[Policy],
     pool: ModelPool,
     task: Task,
     folder: Path,
@@ -36,7 +38,7 @@ def train(
     """Fit an agent on the task's train split, save its policy, evaluate it; what is in `folder` is not done again.
 
     Args:
-        agent: what is fitted.
+        agent: a policy, or a learner that makes one.
         pool: the models.
         task: where examples come from.
         folder: of the run.
@@ -49,14 +51,14 @@ def train(
         The contents of `summary.json`.
     """
     started = time.perf_counter()
-    policy = agent.fit(pool, task, seed=seed, track=track, folder=folder)
+    policy = policy_from(agent, pool, task, seed, track, folder)
     seconds = round(time.perf_counter() - started, 1)
     summary: dict[str, Any] = {"agent": type(agent).__name__, "seed": seed, "seconds": seconds}
     if isinstance(policy, SavedPolicy):
         policy.save(folder / "policy")
         print(f"saved {folder / 'policy'} after {seconds} s")
-    if getattr(policy, "calibration", None):
-        summary["calibration"] = policy.calibration  # type: ignore[attr-defined]
+    if isinstance(policy, RouterPolicy) and policy.calibration:
+        summary["calibration"] = policy.calibration
     images: dict[str, Path] = {}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if plot_learning(rows, folder / "learning.png"):

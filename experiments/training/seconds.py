@@ -9,7 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from agents.common.policy import POLICY_FILE, Policy, load_policy
+from agents.common.policy import Policy, policy_from
+from agents.common.saving import POLICY_FILE, load_policy
 from envs.models.pool import ModelPool
 from envs.storage import write_text
 from envs.tasks.task import Task
@@ -80,5 +81,4 @@ def policy_of(run: Run, config: DictConfig, pool: ModelPool, task: Task) -> Poli
     place = run.folder / "policy"
     if (place / POLICY_FILE).is_file():
         return load_policy(place, pool)
-    policy: Policy = build(config, "agent").fit(pool, task, seed=run.seed)
-    return policy
+    return policy_from(build(config, "agent"), pool, task, run.seed)
