@@ -1,4 +1,9 @@
-"""CITER: a router trained on token-level preferences (Zheng et al., COLM 2025, arXiv 2502.01976), and its ablations."""
+"""CITER: a router trained on token-level preferences (Zheng et al., COLM 2025, arXiv 2502.01976), and its ablations.
+
+Preferences are decided by the shortcut and by rollouts (`Citer`), and the router is trained on them by Bradley-Terry's
+likelihood (eq. 5: binary cross-entropy), again and again with rollouts that it finishes itself. What differs from the
+released code: rollouts keep the LLM's cache, end at the end of sequence, and are split by example, never by token.
+"""
 
 from __future__ import annotations
 
@@ -156,9 +161,13 @@ class CiterRounds:
         if self._collector is None:
             settings = self.settings
             self._collector = PreferenceCollector(
-                self.pool, self.task, self.examples, settings.max_new_tokens, settings.scheduling,
+                self.pool,
+                self.task,
+                self.examples,
+                max_new_tokens=settings.max_new_tokens,
+                scheduling=settings.scheduling,
                 skip_too_long=settings.on_too_long == "skip",
-            )  # fmt: skip
+            )
         return self._collector
 
     def manifest(self, policy: RouterPolicy | None, number: int) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Search distillation: a router that learns the oracle's routings, and those from states it comes to itself.
 
-The oracle's path through each training problem is taught token by token: the LLM where it needed it, the SLM everywhere
-else, harmless disagreements included. Later rounds let the router answer, search on from states it visited, and add
-those paths (DAgger, Ross et al. 2011, with search as the expert, as in expert iteration, Anthony et al. 2017).
+The router imitates the oracle's path through each training problem, token by token: the LLM where the path needed it,
+the SLM everywhere else, harmless disagreements included; the loss is binary cross-entropy. Later rounds let the router
+answer, search on from states it visited, and add those paths: DAgger (Ross et al., AISTATS 2011, algorithm 3.1), with
+search as the demonstrator as in expert iteration (Anthony et al., NeurIPS 2017). Unlike there, the demonstrator never
+acts in the router's place, it starts from a few states of each answer, and where it solves nothing nothing is added.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ SEARCHED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
-class TaughtStates:
-    """States of a tree with the expert's choice in each.
+class OracleStates:
+    """States of a tree with the oracle's choice in each.
 
     Attributes:
         nodes: (n,).
         since_llm: tokens since the LLM last wrote, (n,).
-        prefers_slm: the expert's choice, (n,).
+        prefers_slm: the oracle's choice, (n,).
         examples: the number of the problem each is from, (n,).
     """
 
@@ -49,22 +51,22 @@ class TaughtStates:
     examples: IntArray
 
     @classmethod
-    def of(cls, found: Sequence[SearchResult], examples: Sequence[int]) -> TaughtStates:
+    def of(cls, searches: Sequence[SearchResult], problems: Sequence[int]) -> OracleStates:
         """The states on the paths of solved searches, each of the problem of that number."""
-        solved = [(one, number) for one, number in zip(found, examples, strict=True) if one.solved]
+        solved = [(search, number) for search, number in zip(searches, problems, strict=True) if search.solved]
         nothing: IntArray = np.zeros(0, dtype=np.int64)
-        writers = [one.writers[-(len(one.nodes) - 1) :] for one, _ in solved]
-        since = [since_at_each(one.writers)[-(len(one.nodes) - 1) :] for one, _ in solved]
+        writers = [search.writers[-(len(search.nodes) - 1) :] for search, _ in solved]
+        since = [since_at_each(search.writers)[-(len(search.nodes) - 1) :] for search, _ in solved]
         return cls(
-            np.concatenate([nothing, *(one.nodes[:-1] for one, _ in solved)]),
+            np.concatenate([nothing, *(search.nodes[:-1] for search, _ in solved)]),
             np.concatenate([nothing, *since]),
             np.concatenate([nothing, *writers]) == 0,
             np.concatenate([nothing, *(np.full(len(w), n) for w, (_, n) in zip(writers, solved, strict=True))]),
         )
 
-    def joined(self, other: TaughtStates) -> TaughtStates:
+    def joined(self, other: OracleStates) -> OracleStates:
         """Both together."""
-        return TaughtStates(*(np.concatenate(pair) for pair in zip(self._columns(), other._columns(), strict=True)))
+        return OracleStates(*(np.concatenate(pair) for pair in zip(self._columns(), other._columns(), strict=True)))
 
     def _columns(self) -> tuple[IntArray, IntArray, BoolArray, IntArray]:
         return self.nodes, self.since_llm, self.prefers_slm, self.examples
@@ -122,31 +124,34 @@ class OracleDistillation(Learner[RouterPolicy]):
         pool, task = run.pool, run.task
         start = task.training_start(run.seed)
         examples = task.examples("train", self.examples, start=start)
-        # what a search found stays found when a run is interrupted; other problems of the task have another start
+        # what was searched is kept when a run is interrupted; other problems of the task have another start
         kept = run.file("expert.tree")
         tree = PrefixTree(pool, task, self.max_new_tokens, self.memory, kept if kept and kept.is_file() else None)
         rng = np.random.default_rng(run.seed)
         numbers = list(range(len(examples)))
-        found: list[SearchResult] = []
+        searches: list[SearchResult] = []
         for begin in range(0, len(examples), SEARCHED_AT_ONCE):
-            found += self.oracle.search(tree, examples[begin : begin + SEARCHED_AT_ONCE])
+            searches += self.oracle.search(tree, examples[begin : begin + SEARCHED_AT_ONCE])
             if kept is not None:
                 tree.save(kept)
-        taught = TaughtStates.of(found, numbers)
-        policy = self._train_router(run, tree, taught, found, 1)
+        labelled = OracleStates.of(searches, numbers)
+        policy = self._train_router(run, tree, labelled, searches, 1)
         for number in range(2, self.rounds + 1):
             if self.ties == "router":
-                taught = TaughtStates.of(self.oracle.search(tree, examples, likely=policy), numbers)
-            starts, written, owners = self._visited(tree, task, examples, policy, taught, rng)
+                labelled = OracleStates.of(self.oracle.search(tree, examples, likely=policy), numbers)
+            starts, written, owners = self._visited(tree, task, examples, policy, labelled, rng)
             if starts:
-                found = self.oracle.search(
-                    tree, [examples[owner] for owner in owners], starts, written,
-                    policy if self.ties == "router" else None,
-                )  # fmt: skip
-                taught = taught.joined(TaughtStates.of(found, owners))
+                searches = self.oracle.search(
+                    tree,
+                    [examples[owner] for owner in owners],
+                    starts=starts,
+                    written=written,
+                    likely=policy if self.ties == "router" else None,
+                )
+                labelled = labelled.joined(OracleStates.of(searches, owners))
                 if kept is not None:
                     tree.save(kept)
-            policy = self._train_router(run, tree, taught, found, number)
+            policy = self._train_router(run, tree, labelled, searches, number)
         return policy
 
     def _visited(
@@ -155,16 +160,23 @@ class OracleDistillation(Learner[RouterPolicy]):
         task: Task,
         examples: Sequence[Example],
         policy: RouterPolicy,
-        taught: TaughtStates,
+        labelled: OracleStates,
         rng: np.random.Generator,
     ) -> tuple[list[int], list[npt.NDArray[np.int8]], list[int]]:
         """States the router comes to: their nodes, who wrote what stands there, and of which problem."""
-        scores = policy.score(observation_at(tree, taught.nodes, taught.since_llm)).double().numpy()
+        scores = policy.score(observation_at(tree, labelled.nodes, labelled.since_llm)).double().numpy()
         threshold = float(np.quantile(scores, self.llm_share))
         episodes = decode(
-            tree.pool, task, examples, policy, threshold, self.max_new_tokens, self.scheduling,
-            label="the router's answers", tree=tree,
-        )  # fmt: skip
+            tree.pool,
+            task,
+            examples,
+            policy,
+            threshold,
+            max_new_tokens=self.max_new_tokens,
+            scheduling=self.scheduling,
+            label="the router's answers",
+            tree=tree,
+        )
         starts, written, owners = [], [], []
         for number, episode in enumerate(episodes):
             nodes = tree.descend(tree.pool.encode(episode.example.prompt), episode.tokens)
@@ -176,28 +188,28 @@ class OracleDistillation(Learner[RouterPolicy]):
         return starts, written, owners
 
     def _train_router(
-        self, run: TrainingRun, tree: PrefixTree, taught: TaughtStates, found: Sequence[SearchResult], number: int
+        self, run: TrainingRun, tree: PrefixTree, labelled: OracleStates, searches: Sequence[SearchResult], number: int
     ) -> RouterPolicy:
         # a forgotten state's number names another one
         if tree.evictions:
             raise ValueError(
-                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(found)} problems; "
+                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(searches)} problems; "
                 "raise memory or lower examples"
             )
         name = f"round {number}"
         run.track(
             {
                 "run": name,
-                "searches": len(found),
-                "solved": float(np.mean([one.solved for one in found])),
-                "ran_out_of_budget": int(sum(one.exhausted for one in found)),
-                "answers_tried": float(np.mean([one.walks for one in found])),
-                "states": len(taught.nodes),
-                "llm_share": float(1 - taught.prefers_slm.mean()) if len(taught.nodes) else 0.0,
+                "searches": len(searches),
+                "solved": float(np.mean([search.solved for search in searches])),
+                "ran_out_of_budget": int(sum(search.exhausted for search in searches)),
+                "answers_tried": float(np.mean([search.walks for search in searches])),
+                "states": len(labelled.nodes),
+                "llm_share": float(1 - labelled.prefers_slm.mean()) if len(labelled.nodes) else 0.0,
                 "tree": len(tree),
             }
         )
-        data = LabelledTokens.in_memory(taught.features(tree, self.features), taught.prefers_slm, taught.examples)
+        data = LabelledTokens.in_memory(labelled.features(tree, self.features), labelled.prefers_slm, labelled.examples)
         network, report = fit_router(
             data,
             self.training,

@@ -1,4 +1,8 @@
-"""Policies that learn nothing: one model alone, a random choice, the SLM's own uncertainty."""
+"""Policies that learn nothing: one model alone, a random choice, the SLM's own uncertainty.
+
+The measures of uncertainty are those of model cascades (e.g. Gupta et al., ICLR 2024), but taken at every token, not
+once a query.
+"""
 
 from __future__ import annotations
 

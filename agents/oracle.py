@@ -1,4 +1,9 @@
-"""The oracle: for each problem the cheapest routing that gives a right answer, the limit of every policy."""
+"""The oracle: for each problem the cheapest routing that gives a right answer, the limit of every policy.
+
+Best-first search (uniform-cost, Dijkstra 1959) over which model writes each token, on the replay tree: the path cost is
+that of the passes behind a routing, and what comes first off the queue with a right answer is the cheapest there is. It
+reads verdicts, so that it is no policy: it bounds them, and `agents.distillation` imitates it.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +69,7 @@ class _Search:
 
     def __init__(self, example: Example, start: int, writers: npt.NDArray[np.int8]) -> None:
         self.example, self.start = example, start
-        first = _Item(0.0, 0.0, start, False, len(writers), writers)
-        self.heap = [first]
+        self.heap = [_Item(0.0, 0.0, node=start, read=False, first=len(writers), writers=writers)]
         self.best = np.inf
         self.end = self.alone = UNKNOWN
         self.writers = self.alone_writers = writers
@@ -150,7 +154,7 @@ class _Searches:
         self.cost = next(cost for cost in ALL_COSTS if cost.name == settings.cost)
         self.examples, self.starts, self.written = examples, starts, written
         self.rows = min(settings.rows, settings.together * len(examples))
-        self.explorer = TreeExpander(tree, self.rows)
+        self.expander = TreeExpander(tree, self.rows)
         self.results: list[SearchResult | None] = [None] * len(examples)
         self.open: dict[int, _Search] = {}
         self.serving: dict[int, tuple[int, _Item]] = {}
@@ -165,7 +169,7 @@ class _Searches:
                 self._begin()
                 self._assign()
                 self._step()
-        return [found for found in self.results if found is not None]
+        return [result for result in self.results if result is not None]
 
     def _begin(self) -> None:
         """Take up problems while there are fewer than rows."""
@@ -175,7 +179,7 @@ class _Searches:
         if not new:
             return
         prompts = [self.pool.encode(self.examples[e].prompt) for e in new]
-        roots = self.explorer.roots(np.array(free), prompts)
+        roots = self.expander.roots(np.array(free), prompts)
         for e, root in zip(new, roots.tolist(), strict=True):
             start = root if self.starts is None else self.starts[e]
             writers = np.zeros(0, dtype=np.int8) if self.written is None else self.written[e]
@@ -210,25 +214,25 @@ class _Searches:
                 self.actions[row] = 0 if item.node == search.start and search.walks == 1 else self.llm
         if reads:
             rows = np.array([row for _, _, row in reads])
-            self.explorer.read_along(rows, np.array([item.node for _, item, _ in reads]), self.llm)
+            self.expander.read_along(rows, np.array([item.node for _, item, _ in reads]), self.llm)
             for number, item, _ in reads:
                 self._branch(self.open[number], item)
 
-    def _branch(self, search: _Search, item: _Item) -> None:
+    def _branch(self, search: _Search, answer: _Item) -> None:
         """Queue what an answer could have been, had the LLM written one token more."""
         tree = self.tree
-        path = tree.path(item.node)[item.first : -1]
+        path = tree.path(answer.node)[answer.first : -1]
         tokens = tree.tokens[path]
         others = np.flatnonzero(tokens[:, self.llm] != tokens[:, 0])
-        ranks = self._ranks(path, item)
+        ranks = self._ranks(path, answer)
         for offset in others.tolist():
-            depth = item.first + offset
-            writers = np.concatenate([item.writers[:depth], np.array([self.llm], dtype=np.int8)])
+            depth = answer.first + offset
+            writers = np.concatenate([answer.writers[:depth], np.array([self.llm], dtype=np.int8)])
             bound = self._cost(int(path[offset]), writers, False)
             if bound < search.best:
-                heapq.heappush(
-                    search.heap, _Item(bound, float(ranks[offset]), int(path[offset]), False, depth + 1, writers)
-                )
+                node = int(path[offset])
+                item = _Item(bound, float(ranks[offset]), node=node, read=False, first=depth + 1, writers=writers)
+                heapq.heappush(search.heap, item)
 
     def _ranks(self, path: IntArray, item: _Item) -> npt.NDArray[Any]:
         """What comes first among equals, (n,): the lowest."""
@@ -246,7 +250,7 @@ class _Searches:
         if not self.serving:
             return
         rows = np.array(sorted(self.serving))
-        self.nodes[rows] = self.explorer.step(rows, self.nodes[rows], self.actions[rows])
+        self.nodes[rows] = self.expander.step(rows, self.nodes[rows], self.actions[rows])
         self.actions[rows] = 0
         for row in rows[self.tree.ends[self.nodes[rows]] != GOING_ON].tolist():
             number, item = self.serving.pop(row)
@@ -267,7 +271,7 @@ class _Searches:
         # one more token of the LLM costs at least what stands there already
         bound = self._cost(end, writers[: item.first], False) + self._least
         if bound < search.best and len(writers) > item.first:
-            heapq.heappush(search.heap, _Item(bound, 0.0, end, True, item.first, writers))
+            heapq.heappush(search.heap, _Item(bound, 0.0, node=end, read=True, first=item.first, writers=writers))
 
     @property
     def _least(self) -> float:
@@ -290,11 +294,11 @@ class _Searches:
             end = search.end if solved else search.alone
             start = int(self.tree.depths[search.start])
             self.results[number] = SearchResult(
-                solved,
-                search.exhausted,
-                self.tree.path(end)[start:],
-                search.writers if solved else search.alone_writers,
-                search.walks,
+                solved=solved,
+                exhausted=search.exhausted,
+                nodes=self.tree.path(end)[start:],
+                writers=search.writers if solved else search.alone_writers,
+                walks=search.walks,
             )
             self.tree.release(self.tree.prompt(search.start))
             progress.update()

@@ -1,6 +1,9 @@
 """R2R: a router trained on which of the tokens the models disagree about lead the LLM's answer elsewhere.
 
-Fu et al., 2025, "R2R: Efficiently Navigating Divergent Reasoning Paths with Small-Large Model Token Routing".
+Fu et al., 2025, "R2R: Efficiently Navigating Divergent Reasoning Paths with Small-Large Model Token Routing". The SLM's
+token is divergent where the LLM, going on from it, comes to another answer than from its own (`Divergence`); a router
+that sees the SLM's state, logits and token learns that by binary cross-entropy. The paper lets a further model judge
+whether two continuations mean the same; here the task's verdict on the whole answers does.
 """
 
 from __future__ import annotations
@@ -107,9 +110,9 @@ class R2RPolicy(RouterPolicy):
                 f"R2R sees the {self.top_logits} largest logits of the SLM, a replay tree keeps fewer; decode live, "
                 "without evaluation.tree"
             )
-        seen = hidden_and_top_logits(observation.hidden, observation.logits, self.top_logits)
+        inputs = hidden_and_top_logits(observation.hidden, observation.logits, self.top_logits)
         embedded = self.embeddings[observation.logits.argmax(-1)]
-        return torch.sigmoid(self.network(torch.cat([seen, embedded.float()], dim=-1)))
+        return torch.sigmoid(self.network(torch.cat([inputs, embedded.float()], dim=-1)))
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "top_logits": self.top_logits}
@@ -135,9 +138,7 @@ class R2R(Learner[R2RPolicy]):
     """Routes to the LLM the tokens of the SLM that would change how the LLM's own answer ends.
 
     The LLM answers training problems by itself, and these answers are walked token by token; see `Divergence` for the
-    labels. Those that did not end by themselves, or are blank, are left out and counted; wrong ones stay. The paper
-    lets a further model judge whether two continuations mean the same; here the task's verdict on the whole answers
-    does.
+    labels. Those that did not end by themselves, or are blank, are left out and counted; wrong ones stay.
 
     Args:
         examples: training problems the LLM answers; all of the train split where None.
@@ -168,13 +169,13 @@ class R2R(Learner[R2RPolicy]):
         pool = run.pool
         store = self.collect(pool, run.task, run.seed, run.workspace / "paths")
         columns = {name: store.column(name) for name in COLUMNS}
-        walked = len(np.unique(columns["example"]))
-        if walked < 2:
+        answers = len(np.unique(columns["example"]))
+        if answers < 2:
             raise ValueError(
-                f"the LLM's responses to {walked} of {walked + store.skipped()} training problems ended by themselves, "
-                f"2 are needed; raise max_new_tokens ({self.max_new_tokens}) or examples"
+                f"the LLM's responses to {answers} of {answers + store.skipped()} training problems ended by "
+                f"themselves, 2 are needed; raise max_new_tokens ({self.max_new_tokens}) or examples"
             )
-        run.track({"run": "r2r", "walked": walked, "skipped": store.skipped(), **shares(columns)})
+        run.track({"run": "r2r", "walked": answers, "skipped": store.skipped(), **shares(columns)})
         embeddings, sizes = token_embeddings(pool), store.rows()
         written = np.split(columns["slm_token"].astype(np.int64), np.cumsum(sizes)[:-1])
 
@@ -184,7 +185,14 @@ class R2R(Learner[R2RPolicy]):
 
         width = R2RPolicy.seen_width({"top_logits": self.top_logits}, pool)
         everywhere = np.ones(len(columns["label"]), dtype=bool)
-        data = LabelledTokens(features, sizes, columns["label"] == 1, columns["example"], everywhere, width)
+        data = LabelledTokens(
+            features=features,
+            sizes=sizes,
+            prefers_slm=columns["label"] == 1,
+            examples=columns["example"],
+            kept=everywhere,
+            width=width,
+        )
         network, report = fit_router(
             data,
             self.training,
@@ -238,17 +246,21 @@ class R2R(Learner[R2RPolicy]):
     def _walk(self, pool: ModelPool, task: Task, examples: Sequence[Example]) -> tuple[Columns, list[str]]:
         """Columns of the LLM's responses to some examples, which they number, and the ids of those left out."""
         llm, labels = Always(slm=False), Divergence()
-        episodes = decode(pool, task, examples, llm, 0.5, self.max_new_tokens, self.scheduling)
+        episodes = decode(pool, task, examples, llm, max_new_tokens=self.max_new_tokens, scheduling=self.scheduling)
         serving = [n for n, episode in enumerate(episodes) if episode.terminated and episode.text.strip()]
         # The tokens the LLM wrote, not its text: put into tokens again, the same text may become others, which the LLM
         # would not write. What is left is rounding: where two of its logits are all but the same, the pass over the
         # whole response may prefer the other token. Then the SLM's is compared with that one, and the verdict stays
         # that on the response as it was written.
         collector = PreferenceCollector(
-            pool, task, examples, self.max_new_tokens, self.scheduling,
+            pool,
+            task,
+            examples,
+            max_new_tokens=self.max_new_tokens,
+            scheduling=self.scheduling,
             responses=[episode.tokens for episode in episodes],
             view=partial(hidden_and_top_logits, count=self.top_logits),
-        )  # fmt: skip
+        )
         columns = collector.collect(serving, labels, llm, 0.5)
         # the LLM's token and what it writes after it are its own response, so that nothing is decoded for this
         differ = labels.rolled_out(columns)

@@ -1,4 +1,10 @@
-"""Routers trained by Stable-Baselines3 (Raffin et al., JMLR 2021) and sb3-contrib on the routing environments."""
+"""Routers trained by Stable-Baselines3 (Raffin et al., JMLR 2021) and sb3-contrib on the routing environments.
+
+An episode is a response, an action the model that writes its next token, the return the verdict less the price of the
+LLM's tokens. Losses are those of the algorithms' papers, as the libraries have them. What differs is said at the
+settings: inputs standardised before training, a discount of 1, many rows, exploration row by row, no bootstrap at the
+length limit.
+"""
 
 from __future__ import annotations
 
@@ -50,31 +56,35 @@ class EnvSettings:
     arguments: dict[str, Any]
 
 
-def tree_environment(play: EnvSettings) -> VectorEnv:
+def tree_environment(settings: EnvSettings) -> VectorEnv:
     """Every visited transition is remembered."""
     from envs.environments.tree_routing import TreeRoutingVectorEnv
 
-    return TreeRoutingVectorEnv(play.rows, task=play.task, reward=OutcomeReward(play.cost_weight), **play.arguments)
+    return TreeRoutingVectorEnv(
+        settings.rows, task=settings.task, reward=OutcomeReward(settings.cost_weight), **settings.arguments
+    )
 
 
-def token_environment(play: EnvSettings) -> VectorEnv:
+def token_environment(settings: EnvSettings) -> VectorEnv:
     """Every token is decoded."""
     from envs.environments.token_routing import RoutingVectorEnv
 
-    return RoutingVectorEnv(play.rows, task=play.task, reward=OutcomeReward(play.cost_weight), **play.arguments)
+    return RoutingVectorEnv(
+        settings.rows, task=settings.task, reward=OutcomeReward(settings.cost_weight), **settings.arguments
+    )
 
 
-def shortcut_environment(play: EnvSettings) -> VectorEnv:
+def shortcut_environment(settings: EnvSettings) -> VectorEnv:
     """Reference solutions, teacher-forced."""
     from envs.environments.shortcut_routing import ShortcutRoutingVectorEnv
 
     return ShortcutRoutingVectorEnv(
-        play.rows,
-        task=play.task,
-        cost_weight=play.cost_weight,
-        examples=play.examples,
+        settings.rows,
+        task=settings.task,
+        cost_weight=settings.cost_weight,
+        examples=settings.examples,
         start=0,
-        **play.arguments,
+        **settings.arguments,
     )
 
 

@@ -2,7 +2,8 @@
 
 The router answers training problems. At some states of each answer the other choice is followed too, to the end of the
 answer. The difference between what comes below the two branches, less what they cost, is the advantage of asking the
-LLM at that state, and the policy gradient is taken for both actions at once.
+LLM at that state, and the policy gradient is taken for both actions at once (`branch_loss`): nothing estimates what a
+state is worth, both branches are followed to their ends.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from agents.citer import Citer
 from agents.common.policy import Learner, TrainingRun
+from agents.common.rollout import UNDECIDED
 from agents.common.saving import load_policy
 from agents.distillation import OracleDistillation
 from agents.preferences.labels import Labels
@@ -148,7 +150,7 @@ class _Improvement:
         self.settings, self.tree, self.examples = settings, tree, examples
         self.features = begun.features
         self.network = begun.network.eval().requires_grad_(True)
-        self.explorer = TreeExpander(tree, settings.rows)
+        self.expander = TreeExpander(tree, settings.rows)
         self.rng = np.random.default_rng([seed, 1])
         self.llm = len(tree.pool) - 1
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
@@ -159,15 +161,15 @@ class _Improvement:
         """Move the router's threshold of one half to where the share of LLM tokens is the one to begin with."""
         some = np.arange(min(len(self.examples), self.settings.batch))
         roots = self._roots(some)
-        nothing = np.zeros(len(some), dtype=np.int64)
-        _, _, states = self._follow(roots, nothing, nothing - 1, False)
+        fresh = np.zeros(len(some), dtype=np.int64)
+        _, _, states = self._follow(roots, since=fresh, first=np.full(len(some), UNDECIDED), sampled=False)
         nodes, since = (np.concatenate(column) for column in zip(*states, strict=True))
-        seen = self._seen(nodes.astype(np.int64), since.astype(np.int64))
+        inputs = self._features(nodes.astype(np.int64), since.astype(np.int64))
         if self.settings.start == "scratch" and self.settings.policy is None:
             # an untrained router sees inputs of unit scale
-            self.network.standardise(seen.mean(0), seen.std(0))
+            self.network.standardise(inputs.mean(0), inputs.std(0))
         with torch.no_grad():
-            shift = self.network(seen).quantile(self.settings.llm_share)
+            shift = self.network(inputs).quantile(self.settings.llm_share)
             last = self.network.layers[-1]
             assert isinstance(last, torch.nn.Linear)
             last.bias.sub_(shift)
@@ -180,16 +182,17 @@ class _Improvement:
         price = settings.cost_weight * (min(1.0, number / rising) if rising else 1.0)
         chosen = self.rng.choice(len(self.examples), min(settings.batch, len(self.examples)), replace=False)
         roots = self._roots(chosen)
-        nothing = np.zeros(len(chosen), dtype=np.int64)
-        ends, calls, states = self._follow(roots, nothing, nothing - 1, settings.samples > 1)
+        fresh, undecided = np.zeros(len(chosen), dtype=np.int64), np.full(len(chosen), UNDECIDED)
+        ends, calls, states = self._follow(roots, since=fresh, first=undecided, sampled=settings.samples > 1)
         right = self._right(ends, chosen)
         nodes, since, owners = self._branchings(states)
         advantages = self._advantages(nodes, since, chosen[owners], price)
-        seen, target = self._seen(nodes, since), torch.from_numpy(advantages).float().to(self.tree.pool.slm.device)
+        inputs = self._features(nodes, since)
+        target = torch.from_numpy(advantages).float().to(inputs.device)
         losses = []
         for _ in range(settings.epochs):
             for part in np.array_split(self.rng.permutation(len(nodes)), max(1, len(nodes) // settings.batch_size)):
-                loss = branch_loss(self.network(seen[torch.from_numpy(part)]), target[torch.from_numpy(part)])
+                loss = branch_loss(self.network(inputs[torch.from_numpy(part)]), target[torch.from_numpy(part)])
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"tapo: the loss is {loss.item()}; lower lr, or look at the rewards")
                 self.optimizer.zero_grad(set_to_none=True)
@@ -212,7 +215,7 @@ class _Improvement:
         nodes, since, owners = [], [], []
         for number, (where, ago) in enumerate(states):
             with torch.no_grad():
-                slm = torch.sigmoid(self.network(self._seen(where, ago))).double().cpu().numpy()
+                slm = torch.sigmoid(self.network(self._features(where, ago))).double().cpu().numpy()
             weights = np.sqrt(slm * (1 - slm)) + 1e-3
             drawn = self.rng.choice(
                 len(where), min(self.settings.branches, len(where)), replace=False, p=weights / weights.sum()
@@ -242,7 +245,7 @@ class _Improvement:
         Args:
             nodes: (n,).
             since: tokens since the LLM last wrote, (n,).
-            first: the first action, (n,); -1 leaves it to the router.
+            first: the first action, (n,); UNDECIDED leaves it to the router.
             sampled: draw actions from the router's probabilities, instead of the better one.
 
         Returns:
@@ -254,15 +257,15 @@ class _Improvement:
         going = np.arange(len(nodes))
         while len(going):
             with torch.no_grad():
-                slm = torch.sigmoid(self.network(self._seen(at[going], ago[going]))).double().cpu().numpy()
+                slm = torch.sigmoid(self.network(self._features(at[going], ago[going]))).double().cpu().numpy()
             drawn = self.rng.random(len(going)) if sampled else 0.5
             actions = np.where(slm >= drawn, 0, self.llm)
-            actions = np.where(forced[going] >= 0, forced[going], actions)
-            forced[going] = -1
+            actions = np.where(forced[going] == UNDECIDED, actions, forced[going])
+            forced[going] = UNDECIDED
             visited.append((going, at[going], ago[going]))
             for begin in range(0, len(going), self.settings.rows):
                 part = going[begin : begin + self.settings.rows]
-                at[part] = self.explorer.step(np.arange(len(part)), at[part], actions[begin : begin + len(part)])
+                at[part] = self.expander.step(np.arange(len(part)), at[part], actions[begin : begin + len(part)])
             calls[going] += actions > 0
             ago[going] = np.where(actions > 0, 0, ago[going] + 1)
             going = going[self.tree.ends[at[going]] == GOING_ON]
@@ -271,7 +274,7 @@ class _Improvement:
         cuts = np.cumsum(np.bincount(answers, minlength=len(nodes)))[:-1]
         return at, calls, list(zip(np.split(where[order], cuts), np.split(agos[order], cuts), strict=True))
 
-    def _seen(self, nodes: IntArray, since: IntArray) -> Tensor:
+    def _features(self, nodes: IntArray, since: IntArray) -> Tensor:
         return observation_at(self.tree, nodes, since).seen(self.features).to(self.tree.pool.slm.device)
 
     def _right(self, ends: IntArray, problems: IntArray) -> FloatArray:
@@ -281,7 +284,7 @@ class _Improvement:
     def _roots(self, problems: IntArray) -> IntArray:
         rows = np.arange(self.settings.rows)
         parts = [problems[i : i + len(rows)] for i in range(0, len(problems), len(rows))]
-        return np.concatenate([self.explorer.roots(rows[: len(p)], [self.prompts[n] for n in p]) for p in parts])
+        return np.concatenate([self.expander.roots(rows[: len(p)], [self.prompts[n] for n in p]) for p in parts])
 
     def _release(self, problems: IntArray) -> None:
         for number in problems:

@@ -9,12 +9,12 @@ import torch
 
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode
-from agents.distillation import OracleDistillation, TaughtStates
+from agents.distillation import OracleDistillation, OracleStates
 from agents.heuristics import Always, Random
 from agents.oracle import Oracle
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
-from agents.tapo import Tapo, _Run, branch_loss
+from agents.tapo import Tapo, _Improvement, branch_loss
 from envs.costs import ALL_COSTS, MemoryTraffic, response_entries
 from envs.decoding.observation import feature_width, since_at_each, since_llm
 from envs.environments.token_routing import RoutingVectorEnv
@@ -216,7 +216,7 @@ def test_shares_of_the_oracles_area(measured, pool):
 
 def test_states_taught_are_those_of_live_decoding(found, pool, task, examples, tree):
     number = next(i for i, one in enumerate(found) if one.solved and one.llm_tokens)
-    taught = TaughtStates.of([found[number]], [number])
+    taught = OracleStates.of([found[number]], [number])
     environment = RoutingVectorEnv(1, pool, task, features="hidden_logits_history")
     observation, _ = environment.reset(seed=0, options={"examples": [examples[number]]})
     seen = taught.features(tree, "hidden_logits_history").float().numpy()
@@ -256,7 +256,7 @@ def test_counterfactual_advantages_equal_plain_decoding(pool, task, examples):
     )
     settings = Tapo(start="scratch", examples=8, batch=8, rows=8, llm_share=0.2)
     tree = PrefixTree(pool, task, memory=2**26)
-    run = _Run(settings, tree, examples[:4], policy, seed=0)
+    run = _Improvement(settings, tree, examples[:4], policy, seed=0)
     problems = np.arange(4)
     nothing = np.zeros(4, dtype=np.int64)
     _, _, states = run._follow(run._roots(problems), nothing, nothing - 1, False)

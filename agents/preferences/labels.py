@@ -81,13 +81,13 @@ def shares(columns: Columns) -> dict[str, float]:
     """Shares of the cases, of agreement within case 3, of right outcomes among rollouts, and of SLM labels."""
     third = columns["case"] == 3
     agree = columns["slm_token"] == columns["llm_token"]
-    found = {f"case_{case}": float((columns["case"] == case).mean()) for case in (1, 2, 3)}
-    found["agree_in_case_3"] = float(agree[third].mean()) if third.any() else 0.0
+    report = {f"case_{case}": float((columns["case"] == case).mean()) for case in (1, 2, 3)}
+    report["agree_in_case_3"] = float(agree[third].mean()) if third.any() else 0.0
     for model in ("slm", "llm"):
         outcomes = columns[f"{model}_outcome"]
         rolled = outcomes != NOT_ROLLED_OUT
-        found[f"{model}_rollouts"] = int(rolled.sum())
-        found[f"{model}_rollouts_right"] = float(outcomes[rolled].mean()) if rolled.any() else 0.0
+        report[f"{model}_rollouts"] = int(rolled.sum())
+        report[f"{model}_rollouts_right"] = float(outcomes[rolled].mean()) if rolled.any() else 0.0
     kept = columns["label"] != DROPPED
-    found["prefers_slm"] = float(columns["label"][kept].mean()) if kept.any() else 0.0
-    return found
+    report["prefers_slm"] = float(columns["label"][kept].mean()) if kept.any() else 0.0
+    return report

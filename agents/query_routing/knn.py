@@ -40,8 +40,8 @@ class NeighboursRouter(QueryRouter):
 
     def errors(self, embeddings: Tensor) -> Tensor:
         queries = standardise(embeddings, self.mean, self.scale)
-        found = [self.wrong[near].float().mean(1) for near in nearest(queries, self.known, int(self.neighbours))]
-        return torch.cat(found)
+        rates = [self.wrong[near].float().mean(1) for near in nearest(queries, self.known, int(self.neighbours))]
+        return torch.cat(rates)
 
 
 def nearest(queries: Tensor, known: Tensor, count: int, others: bool = False) -> Iterator[Tensor]:
@@ -113,7 +113,7 @@ class Neighbours(QueryLearner):
         neighbours = self.neighbours
         if neighbours is None:
             counts = [count for count in NEIGHBOURS if count < len(known)]
-            found = leave_one_out(features, wrong, counts)
-            neighbours = counts[int(found.argmin())]
-            track({"run": "knn", "neighbours": neighbours, "squared_error": found.min().item()})
+            squared_errors = leave_one_out(features, wrong, counts)
+            neighbours = counts[int(squared_errors.argmin())]
+            track({"run": "knn", "neighbours": neighbours, "squared_error": squared_errors.min().item()})
         return NeighboursRouter(known.models, mean, scale, features, wrong, torch.tensor(neighbours))

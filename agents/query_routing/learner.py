@@ -163,9 +163,12 @@ def answer_alone(
         correct.append([episode.correct for episode in episodes])
         costs.append(Price([pool.profiles[number]], [MemoryTraffic()]).of(alone[:, None])["bytes"])
     outcomes = QueryOutcomes(
-        [example.prompt for example in examples], [task.name] * len(examples), tuple(pool.names),
-        np.stack(correct, axis=1), np.stack(costs, axis=1),
-    )  # fmt: skip
+        prompts=[example.prompt for example in examples],
+        groups=[task.name] * len(examples),
+        models=tuple(pool.names),
+        correct=np.stack(correct, axis=1),
+        costs=np.stack(costs, axis=1),
+    )
     return outcomes, torch.stack([first_states.states[i] for i in range(len(examples))])
 
 

@@ -89,16 +89,16 @@ class GradientDescent:
                 optimizer.step()
                 total += value.item() * len(batch)
             with torch.no_grad():
-                found = validation_loss(trained).item()
-            if not math.isfinite(total + found):
+                held_out_loss = validation_loss(trained).item()
+            if not math.isfinite(total + held_out_loss):
                 raise FloatingPointError(
-                    f"{label}: the loss is {total / len(rows)}, {found} on queries held out, after epoch {epoch}; look "
-                    "at the embeddings, or lower training.lr"
+                    f"{label}: the loss is {total / len(rows)}, {held_out_loss} on queries held out, after epoch "
+                    f"{epoch}; look at the embeddings, or lower training.lr"
                 )
             if epoch >= 0:
-                track({"run": label, "epoch": epoch, "loss": total / len(rows), "validation_loss": found})
-            if found < best_loss:
-                best_loss, best_epoch = found, epoch
+                track({"run": label, "epoch": epoch, "loss": total / len(rows), "validation_loss": held_out_loss})
+            if held_out_loss < best_loss:
+                best_loss, best_epoch = held_out_loss, epoch
                 best = {name: copy.deepcopy(value.detach()) for name, value in trained.items()}
             elif epoch - best_epoch >= self.patience:
                 break

@@ -137,10 +137,10 @@ class MatrixFactorisation(RouteLlm):
         start = {
             name: torch.randn(shape, generator=generator) / math.sqrt(shape[1]) for name, shape in shapes.items()
         } | {"weights": torch.ones(self.dimension)}
-        found = self.training.lower(
+        trained = self.training.lower(
             start, rows, loss, lambda tensors: loss(tensors, held_out), seed, track, "matrix factorisation"
         )
-        return FactorisationRouter(train.models, mean, scale, **found)
+        return FactorisationRouter(train.models, mean, scale, **trained)
 
 
 # -- similarity-weighted ranking --------------------------------------------------------------------------------------
@@ -151,9 +151,9 @@ def similarities(queries: Tensor, known: Tensor) -> Tensor:
 
     Both are of length 1, or 0. Where a query is like none of them, none being positive, nothing is divided.
     """
-    found = queries @ known.T
-    largest = found.max(1, keepdim=True).values
-    return torch.where(largest > 0, found / largest, found)
+    similarity = queries @ known.T
+    largest = similarity.max(1, keepdim=True).values
+    return torch.where(largest > 0, similarity / largest, similarity)
 
 
 @saved_as("routellm_sw")

@@ -212,20 +212,20 @@ class UniRoute(QueryLearner):
         if not counts:
             return 1
         draws = DRAWS if known < most_known else 1
-        found = {}
+        squared_errors = {}
         for clusters in counts:
             squares = 0.0
-            for here, there in (halves, halves[::-1]):
-                router = self.fit_map(here, here, clusters, seed, untracked)
-                wrong = torch.from_numpy(~there.correct).float()
+            for half, other_half in (halves, halves[::-1]):
+                router = self.fit_map(half, half, clusters, seed, untracked)
+                wrong = torch.from_numpy(~other_half.correct).float()
                 # error rates of as many queries as will be known: few do not describe many clusters
                 for _ in range(draws):
-                    drawn = here.rows(rng.permutation(len(here))[:known])
+                    drawn = half.rows(rng.permutation(len(half))[:known])
                     redrawn = router.of(drawn, router.mean, router.scale, router.theta, self.shrinkage)
-                    squares += ((redrawn.errors(there.embeddings) - wrong) ** 2).mean(1).sum().item()
-            found[clusters] = squares / len(train) / draws
-        chosen = min(found, key=lambda clusters: found[clusters])
-        track({"run": "uniroute", "clusters": chosen, "squared_error": found[chosen]})
+                    squares += ((redrawn.errors(other_half.embeddings) - wrong) ** 2).mean(1).sum().item()
+            squared_errors[clusters] = squares / len(train) / draws
+        chosen = min(squared_errors, key=lambda clusters: squared_errors[clusters])
+        track({"run": "uniroute", "clusters": chosen, "squared_error": squared_errors[chosen]})
         return chosen
 
 
@@ -233,8 +233,8 @@ def centres_of(features: Tensor, clusters: int, starts: int, seed: int) -> Tenso
     """Centres of features (n, width) by K-means, (clusters, width), the best of so many starts."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(clusters, n_init=starts, random_state=seed).fit(features.numpy())
-    return torch.from_numpy(found.cluster_centers_).float()
+    means = KMeans(clusters, n_init=starts, random_state=seed).fit(features.numpy())
+    return torch.from_numpy(means.cluster_centers_).float()
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class UniRouteLearned(UniRoute):
         features = standardise(train.embeddings, mean, scale)
         wrong = torch.from_numpy(~train.correct).float()
         rows, held_out = self.training.split(len(train), seed)
-        found = self.training.lower(
+        trained = self.training.lower(
             {"theta": soft_map(features, centres_of(features, clusters, self.starts, seed))},
             rows,
             lambda tensors, batch: map_loss(tensors["theta"], features[batch], wrong[batch]),
@@ -293,7 +293,7 @@ class UniRouteLearned(UniRoute):
             track,
             "uniroute",
         )
-        return LearnedMapRouter.of(known, mean, scale, found["theta"], self.shrinkage)
+        return LearnedMapRouter.of(known, mean, scale, trained["theta"], self.shrinkage)
 
 
 def soft_map(features: Tensor, centres: Tensor) -> Tensor:

@@ -54,13 +54,14 @@ def input_statistics(bridge: VectorEnvBridge, slm_share: float, steps: int, seed
     assert isinstance(bridge.action_space, gym.spaces.Discrete)
     models, rng = int(bridge.action_space.n), np.random.default_rng(seed)
     bridge.seed(seed)
-    seen = bridge.reset()
-    count, total, squares = 0, np.zeros(seen.shape[1]), np.zeros(seen.shape[1])
+    observations = bridge.reset()
+    count, total, squares = 0, np.zeros(observations.shape[1]), np.zeros(observations.shape[1])
     for _ in range(steps):
-        count, wide = count + len(seen), seen.astype(np.float64)
+        count, wide = count + len(observations), observations.astype(np.float64)
         total, squares = total + wide.sum(0), squares + (wide**2).sum(0)
-        others = rng.integers(1, models, size=len(seen)) if models > 1 else np.zeros(len(seen), dtype=np.int64)
-        seen = bridge.step(np.where(rng.random(len(seen)) < slm_share, 0, others))[0]  # type: ignore[assignment]
+        rows = len(observations)
+        others = rng.integers(1, models, size=rows) if models > 1 else np.zeros(rows, dtype=np.int64)
+        observations = bridge.step(np.where(rng.random(rows) < slm_share, 0, others))[0]  # type: ignore[assignment]
     mean = total / count
     deviation = np.sqrt((squares / count - mean**2).clip(min=0))
     if bridge.weights is not None:  # it is on a unit scale as it is

@@ -90,16 +90,16 @@ class Sb3Policy(SavedPolicy):
 
     @torch.no_grad()
     def score(self, observation: Observation) -> Tensor:
-        seen = observation.seen(self.features)[:, None]  # (n, 1, width)
+        inputs = observation.seen(self.features)[:, None]  # (n, 1, width)
         if self.conditioned is not None:
             weights = self.conditioned.grid() if self.weight is None else np.array([self.weight])
-            column = torch.from_numpy(self.conditioned.scaled(weights)).to(seen)[None, :, None]
-            n, count = len(seen), len(weights)
-            seen = torch.cat([seen.expand(-1, count, -1), column.expand(n, -1, -1)], dim=-1)
-        inputs = seen.flatten(0, 1)  # (n x weights, width)
-        probability = algorithm_named(self.algorithm).probability
-        found = self._recurrent(inputs, observation) if probability is None else probability(self.network, inputs)
-        return found.view(seen.shape[:2]).mean(-1)
+            column = torch.from_numpy(self.conditioned.scaled(weights)).to(inputs)[None, :, None]
+            n, count = len(inputs), len(weights)
+            inputs = torch.cat([inputs.expand(-1, count, -1), column.expand(n, -1, -1)], dim=-1)
+        flat = inputs.flatten(0, 1)  # (n x weights, width)
+        stateless = algorithm_named(self.algorithm).probability
+        probability = self._recurrent(flat, observation) if stateless is None else stateless(self.network, flat)
+        return probability.view(inputs.shape[:2]).mean(-1)
 
     def forget(self, episodes: IntArray) -> None:
         for episode in episodes.tolist():
@@ -190,14 +190,14 @@ class Sb3Policy(SavedPolicy):
         from agents.rl.sb3_extensions import random_state_kept
 
         with random_state_kept(pool.slm.device):
-            found = known.kind.load(path, device=pool.slm.device)
-        spaces = found.observation_space.shape, int(getattr(found.action_space, "n", 0))
+            trained = known.kind.load(path, device=pool.slm.device)
+        spaces = trained.observation_space.shape, int(getattr(trained.action_space, "n", 0))
         if spaces != ((width,), len(pool)):
             raise ValueError(
                 f"{path}: the policy sees {spaces[0]} and chooses among {spaces[1]} models; {features} of this pool "
                 f"are {(width,)}, and it has {len(pool)} models"
             )
-        return cls.of(found, algorithm, pool, features)
+        return cls.of(trained, algorithm, pool, features)
 
     @classmethod
     def of(

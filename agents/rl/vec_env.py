@@ -48,14 +48,20 @@ class VectorEnvBridge(VecEnv):
         mode = environment.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(f"{type(environment).__name__} has autoreset mode {mode}; the bridge needs SAME_STEP")
-        seen, actions = environment.single_observation_space, environment.single_action_space
-        if not isinstance(seen, gym.spaces.Box) or len(seen.shape) != 1 or not isinstance(actions, gym.spaces.Discrete):
-            raise ValueError(f"the bridge needs a Box of one axis and a Discrete; the spaces are {seen} and {actions}")
+        observed, actions = environment.single_observation_space, environment.single_action_space
+        if (
+            not isinstance(observed, gym.spaces.Box)
+            or len(observed.shape) != 1
+            or not isinstance(actions, gym.spaces.Discrete)
+        ):
+            raise ValueError(
+                f"the bridge needs a Box of one axis and a Discrete; the spaces are {observed} and {actions}"
+            )
         self.environment, self.weights, self.bootstrap = environment, weights, bootstrap
         if weights is not None:
-            seen = gym.spaces.Box(np.append(seen.low, np.float32(-1)), np.append(seen.high, np.float32(1)))
-        super().__init__(environment.num_envs, seen, actions)
-        rows, self._width = self.num_envs, seen.shape[0]
+            observed = gym.spaces.Box(np.append(observed.low, np.float32(-1)), np.append(observed.high, np.float32(1)))
+        super().__init__(environment.num_envs, observed, actions)
+        rows, self._width = self.num_envs, observed.shape[0]
         self._actions: IntArray = np.zeros(rows, dtype=np.int64)
         self._returns, self._lengths = np.zeros(rows), np.zeros(rows, dtype=np.int64)
         self._weights = np.ones(rows)
@@ -133,12 +139,12 @@ class VectorEnvBridge(VecEnv):
 
     def _seen(self, observations: npt.NDArray[Any], weights: FloatArray, rows: IntArray | None = None) -> FloatRows:
         """A copy of observations (n, width), with the weight where there is one: the environment may reuse its own."""
-        seen = np.empty((len(observations), self._width), dtype=np.float32)
-        seen[:, : observations.shape[1]] = observations
+        shown = np.empty((len(observations), self._width), dtype=np.float32)
+        shown[:, : observations.shape[1]] = observations
         if self.weights is not None:
-            seen[:, -1] = self.weights.scaled(weights)
-        self._check_finite(seen, "an observation", rows)
-        return seen
+            shown[:, -1] = self.weights.scaled(weights)
+        self._check_finite(shown, "an observation", rows)
+        return shown
 
     def _check_finite(self, values: npt.NDArray[Any], what: str, rows: IntArray | None = None) -> None:
         finite = np.isfinite(values)

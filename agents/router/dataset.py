@@ -39,9 +39,13 @@ class LabelledTokens:
     def in_memory(cls, features: Tensor, prefers_slm: BoolArray, examples: IntArray) -> LabelledTokens:
         """All tokens in one shard: features (n, width), labels (n,), examples (n,)."""
         return cls(
-            lambda shard: features, [len(features)], prefers_slm, examples, np.ones(len(features), dtype=bool),
-            features.shape[1],
-        )  # fmt: skip
+            features=lambda shard: features,
+            sizes=[len(features)],
+            prefers_slm=prefers_slm,
+            examples=examples,
+            kept=np.ones(len(features), dtype=bool),
+            width=features.shape[1],
+        )
 
     def loss(self, logits: Tensor, rows: IntArray, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         """What training lowers: the mean loss of some rows, whose logits are (m,), with numbers `rows`, (m,).

@@ -124,27 +124,27 @@ def fit_router(
             f"{label}: all {int(train.sum())} training labels are the same (share of SLM labels {share}): there is "
             "nothing to learn; collect on more examples, or change the labels' settings"
         )
-    run = _Run(data, settings, seed, device, label, train, share, start)
+    fit = _RouterFit(data, settings, seed, device, label, train, share, start)
     if checkpoint is not None and checkpoint.is_file():
-        run.restore(checkpoint)
-    for row in run.history:
+        fit.restore(checkpoint)
+    for row in fit.history:
         track({"run": label, **row})
-    with tqdm(total=settings.epochs, initial=len(run.history), desc=f"router {label}", leave=False) as progress:
-        while not run.done():
-            row = run.epoch(validation)
+    with tqdm(total=settings.epochs, initial=len(fit.history), desc=f"router {label}", leave=False) as progress:
+        while not fit.done():
+            row = fit.epoch(validation)
             track({"run": label, **row})
             if checkpoint is not None:
-                run.save(checkpoint)
+                fit.save(checkpoint)
             progress.update()
-    run.network.load_state_dict(run.best)
-    network = run.network.eval().requires_grad_(False)
+    fit.network.load_state_dict(fit.best)
+    network = fit.network.eval().requires_grad_(False)
     logits, rows = predict(network, data, validation, device)
     report = {"train_labels": int(train.sum()), "prefers_slm": share}
     return network, report | calibration(torch.sigmoid(logits).numpy(), data.prefers_slm[rows])
 
 
-class _Run:
-    """One training run between two epochs."""
+class _RouterFit:
+    """A router between two epochs of its training."""
 
     def __init__(
         self,
@@ -205,12 +205,14 @@ class _Run:
                 self.optimizer.step()
                 total += loss.item()
                 steps += 1
-        found = evaluate_loss(self.network, self.data, validation, self.device)
-        if not math.isfinite(found):
-            raise FloatingPointError(f"router {self.label}: the validation loss is {found} after epoch {number}")
-        if found < self.best_loss:
-            self.best_loss, self.best = found, copy.deepcopy(self.network.state_dict())
-        row = {"epoch": number, "loss": total / max(1, steps), "validation_loss": found}
+        validation_loss = evaluate_loss(self.network, self.data, validation, self.device)
+        if not math.isfinite(validation_loss):
+            raise FloatingPointError(
+                f"router {self.label}: the validation loss is {validation_loss} after epoch {number}"
+            )
+        if validation_loss < self.best_loss:
+            self.best_loss, self.best = validation_loss, copy.deepcopy(self.network.state_dict())
+        row = {"epoch": number, "loss": total / max(1, steps), "validation_loss": validation_loss}
         self.history.append(row)
         return row
 
