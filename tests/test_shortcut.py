@@ -146,7 +146,27 @@ def test_the_same_seed_gives_the_same_episodes_and_an_index_the_one_asked(refere
     assert np.array_equal(observation, references.features[references.starts[7], : references.width])
     vector = ShortcutRoutingVectorEnv(num_envs=3, references=references)
     assert vector.reset(options={"indices": [2, None, 5]})[1]["index"][[0, 2]].tolist() == [2, 5]
-    assert gym.make(ID, references=references).unwrapped.shortcut.references is references
+    assert gym.make(ID, references=references).unwrapped.episodes.references is references
+
+
+def test_some_rows_can_walk_without_the_others(references):
+    settings = {"references": references, "features": "hidden_logits_history", "cost": MemoryTraffic()}
+    together, apart = (ShortcutRoutingVectorEnv(num_envs=4, **settings).episodes for _ in range(2))
+    for episodes in (together, apart):
+        episodes.start(episodes.all_rows, [np.random.default_rng(0)] * 4, [0, 1, 2, 3])
+    for _ in range(references.lengths[:4].min()):
+        actions = np.array([1, 0, 1, 1])
+        whole = together.step(together.all_rows, actions)
+        for rows in (np.array([2]), np.array([0, 1, 3])):
+            part = apart.step(rows, actions[rows])
+            assert part.rewards.tolist() == whole.rewards[rows].tolist()
+            assert part.terminated.tolist() == whole.terminated[rows].tolist()
+            assert np.array_equal(apart.observe(rows), together.observe(rows))
+    assert whole.terminated.any()
+    ended = int(np.flatnonzero(whole.terminated)[0])
+    assert not together.observe(together.all_rows)[ended].any()
+    with pytest.raises(ValueError, match=rf"rows \[{ended}\] have no episode"):
+        together.step(np.array([ended]), np.array([0]))
 
 
 def test_states_do_not_depend_on_actions(references):

@@ -20,7 +20,7 @@ from agents.common.policy import POLICY_FILE, class_name
 from agents.rl.algorithms import algorithm_named
 from agents.rl.cost_weights import CostWeights
 from envs.decoding.observation import Observation, feature_width
-from envs.environments.token_routing import HIDDEN_BOUND
+from envs.environments.episodes import HIDDEN_BOUND
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import write_tensors, write_text
 
