@@ -14,7 +14,8 @@ from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from agents.tapo import Tapo, _Run, branch_loss
 from envs.costs import ALL_COSTS, MemoryTraffic, response_entries
-from envs.decoding.observation import feature_width, since_at_each, since_llm
+from envs.decoding.decoder import since_at_each, since_llm
+from envs.decoding.observation import feature_width
 from envs.environments.token_routing import RoutingVectorEnv
 from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import TERMINATED, PrefixTree

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from agents.common.policy import Policy, decides_once
 from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
+from envs.decoding.decoder import Decoder
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.models.pool import ModelPool
@@ -113,7 +114,7 @@ def decode(
         raise ValueError("there are no examples to decode")
     scheduling = scheduling or Scheduling()
     rows = min(scheduling.rows_for(pool), len(examples))
-    session: Session | TreeSession
+    session: Decoder
     if tree is None:
         session = Session(pool, rows, max_new_tokens, sampling=sampling)
     else:
@@ -157,7 +158,7 @@ def decode(
 
 
 def decode_loop(
-    session: Session | TreeSession,
+    session: Decoder,
     rows: IntArray,
     policy: Policy,
     threshold: float,

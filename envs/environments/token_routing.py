@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import ALL_COSTS, LlmTokens, Price
+from envs.decoding.decoder import Decoder
 from envs.decoding.observation import feature_width
 from envs.decoding.session import Session
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box, settings_of
@@ -47,7 +48,7 @@ class RoutingEpisodes(EpisodeRows):
             pool, task = tree.pool, tree.task
         self.pool, self.task = pool or embedded_pool(), task or ArithmeticTask()
         self.reward = settings.reward or OutcomeReward()
-        self.session: Session | TreeSession
+        self.session: Decoder
         if tree is None:
             self.session = Session(self.pool, rows, settings.max_new_tokens, settings.capacity, settings.sampling)
         else:
@@ -100,7 +101,7 @@ class RoutingEpisodes(EpisodeRows):
         correct = np.zeros(len(rows), dtype=bool)
         correct[ended] = finals.get("correct", False)
         self._on_reference[rows] &= step.tokens == references
-        costs = self.cost.of(step.work, self.pool.profiles) / self._cost_unit
+        costs = self.cost.of(step.ledger, self.pool.profiles) / self._cost_unit
         rewards = self.reward(
             Transition(
                 actions=actions,
@@ -114,7 +115,7 @@ class RoutingEpisodes(EpisodeRows):
             )
         )
         infos: Info = {"token": step.tokens, "model": np.array(actions), "cost": costs}
-        infos |= self._costs(self._step_price, step.work, "cost")
+        infos |= self._costs(self._step_price, step.ledger, "cost")
         return RowSteps(rewards, step.terminated, step.truncated, infos, finals)
 
     def observe(self, rows: IntArray) -> Observations:
