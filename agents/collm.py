@@ -28,7 +28,8 @@ from agents.router.training import RouterTraining, fit_router, predict
 from envs.arrays import FloatArray, IntArray
 from envs.costs import WRITTEN
 from envs.decoding.decoder import check_fit, sequence_capacity
-from envs.decoding.references import cases, check_end, encode, offsets, shape_that_fits
+from envs.decoding.preference_rule import cases
+from envs.decoding.references import check_end, encode, offsets, shape_that_fits
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import write_text

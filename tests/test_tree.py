@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs.storage
+from envs.arrays import UNKNOWN
 from envs.costs import MemoryTraffic, Seconds
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
@@ -21,7 +22,7 @@ from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.models.language_model import LanguageModel
 from envs.prefix_tree.expander import TreeExpander
-from envs.prefix_tree.tree import GOING_ON, UNKNOWN, PrefixTree
+from envs.prefix_tree.tree import GOING_ON, PrefixTree
 from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task

@@ -12,9 +12,10 @@ from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode_loop
 from agents.preferences.labels import Rollouts
 from agents.preferences.store import FEATURES, Columns
-from envs.arrays import BoolArray, IntArray
+from envs.arrays import UNKNOWN, BoolArray, IntArray
 from envs.decoding.observation import all_features
-from envs.decoding.references import NOT_ROLLED_OUT, cases, check_end, encode
+from envs.decoding.preference_rule import cases
+from envs.decoding.references import check_end, encode
 from envs.decoding.teacher_forcing import TeacherSession, View
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -89,7 +90,7 @@ class PreferenceCollector:
 
         Returns:
             A row per token, by example and position: `example`, `position`, `case`, `slm_token`, `llm_token`,
-            `slm_outcome` and `llm_outcome` (1 the answer was right, 0 wrong, NOT_ROLLED_OUT), `features` (float16).
+            `slm_outcome` and `llm_outcome` (1 the answer was right, 0 wrong, UNKNOWN), `features` (float16).
         """
         parts = [self._columns([], [], [])]
         for batch in self._batches([e for e in chosen if self.fits[e]]):
@@ -119,8 +120,8 @@ class PreferenceCollector:
             "case": cases(target, slm, llm),
             "slm_token": slm,
             "llm_token": llm,
-            "slm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
-            "llm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
+            "slm_outcome": np.full(len(target), UNKNOWN, dtype=np.int8),
+            "llm_outcome": np.full(len(target), UNKNOWN, dtype=np.int8),
             FEATURES: torch.cat([self._no_features, *(view.half().cpu() for view in views)]).numpy(),
         }
 

@@ -12,29 +12,14 @@ import numpy.typing as npt
 import psutil
 from tqdm import tqdm
 
-from envs.arrays import IntArray
+from envs.arrays import UNKNOWN, IntArray
 from envs.costs import ModelProfile
 from envs.decoding.observation import LOGIT_FEATURES, all_features, feature_width
+from envs.decoding.preference_rule import CaseArray, cases, preferred_actions
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.checks import gigabytes
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example
-
-CaseArray = npt.NDArray[np.int8]
-NOT_ROLLED_OUT = -1
-
-
-def cases(target: IntArray, slm_tokens: IntArray, llm_tokens: IntArray) -> CaseArray:
-    """The case of each token of a reference solution (Zheng et al. 2025), int8, (n,).
-
-    1: the SLM would write the reference's token. 2: it would not, but the LLM would. 3: neither would.
-
-    Args:
-        target: the reference's tokens, (n,).
-        slm_tokens: what the SLM would write in their places, (n,).
-        llm_tokens: what the LLM would, (n,).
-    """
-    return np.where(slm_tokens == target, 1, np.where(llm_tokens == target, 2, 3)).astype(np.int8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +37,7 @@ class References:
         llm_token: what the LLM would write there, (n,).
         profiles: the sizes of both models, which costs depend on.
         outcomes: where the SLM's token was taken and the answer finished: 1 it was right, 0 it was wrong,
-            NOT_ROLLED_OUT elsewhere; int8, (n,). None where nothing was rolled out.
+            UNKNOWN elsewhere; int8, (n,). None where nothing was rolled out.
 
     Raises:
         ValueError: arrays that do not belong together, features that are not finite, or more than two models.
@@ -119,6 +104,20 @@ class References:
     def case(self) -> CaseArray:
         """The case of each token, int8, (n,); see `cases`."""
         return cases(self.target, self.slm_token, self.llm_token)
+
+    def preferred_actions(self, case_3: str = "llm", outcomes: npt.NDArray[Any] | None = None) -> npt.NDArray[np.int8]:
+        """The action preferred at each token, int8, (n,); see `envs.decoding.preference_rule.preferred_actions`.
+
+        Args:
+            case_3: what decides where neither model would write the reference's token.
+            outcomes: of rollouts from the SLM's token, (n,): 1 the answer was right, 0 wrong, UNKNOWN not rolled out;
+                those of the references where None.
+
+        Raises:
+            ValueError: an unknown `case_3`, or outcomes that are missing or do not match the references.
+        """
+        outcomes = self.outcomes if outcomes is None else check_outcomes(outcomes, len(self.target))
+        return preferred_actions(self.case, self.slm_token == self.llm_token, case_3, outcomes)
 
     @classmethod
     def read(cls, pool: ModelPool, examples: Sequence[Example], max_new_tokens: int = 128) -> References:
@@ -222,9 +221,9 @@ def check_pair(names: Sequence[str]) -> None:
 def check_outcomes(outcomes: npt.NDArray[Any], count: int) -> npt.NDArray[np.int8]:
     """Outcomes of rollouts as int8, (count,), if that is what they are."""
     outcomes = np.asarray(outcomes)
-    if outcomes.shape != (count,) or not np.isin(outcomes, (0, 1, NOT_ROLLED_OUT)).all():
+    if outcomes.shape != (count,) or not np.isin(outcomes, (0, 1, UNKNOWN)).all():
         raise ValueError(
-            f"outcomes must be {count} numbers, one for each token: 1 right, 0 wrong, {NOT_ROLLED_OUT} not rolled "
+            f"outcomes must be {count} numbers, one for each token: 1 right, 0 wrong, {UNKNOWN} not rolled "
             f"out; they have shape {outcomes.shape} and values {np.unique(outcomes)[:5].tolist()}"
         )
     return outcomes.astype(np.int8)

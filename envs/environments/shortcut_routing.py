@@ -5,62 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.arrays import NO_ACTION, BoolArray, FloatArray, IntArray
 from envs.costs import CostModel, LlmTokens, step_entries
 from envs.decoding.decoder import checked_actions
 from envs.decoding.observation import HISTORY_FEATURES, Features, check_features, feature_width, history_features
-from envs.decoding.references import NOT_ROLLED_OUT, References, check_outcomes
+from envs.decoding.preference_rule import Case3
+from envs.decoding.references import References
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box, settings_of
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Split, Task, check_split, first_training_example
-
-Case3 = Literal["slm", "llm", "agreement", "drop", "outcome"]
-CASE_3: tuple[Case3, ...] = get_args(Case3)
-NONE = -1
-
-
-def preferred_actions(
-    references: References, case_3: str = "llm", outcomes: npt.NDArray[Any] | None = None
-) -> npt.NDArray[np.int8]:
-    """The action preferred at each token: 0 the SLM, 1 the LLM, NONE neither; int8, (n,).
-
-    Args:
-        references: n tokens.
-        case_3: what decides where neither model would write the reference's token: `slm`, `llm`, `agreement` (the SLM
-            iff both models would write the same token), `drop` (no preference), `outcome` (that of a rollout).
-        outcomes: outcomes of rollouts from the SLM's token, (n,): 1 the answer was right, 0 wrong, -1 not rolled out.
-            Those of the references where None; read for `outcome` alone.
-
-    Raises:
-        ValueError: an unknown `case_3`, or outcomes that are missing or do not match the references.
-    """
-    if case_3 not in CASE_3:
-        raise ValueError(f"unknown case_3 {case_3!r}; choose one of {', '.join(CASE_3)}")
-    outcomes = references.outcomes if outcomes is None else check_outcomes(outcomes, len(references.target))
-    if case_3 == "outcome" and outcomes is None:
-        raise ValueError(
-            "case_3 outcome needs outcomes: give one for each token, or references made from collected columns, or "
-            "choose another case_3"
-        )
-    undecided = np.full(len(references.target), NONE)
-    third = {
-        "slm": np.zeros_like(undecided),
-        "llm": np.ones_like(undecided),
-        "agreement": references.slm_token != references.llm_token,
-        "drop": undecided,
-        "outcome": undecided if outcomes is None else np.where(outcomes == NOT_ROLLED_OUT, NONE, outcomes == 0),
-    }
-    preferred = np.where(references.case == 3, third[case_3], references.case == 2)
-    return np.asarray(preferred, dtype=np.int8)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,10 +108,10 @@ class ShortcutEpisodes(EpisodeRows):
             raise ValueError(f"cost {self.cost.name}: an LLM token costs {unit}; rewards need a price above 0")
         self._rates = (self.cost.rates(references.profiles) / unit).ravel()
         self._ids = np.array([example.id for example in references.examples], dtype=object)
-        self.preferred = preferred_actions(references, settings.case_3, settings.outcomes)
+        self.preferred = references.preferred_actions(settings.case_3, settings.outcomes)
         met = self.preferred[:, None] == np.arange(2)
         self._earned = met / np.repeat(references.lengths, references.lengths)[:, None]
-        self._decided = np.add.reduceat(self.preferred != NONE, references.starts[:-1], dtype=np.int64)
+        self._decided = np.add.reduceat(self.preferred != NO_ACTION, references.starts[:-1], dtype=np.int64)
         width = feature_width(settings.features, references.width)
         self._history = width > references.features.shape[1]
         self._features = references.features[:, : width - HISTORY_FEATURES * self._history]

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import ALL_COSTS, LlmTokens, Price
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import feature_width
@@ -134,7 +134,7 @@ class RoutingEpisodes(EpisodeRows):
         return example.prompt + ansi(self.pool, self.session.response(row), self.session.writers(row))
 
     def _next_reference_tokens(self, rows: IntArray) -> IntArray:
-        tokens = np.full(len(rows), -1)
+        tokens = np.full(len(rows), UNKNOWN)
         if self.reward.uses_reference:
             positions = self.session.observe(rows).positions
             for i, (row, position) in enumerate(zip(rows, positions, strict=True)):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from envs.arrays import FloatArray, IntArray
+from envs.arrays import UNKNOWN, FloatArray, IntArray
 from envs.costs import pass_entry, step_entries
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import LOGIT_FEATURES, Observation, Step
 from envs.models.checks import gigabytes
 from envs.prefix_tree.expander import TreeExpander
-from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, UNKNOWN, PrefixTree
+from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, PrefixTree
 from envs.tasks.task import Example, Task
 
 
