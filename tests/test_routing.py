@@ -1,3 +1,4 @@
+import importlib
 import warnings
 
 import gymnasium as gym
@@ -67,9 +68,19 @@ def test_registration_imports_nothing_heavy():
     import subprocess
     import sys
 
-    code = "import sys, envs; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    code = "import sys, envs; dir(envs); sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert envs.__file__ is not None
+
+
+def test_public_names_are_those_of_the_modules_that_define_them():
+    assert sorted(envs._MODULES) == sorted(envs.__all__) == sorted(set(dir(envs)) & set(envs.__all__))
+    for name in envs.__all__:
+        defined = getattr(envs, name)
+        assert defined is getattr(importlib.import_module(envs._MODULES[name]), name)
+        assert defined.__module__ == envs._MODULES[name]
+    with pytest.raises(AttributeError, match="module 'envs' has no attribute 'RoutingEnvironment'; its names are"):
+        envs.RoutingEnvironment  # noqa: B018
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_p=0.9)])
