@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from agents.common.policy import Learner, TrainingRun
 from agents.common.rollout import Scheduling, decode
@@ -27,7 +26,9 @@ from agents.router.training import RouterTraining, fit_router, predict
 from envs.arrays import FloatArray, IntArray
 from envs.costs import WRITTEN
 from envs.decoding.decoder import check_fit, sequence_capacity
-from envs.decoding.references import cases, check_end, encode, offsets, shape_that_fits
+from envs.decoding.preference_rule import cases
+from envs.decoding.reference_reader import ReferenceReader
+from envs.decoding.references import shape_that_fits
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import write_text
@@ -90,38 +91,25 @@ class ReferenceTokens(LabelledTokens):
                 than the memory that is free holds.
             FloatingPointError: a model finds a reference impossible.
         """
-        prompts, solutions = encode(pool, examples)
-        rows = min(scheduling.rows_for(pool), len(examples))
-        session = TeacherSession(pool, rows, max_new_tokens)
-        for example, prompt, solution in zip(examples, prompts, solutions, strict=True):
-            session.check_fit(f"example {example.id}", prompt, solution)
-            check_end(example, solution, pool)
-        starts = offsets(solutions)
+        session = TeacherSession(pool, min(scheduling.rows_for(pool), len(examples)), max_new_tokens)
+        reader = ReferenceReader(session, examples)
+        starts = reader.starts
         # a bound: training copies what it shuffles, at half the bytes a number
         count, _ = shape_that_fits(int(starts[-1]), pool)
         features = torch.empty(count, pool.slm.width, dtype=torch.float16)
         tokens: IntArray = np.empty((count, len(pool)), dtype=np.int64)
         likely: FloatArray = np.empty((count, len(pool)))
-        # alike lengths together, so that passes are even
-        order = sorted(range(len(examples)), key=lambda e: len(prompts[e]) + len(solutions[e]))
-        with tqdm(total=len(examples), desc="references", leave=False) as progress:
-            for first in range(0, len(order), rows):
-                batch = order[first : first + rows]
-                found: list[FloatArray] = []
-                states, choices = session.start_references(
-                    np.arange(len(batch)), [prompts[e] for e in batch], [solutions[e] for e in batch],
-                    log_probabilities=found,
-                )  # fmt: skip
-                for e, state, chosen, log_probabilities in zip(batch, states, choices, found, strict=True):
-                    if not np.isfinite(log_probabilities).all():
-                        raise FloatingPointError(
-                            f"example {examples[e].id}: a model gives a token of its reference no probability; drop "
-                            "the example, or load the models with another dtype"
-                        )
-                    part = slice(starts[e], starts[e + 1])
-                    features[part], tokens[part], likely[part] = state.half().cpu(), chosen, log_probabilities
-                progress.update(len(batch))
-        prefers_slm = cases(np.concatenate(solutions), tokens[:, 0], tokens[:, -1]) != 2
+        for batch in reader.read(log_probabilities=True, label="references"):
+            read = zip(batch.examples, batch.views, batch.tokens, batch.log_probabilities, strict=True)
+            for e, state, chosen, log_probabilities in read:
+                if not np.isfinite(log_probabilities).all():
+                    raise FloatingPointError(
+                        f"example {examples[e].id}: a model gives a token of its reference no probability; drop the "
+                        "example, or load the models with another dtype"
+                    )
+                part = slice(starts[e], starts[e + 1])
+                features[part], tokens[part], likely[part] = state.half().cpu(), chosen, log_probabilities
+        prefers_slm = cases(np.concatenate(reader.solutions), tokens[:, 0], tokens[:, -1]) != 2
         owners = np.repeat(np.arange(len(examples)), np.diff(starts))
         plain = LabelledTokens.in_memory(features, prefers_slm, owners)
         return cls(**vars(plain), slm_log_probability=likely[:, 0], llm_log_probability=likely[:, -1])

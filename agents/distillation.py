@@ -24,7 +24,8 @@ from agents.router.dataset import LabelledTokens
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router
 from envs.arrays import BoolArray, IntArray
-from envs.decoding.observation import check_features, since_at_each
+from envs.decoding.decoder import since_at_each
+from envs.decoding.observation import check_features
 from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import PrefixTree
 from envs.prefix_tree.tree_session import observation_at

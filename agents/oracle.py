@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from agents.common.policy import Policy
-from envs.arrays import FloatArray, IntArray
+from envs.arrays import UNKNOWN, FloatArray, IntArray
 from envs.costs import ALL_COSTS, response_entries
-from envs.decoding.observation import since_at_each
+from envs.decoding.decoder import since_at_each
 from envs.prefix_tree.expander import TreeExpander
-from envs.prefix_tree.tree import GOING_ON, TERMINATED, UNKNOWN, PrefixTree
+from envs.prefix_tree.tree import GOING_ON, TERMINATED, PrefixTree
 from envs.prefix_tree.tree_session import observation_at
 from envs.tasks.task import Example
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from agents.common.episode_queue import EpisodeQueue
 from agents.common.rollout import EndedRow, Episode, Scheduling, episode_of
 from envs.arrays import IntArray
-from envs.decoding.teacher_forcing import TeacherSession
+from envs.decoding.session import Session
+from envs.decoding.verification import VerifyingSession
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
 
@@ -56,7 +57,7 @@ def speculate(
     if not examples:
         raise ValueError("there are no examples to decode")
     rows = min((scheduling or Scheduling()).rows_for(pool), len(examples))
-    session = TeacherSession(pool, rows, max_new_tokens)
+    session = VerifyingSession(pool, rows, max_new_tokens)
     prompts = [pool.encode(example.prompt) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
@@ -84,7 +85,7 @@ def speculate(
     return [episode for episode in episodes if episode is not None]
 
 
-def draft(session: TeacherSession, rows: IntArray, lengths: IntArray) -> None:
+def draft(session: Session, rows: IntArray, lengths: IntArray) -> None:
     """Let the SLM write in each row, (n,), until it has ended or holds so many tokens, (n,), prompt included."""
     while True:
         short = session.lengths(rows) < lengths

@@ -1,23 +1,97 @@
 """Environments: token-level LLM routing as a decision process.
 
-Importing this package registers `citer/TokenRouting-v0` and `citer/ShortcutRouting-v0` with Gymnasium; nothing
-heavy is imported until one is made.
+Importing this package registers `citer/TokenRouting-v0`, `citer/TreeRouting-v0` and `citer/ShortcutRouting-v0` with
+Gymnasium. The names below are imported when they are first asked for; nothing heavy is before.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from gymnasium.envs.registration import register
 
-register(
-    id="citer/TokenRouting-v0",
-    entry_point="envs.environments.token_routing:RoutingEnv",
-    vector_entry_point="envs.environments.token_routing:RoutingVectorEnv",
-)
-register(
-    id="citer/ShortcutRouting-v0",
-    entry_point="envs.environments.shortcut_routing:ShortcutRoutingEnv",
-    vector_entry_point="envs.environments.shortcut_routing:ShortcutRoutingVectorEnv",
-)
-register(
-    id="citer/TreeRouting-v0",
-    entry_point="envs.environments.tree_routing:TreeRoutingEnv",
-    vector_entry_point="envs.environments.tree_routing:TreeRoutingVectorEnv",
-)
+if TYPE_CHECKING:
+    from envs.costs import Dollars, Flops, LlmTokens, MemoryTraffic, Seconds
+    from envs.decoding.sampling import Sampling
+    from envs.decoding.session import Session
+    from envs.environments.rewards import OutcomeReward, ShortcutReward
+    from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
+    from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
+    from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
+    from envs.models.loading import embedded_pool, load_pool
+    from envs.models.pool import ModelPool
+    from envs.prefix_tree.tree import PrefixTree
+    from envs.tasks.arithmetic import ArithmeticTask
+    from envs.tasks.math import MathTask
+    from envs.tasks.multiple_choice import MultipleChoiceTask
+    from envs.tasks.task import FirstExamples
+
+__all__ = [
+    "ArithmeticTask",
+    "Dollars",
+    "FirstExamples",
+    "Flops",
+    "LlmTokens",
+    "MathTask",
+    "MemoryTraffic",
+    "ModelPool",
+    "MultipleChoiceTask",
+    "OutcomeReward",
+    "PrefixTree",
+    "RoutingEnv",
+    "RoutingVectorEnv",
+    "Sampling",
+    "Seconds",
+    "Session",
+    "ShortcutReward",
+    "ShortcutRoutingEnv",
+    "ShortcutRoutingVectorEnv",
+    "TreeRoutingEnv",
+    "TreeRoutingVectorEnv",
+    "embedded_pool",
+    "load_pool",
+]
+
+_DEFINED_IN = {
+    "envs.costs": ("Dollars", "Flops", "LlmTokens", "MemoryTraffic", "Seconds"),
+    "envs.decoding.sampling": ("Sampling",),
+    "envs.decoding.session": ("Session",),
+    "envs.environments.rewards": ("OutcomeReward", "ShortcutReward"),
+    "envs.environments.shortcut_routing": ("ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
+    "envs.environments.token_routing": ("RoutingEnv", "RoutingVectorEnv"),
+    "envs.environments.tree_routing": ("TreeRoutingEnv", "TreeRoutingVectorEnv"),
+    "envs.models.loading": ("embedded_pool", "load_pool"),
+    "envs.models.pool": ("ModelPool",),
+    "envs.prefix_tree.tree": ("PrefixTree",),
+    "envs.tasks.arithmetic": ("ArithmeticTask",),
+    "envs.tasks.math": ("MathTask",),
+    "envs.tasks.multiple_choice": ("MultipleChoiceTask",),
+    "envs.tasks.task": ("FirstExamples",),
+}
+_MODULES = {name: module for module, names in _DEFINED_IN.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, out of the module that defines it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'envs' has no attribute {name!r}; its names are {', '.join(__all__)}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """All names, those too that were not asked for yet."""
+    return sorted({*globals(), *__all__})
+
+
+for _name, _module, _single, _vector in (
+    ("TokenRouting", "token_routing", "RoutingEnv", "RoutingVectorEnv"),
+    ("TreeRouting", "tree_routing", "TreeRoutingEnv", "TreeRoutingVectorEnv"),
+    ("ShortcutRouting", "shortcut_routing", "ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
+):
+    register(
+        id=f"citer/{_name}-v0",
+        entry_point=f"envs.environments.{_module}:{_single}",
+        vector_entry_point=f"envs.environments.{_module}:{_vector}",
+    )

@@ -16,7 +16,8 @@ from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from agents.tapo import Tapo, _Improvement, branch_loss
 from envs.costs import ALL_COSTS, MemoryTraffic, response_entries
-from envs.decoding.observation import feature_width, since_at_each, since_llm
+from envs.decoding.decoder import since_at_each, since_llm
+from envs.decoding.observation import feature_width
 from envs.environments.token_routing import RoutingVectorEnv
 from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
@@ -45,7 +46,7 @@ def found(tree, examples):
 
 def routed(pool, task, example, plans):
     """Whether the answers routed by `plans`, (n, 128) of actions, are right; decoded live."""
-    environment = RoutingVectorEnv(len(plans), pool, task)
+    environment = RoutingVectorEnv(len(plans), pool=pool, task=task)
     environment.reset(seed=0, options={"examples": [example] * len(plans)})
     verdicts, finals = np.full(len(plans), -1), [None] * len(plans)
     for step in range(plans.shape[1]):
@@ -217,7 +218,7 @@ def test_shares_of_the_oracles_area(measured, pool):
 def test_states_taught_are_those_of_live_decoding(found, pool, task, examples, tree):
     number = next(i for i, one in enumerate(found) if one.solved and one.llm_tokens)
     taught = OracleStates.of([found[number]], [number])
-    environment = RoutingVectorEnv(1, pool, task, features="hidden_logits_history")
+    environment = RoutingVectorEnv(1, pool=pool, task=task, features="hidden_logits_history")
     observation, _ = environment.reset(seed=0, options={"examples": [examples[number]]})
     seen = taught.features(tree, "hidden_logits_history").float().numpy()
     for row, prefers_slm in zip(seen, taught.prefers_slm, strict=True):

@@ -19,8 +19,8 @@ from agents.preferences.store import COLUMNS, FEATURES, PreferenceStore
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining
+from envs.arrays import UNKNOWN
 from envs.decoding.observation import Observation, all_features, feature_width, logit_features
-from envs.decoding.references import NOT_ROLLED_OUT
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
@@ -81,7 +81,7 @@ def plain_preferences(pool, task, example, policy, threshold, limit, branches=("
                 whole = finish([*prefix, written[name]], position + 1)
                 found.append(int(task.is_correct(example, pool.decode(np.array(whole[len(prompt) :])))))
             else:
-                found.append(NOT_ROLLED_OUT)
+                found.append(UNKNOWN)
     return cases, outcomes
 
 
@@ -129,7 +129,7 @@ def test_both_rounds_equal_the_plain_algorithm(pool, task, tmp_path):
 # -- labels and features ----------------------------------------------------------------------------------------------
 
 
-def columns_of(cases, agree, slm=NOT_ROLLED_OUT, llm=NOT_ROLLED_OUT):
+def columns_of(cases, agree, slm=UNKNOWN, llm=UNKNOWN):
     count = len(cases)
     return {
         "case": np.array(cases),
@@ -212,7 +212,7 @@ def test_rows_carry_what_made_them(collected, pool, task):
     assert set(columns["round"]) == {1}
     assert set(second.column("round")) == {2}
     third = columns["case"] == 3
-    assert ((columns["slm_outcome"] != NOT_ROLLED_OUT) == third).all()
+    assert ((columns["slm_outcome"] != UNKNOWN) == third).all()
     assert second.column("position").tolist() == columns["position"][third].tolist()
     assert columns["label"].tolist() == Labels().of(columns).tolist()
     features = torch.cat([first.features(shard) for shard in range(4)])

@@ -12,8 +12,8 @@ from agents.common.saving import load_policy
 from agents.preferences.store import COLUMNS, PreferenceStore
 from agents.r2r import R2R, Divergence, R2RPolicy, hidden_and_top_logits
 from agents.router.training import RouterTraining, fit_router
+from envs.arrays import UNKNOWN
 from envs.decoding.observation import Observation
-from envs.decoding.references import NOT_ROLLED_OUT
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
@@ -55,8 +55,8 @@ def test_labels_by_hand():
     columns = {
         "slm_token": np.array([7, 8, 8, 8, 8]),
         "llm_token": np.array([7, 9, 9, 9, 9]),
-        "slm_outcome": np.array([NOT_ROLLED_OUT, 1, 0, 1, 0], dtype=np.int8),
-        "llm_outcome": np.array([NOT_ROLLED_OUT, 1, 1, 0, 0], dtype=np.int8),
+        "slm_outcome": np.array([UNKNOWN, 1, 0, 1, 0], dtype=np.int8),
+        "llm_outcome": np.array([UNKNOWN, 1, 1, 0, 0], dtype=np.int8),
     }
     assert Divergence().rolled_out(columns).tolist() == [False, True, True, True, True]
     # the models agree; neutral; it spoils the answer; it mends it, which diverges too; both are wrong
@@ -86,7 +86,7 @@ def plain_labels(pool, task, example, limit):
     for position in range(len(prompt), len(own)):
         slm = next_token(pool.slm, own[:position])
         same = slm == own[position]
-        outcomes.append(NOT_ROLLED_OUT if same else right(finish([*own[:position], slm])))
+        outcomes.append(UNKNOWN if same else right(finish([*own[:position], slm])))
         labels.append(int(same or outcomes[-1] == right(own)))
     return own[len(prompt) :], right(own), labels, outcomes
 
@@ -112,12 +112,12 @@ def test_labels_equal_the_plain_algorithm(pool, tmp_path):
         if own[-1] not in pool.end_tokens:
             assert (number, rows.any(), store.note(1)["skipped"]) == (2, False, [example.id])
             continue
-        differ = np.array(outcomes) != NOT_ROLLED_OUT
+        differ = np.array(outcomes) != UNKNOWN
         assert columns["position"][rows].tolist() == list(range(len(own)))
         assert columns["llm_token"][rows].tolist() == own
         assert columns["label"][rows].tolist() == labels
         assert columns["slm_outcome"][rows].tolist() == outcomes
-        assert columns["llm_outcome"][rows].tolist() == np.where(differ, right, NOT_ROLLED_OUT).tolist()
+        assert columns["llm_outcome"][rows].tolist() == np.where(differ, right, UNKNOWN).tolist()
     assert verdicts == [0, 1, 0]
     assert store.skipped() == 1
     assert 0 < (columns["label"] == 0).sum() < (columns["slm_token"] != columns["llm_token"]).sum()

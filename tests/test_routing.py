@@ -1,3 +1,4 @@
+import importlib
 import warnings
 
 import gymnasium as gym
@@ -13,7 +14,9 @@ import envs
 from envs.costs import Dollars, MemoryTraffic
 from envs.decoding.sampling import Sampling
 from envs.environments.rewards import OutcomeReward, ShortcutReward, Transition
+from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
+from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.models.loading import embedded_pool
 from envs.tasks.arithmetic import ArithmeticTask
 
@@ -65,9 +68,19 @@ def test_registration_imports_nothing_heavy():
     import subprocess
     import sys
 
-    code = "import sys, envs; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    code = "import sys, envs; dir(envs); sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert envs.__file__ is not None
+
+
+def test_public_names_are_those_of_the_modules_that_define_them():
+    assert sorted(envs._MODULES) == sorted(envs.__all__) == sorted(set(dir(envs)) & set(envs.__all__))
+    for name in envs.__all__:
+        defined = getattr(envs, name)
+        assert defined is getattr(importlib.import_module(envs._MODULES[name]), name)
+        assert defined.__module__ == envs._MODULES[name]
+    with pytest.raises(AttributeError, match="module 'envs' has no attribute 'RoutingEnvironment'; its names are"):
+        envs.RoutingEnvironment  # noqa: B018
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_p=0.9)])
@@ -212,7 +225,7 @@ def test_shortcut_reward_pays_for_agreement_along_the_reference_alone():
 def test_shortcut_reward_along_a_reference_equals_the_share_of_agreements(pool):
     environment = RoutingEnv(pool=pool, reward=ShortcutReward(cost_weight=0.0))
     environment.reset(seed=4)
-    reference = pool.encode(environment.routing.examples[0].reference, special=False)
+    reference = pool.encode(environment.episodes.examples[0].reference, special=False)
     total, agreed = 0.0, 0
     for target in reference:
         _, reward, terminated, truncated, info = environment.step(0)
@@ -237,6 +250,41 @@ def test_bad_settings_are_named(pool, settings, message):
         RoutingEnv(pool=pool, **settings)
     with pytest.raises(ValueError, match=message):
         RoutingVectorEnv(num_envs=2, pool=pool, **settings)
+
+
+@pytest.mark.parametrize("kind", [RoutingEnv, TreeRoutingEnv, ShortcutRoutingEnv])
+def test_unknown_settings_are_named_and_those_there_are(kind):
+    vector = {RoutingEnv: RoutingVectorEnv, TreeRoutingEnv: TreeRoutingVectorEnv}.get(kind, ShortcutRoutingVectorEnv)
+    for make in (kind, vector):
+        with pytest.raises(TypeError, match=r"unknown settings cost_wieght, pol; \w+Settings has pool, task, cost, .*"):
+            make(cost_wieght=1.0, max_new_tokens=5, pol=None)
+
+
+def test_unknown_options_are_refused_rather_than_passed_over(pool):
+    single, vector = RoutingEnv(pool=pool), RoutingVectorEnv(num_envs=2, pool=pool)
+    with pytest.raises(ValueError, match="unknown options exmple, index; an episode is chosen by 'example'"):
+        single.reset(options={"exmple": None, "index": 3})
+    with pytest.raises(ValueError, match="unknown options example; an episode is chosen by 'examples'"):
+        vector.reset(options={"example": ArithmeticTask().example("test", 0)})
+    with pytest.raises(ValueError, match=r"options\['examples'\] holds 1 examples for 2 environments"):
+        vector.reset(options={"examples": [None]})
+    assert vector.reset(seed=0, options={})[1]["example"].tolist() == vector.reset(seed=0)[1]["example"].tolist()
+
+
+def test_some_rows_can_step_without_the_others(pool):
+    together, apart = (RoutingVectorEnv(num_envs=3, pool=pool, max_new_tokens=20).episodes for _ in range(2))
+    generators = [[np.random.default_rng(row) for row in range(3)] for _ in range(2)]
+    together.start(together.all_rows, generators[0], [None] * 3)
+    apart.start(np.array([0, 2]), [generators[1][0], generators[1][2]], [None] * 2)
+    apart.start(np.array([1]), [generators[1][1]], [None])
+    actions = np.random.default_rng(1).integers(0, 2, (4, 3))
+    for chosen in actions:
+        whole = together.step(together.all_rows, chosen)
+        for rows in (np.array([1]), np.array([0, 2])):
+            part = apart.step(rows, chosen[rows])
+            np.testing.assert_allclose(part.rewards, whole.rewards[rows])
+            assert part.infos["token"].tolist() == whole.infos["token"][rows].tolist()
+    np.testing.assert_allclose(apart.observe(apart.all_rows), together.observe(together.all_rows), atol=1e-4)
 
 
 def test_bad_actions_seeds_and_weights_are_named(pool):

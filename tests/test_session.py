@@ -435,7 +435,7 @@ def test_the_ledger_of_a_scripted_episode_equals_hand_counts(tiny_pool):
     works = [session.start(array(2), [array(5, 6, 7, 8, 9)])]
     for action in (0, 0, 1, 0, 1):
         step = session.step(array(2), array(action))
-        works.append(step.work)
+        works.append(step.ledger)
     assert step.truncated[0]
     columns = [PASSES, READ, CONTEXT, PAIRS, WRITTEN]
     # The SLM reads the prompt (5 tokens) and then each of the 5 tokens written, over 5, 6, 7, 8 and 9 tokens.
@@ -631,7 +631,7 @@ def test_a_step_refuses_rows_and_actions_out_of_range(running, rows, actions, na
 
 def test_actions_may_be_booleans(running):
     step = running.step(array(0, 1), np.array([True, False]))
-    assert step.work[:, :, WRITTEN].tolist() == [[0, 1], [1, 0]]
+    assert step.ledger[:, :, WRITTEN].tolist() == [[0, 1], [1, 0]]
     assert [running.writers(0)[0], running.writers(1)[0]] == [1, 0]
 
 

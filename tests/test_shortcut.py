@@ -13,17 +13,13 @@ from agents.common.rollout import Scheduling
 from agents.heuristics import Always
 from agents.preferences.collector import PreferenceCollector
 from agents.preferences.labels import DROPPED, Labels
+from envs.arrays import NO_ACTION, UNKNOWN
 from envs.costs import ALL_COSTS, Dollars, MemoryTraffic, Seconds
 from envs.decoding.observation import feature_width
-from envs.decoding.references import NOT_ROLLED_OUT, References
+from envs.decoding.preference_rule import CASE_3
+from envs.decoding.references import References
 from envs.environments.rewards import ShortcutReward
-from envs.environments.shortcut_routing import (
-    CASE_3,
-    NONE,
-    ShortcutRoutingEnv,
-    ShortcutRoutingVectorEnv,
-    preferred_actions,
-)
+from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
@@ -146,7 +142,27 @@ def test_the_same_seed_gives_the_same_episodes_and_an_index_the_one_asked(refere
     assert np.array_equal(observation, references.features[references.starts[7], : references.width])
     vector = ShortcutRoutingVectorEnv(num_envs=3, references=references)
     assert vector.reset(options={"indices": [2, None, 5]})[1]["index"][[0, 2]].tolist() == [2, 5]
-    assert gym.make(ID, references=references).unwrapped.shortcut.references is references
+    assert gym.make(ID, references=references).unwrapped.episodes.references is references
+
+
+def test_some_rows_can_walk_without_the_others(references):
+    settings = {"references": references, "features": "hidden_logits_history", "cost": MemoryTraffic()}
+    together, apart = (ShortcutRoutingVectorEnv(num_envs=4, **settings).episodes for _ in range(2))
+    for episodes in (together, apart):
+        episodes.start(episodes.all_rows, [np.random.default_rng(0)] * 4, [0, 1, 2, 3])
+    for _ in range(references.lengths[:4].min()):
+        actions = np.array([1, 0, 1, 1])
+        whole = together.step(together.all_rows, actions)
+        for rows in (np.array([2]), np.array([0, 1, 3])):
+            part = apart.step(rows, actions[rows])
+            assert part.rewards.tolist() == whole.rewards[rows].tolist()
+            assert part.terminated.tolist() == whole.terminated[rows].tolist()
+            assert np.array_equal(apart.observe(rows), together.observe(rows))
+    assert whole.terminated.any()
+    ended = int(np.flatnonzero(whole.terminated)[0])
+    assert not together.observe(together.all_rows)[ended].any()
+    with pytest.raises(ValueError, match=rf"rows \[{ended}\] have no episode"):
+        together.step(np.array([ended]), np.array([0]))
 
 
 def test_states_do_not_depend_on_actions(references):
@@ -171,7 +187,7 @@ def test_states_do_not_depend_on_actions(references):
 def test_an_episode_ends_with_its_reference_alone(pool, references):
     vector = RecordEpisodeStatistics(ShortcutRoutingVectorEnv(num_envs=1, references=references, case_3="agreement"))
     vector.reset(seed=0, options={"indices": [4]})
-    wanted = preferred_actions(references, "agreement")[references.starts[4] : references.starts[5]]
+    wanted = references.preferred_actions("agreement")[references.starts[4] : references.starts[5]]
     for position, action in enumerate(wanted):
         *_, terminated, truncated, infos = vector.step(np.array([action]))
         assert terminated[0] == (position == len(wanted) - 1)
@@ -214,14 +230,14 @@ def test_cases_and_states_equal_those_of_a_plain_uncached_computation(pool, refe
         ("slm", [0, 0, 0]),
         ("llm", [1, 1, 1]),
         ("agreement", [0, 1, 0]),
-        ("drop", [NONE] * 3),
-        ("outcome", [0, 1, NONE]),
+        ("drop", [NO_ACTION] * 3),
+        ("outcome", [0, 1, NO_ACTION]),
     ],
 )
 def test_rewards_by_hand(by_hand, case_3, third):
     preferred = np.array([0, 1, *third, 0])
     assert by_hand.case.tolist() == [1, 2, 3, 3, 3, 1, 1]
-    assert preferred_actions(by_hand, case_3).tolist() == [*preferred, 0]
+    assert by_hand.preferred_actions(case_3).tolist() == [*preferred, 0]
     environment = ShortcutRoutingEnv(references=by_hand, case_3=case_3, cost_weight=0.25)
     for actions in ([0] * 6, [1] * 6, [0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]):
         steps = play(environment, actions, options={"index": 0})[1:]
@@ -229,16 +245,16 @@ def test_rewards_by_hand(by_hand, case_3, third):
         np.testing.assert_allclose([step[1] for step in steps], met / 6 - 0.25 * np.array(actions))
         assert [step[-1]["cost"] for step in steps] == actions
         last = steps[-1][-1]
-        assert last["agreement"] == pytest.approx(met.sum() / (preferred != NONE).sum())
+        assert last["agreement"] == pytest.approx(met.sum() / (preferred != NO_ACTION).sum())
         assert (last["llm_tokens"], last["total_cost"]) == (sum(actions), sum(actions))
 
 
 def test_given_outcomes_stand_in_for_those_of_the_references(by_hand, references):
     given = np.array([0, 0, 0, 1, 0, -1, -1])
-    assert preferred_actions(by_hand, "outcome", given).tolist() == [0, 1, 1, 0, 1, 0, 0]
-    none_left = np.full(len(references.target), NOT_ROLLED_OUT)
-    dropped = preferred_actions(references, "drop")
-    assert np.array_equal(preferred_actions(references, "outcome", none_left), dropped)
+    assert by_hand.preferred_actions("outcome", given).tolist() == [0, 1, 1, 0, 1, 0, 0]
+    none_left = np.full(len(references.target), UNKNOWN)
+    dropped = references.preferred_actions("drop")
+    assert np.array_equal(references.preferred_actions("outcome", none_left), dropped)
 
 
 @pytest.mark.parametrize("pattern", [[0], [1], [0, 1], [1, 0, 0, 0, 1]], ids=str)
@@ -290,8 +306,8 @@ def test_references_of_collected_columns_are_those_read_and_prefer_the_same(pool
     assert found.outcomes is not None
     for case_3 in CASE_3:
         labels = Labels(case_3="rollout" if case_3 == "outcome" else case_3).of(columns)
-        wanted = np.where(labels == DROPPED, NONE, 1 - labels)
-        assert preferred_actions(found, case_3).tolist() == wanted.tolist()
+        wanted = np.where(labels == DROPPED, NO_ACTION, 1 - labels)
+        assert found.preferred_actions(case_3).tolist() == wanted.tolist()
 
 
 def test_columns_of_other_examples_or_some_tokens_are_refused(pool, task, examples, columns):

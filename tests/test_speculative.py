@@ -13,7 +13,7 @@ from agents.heuristics import Always
 from agents.speculative import speculate
 from envs.costs import COLUMNS, CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
 from envs.decoding.sampling import Sampling
-from envs.decoding.teacher_forcing import TeacherSession
+from envs.decoding.verification import VerifyingSession
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -273,7 +273,7 @@ def unending(pool, rows=4, **settings):
     """A session in which no token ends a response."""
     other = ModelPool(pool.models)
     other.end_tokens = array()
-    return TeacherSession(other, rows, MAX_NEW, capacity=40, **settings)
+    return VerifyingSession(other, rows, MAX_NEW, capacity=40, **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

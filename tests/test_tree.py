@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs.storage
+from envs.arrays import UNKNOWN
 from envs.costs import MemoryTraffic, Seconds
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
@@ -21,7 +22,7 @@ from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.models.language_model import LanguageModel
 from envs.prefix_tree.expander import TreeExpander
-from envs.prefix_tree.tree import GOING_ON, UNKNOWN, PrefixTree
+from envs.prefix_tree.tree import GOING_ON, PrefixTree
 from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
@@ -162,7 +163,7 @@ def test_a_tree_goes_through_the_episodes_of_live_decoding(pools, pool, few, pas
     alone = play_singly(single, actions[:, 2], seed=7)
     assert not passes, "all that was asked is known"
     assert len(tree) == known
-    assert_right(again.routing.session)
+    assert_right(again.episodes.session)
     assert_same(play_singly(gym.make(LIVE, pool=pool, task=task, **settings), actions[:, 2], seed=7), alone)
     terminated, truncated = (sum(step[kind].sum() for step in live[1:]) for kind in (2, 3))
     assert terminated, "what ends both ways was compared"
@@ -176,7 +177,7 @@ def test_a_tree_goes_through_the_episodes_of_live_decoding(pools, pool, few, pas
 def test_an_empty_tree_that_is_given_is_the_one_that_grows(tiny_pool, few):
     tree = PrefixTree(tiny_pool, few, MAX_NEW)
     single, vector = TreeRoutingEnv(tree=tree, **SETTINGS), gym.make_vec(ID, num_envs=2, tree=tree, **SETTINGS)
-    assert single.tree is single.routing.session.tree is vector.unwrapped.routing.session.tree is tree
+    assert single.tree is single.episodes.session.tree is vector.unwrapped.episodes.session.tree is tree
     single.reset(seed=0)
     assert len(tree) == 1
 
@@ -401,7 +402,7 @@ def test_a_tree_with_little_memory_forgets_and_equals_live_decoding(pools, count
         actions = rng.integers(0, 3, rows)
         assert_same(live.step(actions), walked.step(actions))
         assert len(tree) <= tree.capacity
-        assert_right(walked.routing.session)
+        assert_right(walked.episodes.session)
     assert tree.evictions > 3
 
 
@@ -419,10 +420,10 @@ def test_a_saved_tree_forgets_too_and_is_saved_without_what_it_forgot(tiny_pool,
     loaded = PrefixTree(pool, task, MAX_NEW, tree.memory, path)
     for row in range(4):  # what was not forgotten is there
         session = TreeSession(loaded, 1)
-        session.start(np.array([0]), [vector.routing.session._prompts[row]])
-        for writer in vector.routing.session.writers(row):
+        session.start(np.array([0]), [vector.episodes.session._prompts[row]])
+        for writer in vector.episodes.session.writers(row):
             session.step(np.array([0]), np.array([int(writer)]))
-        assert np.array_equal(session.response(0), vector.routing.session.response(row))
+        assert np.array_equal(session.response(0), vector.episodes.session.response(row))
     assert not passes
     actions = actions_for(pool, 80, 4, seed=1)
     live = play(RoutingVectorEnv(4, pool=pool, task=task, **SETTINGS), actions, seed=9)
@@ -521,7 +522,7 @@ def test_trees_shared_by_environments_stay_right(pools):
                 actions = rng.integers(0, 3, live.num_envs)
                 assert_same(live.step(actions), walked.step(actions))
         for _, walked in pairs:
-            assert_right(walked.routing.session)
+            assert_right(walked.episodes.session)
     assert tree.evictions > 3
 
 

@@ -17,6 +17,7 @@ from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy
 from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
+from envs.decoding.decoder import Decoder
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.models.language_model import LanguageModel
@@ -116,7 +117,7 @@ def decode(
     """
     scheduling = scheduling or Scheduling()
     rows = _rows(scheduling, pool, examples)
-    session: Session | TreeSession
+    session: Decoder
     if tree is None:
         session = Session(pool, rows, max_new_tokens, sampling=sampling)
     else:
@@ -190,7 +191,7 @@ def _rows(scheduling: Scheduling | None, pool: ModelPool, examples: Sequence[Exa
 
 
 def _queue(
-    session: Session | TreeSession,
+    session: Decoder,
     examples: Sequence[Example],
     sampling: Sampling | None,
     seed: int,
@@ -223,7 +224,7 @@ class EndedRow(NamedTuple):
 
 
 def episode_of(
-    session: Session | TreeSession,
+    session: Decoder,
     task: Task,
     example: Example,
     ended: EndedRow,
@@ -277,7 +278,7 @@ class DecisionRecord:
 
 
 def decode_loop(
-    session: Session | TreeSession,
+    session: Decoder,
     queue: EpisodeQueue,
     policy: Policy | None,
     threshold: float = 0.5,

@@ -13,9 +13,10 @@ from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode_loop
 from agents.preferences.labels import Rollouts
 from agents.preferences.store import FEATURES, Columns
-from envs.arrays import BoolArray, IntArray
+from envs.arrays import UNKNOWN, BoolArray, IntArray
 from envs.decoding.observation import all_features
-from envs.decoding.references import NOT_ROLLED_OUT, cases, check_end, encode
+from envs.decoding.preference_rule import cases
+from envs.decoding.reference_reader import ReferenceReader
 from envs.decoding.teacher_forcing import TeacherSession, View
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -56,23 +57,13 @@ class PreferenceCollector:
             raise ValueError("there are no examples to collect preferences on")
         self.pool, self.task, self.examples = pool, task, examples
         self.scheduling = scheduling or Scheduling()
-        self._prompts, references = encode(pool, examples)
-        self._references = references if responses is None else responses
         # half of the rows hold references, the others are forked from them
         self._rows = max(1, self.scheduling.rows_for(pool) // 2)
         self._session = TeacherSession(pool, 2 * self._rows, max_new_tokens)
         self._view = view
         self._no_features = view(torch.zeros(0, pool.slm.width), torch.zeros(0, pool.vocab_size)).half()
-        self.fits = np.ones(len(examples), dtype=bool)
-        for number, (example, prompt) in enumerate(zip(examples, self._prompts, strict=True)):
-            reference = self._references[number]
-            check_end(example, reference, pool)
-            try:
-                self._session.check_fit(f"example {example.id}", prompt, reference)
-            except ValueError:
-                if not skip_too_long:
-                    raise
-                self.fits[number] = False
+        self._reader = ReferenceReader(self._session, examples, self._rows, responses, skip_too_long)
+        self.fits = self._reader.fits
         if not self.fits.any():
             raise ValueError(f"none of the {len(examples)} examples fits; raise max_new_tokens or capacity")
 
@@ -90,12 +81,12 @@ class PreferenceCollector:
 
         Returns:
             A row per token, by example and position: `example`, `position`, `case`, `slm_token`, `llm_token`,
-            `slm_outcome` and `llm_outcome` (1 the answer was right, 0 wrong, NOT_ROLLED_OUT), `features` (float16).
+            `slm_outcome` and `llm_outcome` (1 the answer was right, 0 wrong, UNKNOWN), `features` (float16).
         """
         parts = [self._columns([], [], [])]
-        for batch in self._batches([e for e in chosen if self.fits[e]]):
-            columns = self._columns(batch, *self._load(batch))
-            self._roll(columns, labels.rolled_out(columns), labels, batch, policy, threshold)
+        for batch in self._reader.read([e for e in chosen if self.fits[e]], self._view):
+            columns = self._columns(batch.examples, batch.views, batch.tokens)
+            self._roll(columns, labels.rolled_out(columns), labels, batch.examples, policy, threshold)
             parts.append(columns)
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.lexsort((columns["position"], columns["example"]))
@@ -103,12 +94,12 @@ class PreferenceCollector:
 
     def redo(self, columns: Columns, labels: Rollouts, policy: Policy, threshold: float) -> None:
         """Roll out again, by another policy, all tokens of `columns`, whose outcomes are written; see `collect`."""
-        for batch in self._batches(np.unique(columns["example"]).tolist()):
-            self._load(batch)
-            self._roll(columns, np.isin(columns["example"], batch), labels, batch, policy, threshold)
+        for batch in self._reader.read(np.unique(columns["example"]).tolist(), self._view):
+            where = np.isin(columns["example"], batch.examples)
+            self._roll(columns, where, labels, batch.examples, policy, threshold)
 
     def _columns(self, batch: Sequence[int], views: Sequence[Tensor], tokens: Sequence[IntArray]) -> Columns:
-        references = [self._references[e] for e in batch]
+        references = [self._reader.solutions[e] for e in batch]
         counts = [len(reference) for reference in references]
         nothing: IntArray = np.zeros(0, dtype=np.int64)
         target = np.concatenate([nothing, *references])
@@ -120,8 +111,8 @@ class PreferenceCollector:
             "case": cases(target, slm, llm),
             "slm_token": slm,
             "llm_token": llm,
-            "slm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
-            "llm_outcome": np.full(len(target), NOT_ROLLED_OUT, dtype=np.int8),
+            "slm_outcome": np.full(len(target), UNKNOWN, dtype=np.int8),
+            "llm_outcome": np.full(len(target), UNKNOWN, dtype=np.int8),
             FEATURES: torch.cat([self._no_features, *(view.half().cpu() for view in views)]).numpy(),
         }
 
@@ -142,12 +133,10 @@ class PreferenceCollector:
             for token in np.flatnonzero(where)
             for branch in branches
         ]
-        # the longest first, so that none is left to finish alone
-        rollouts.sort(key=lambda rollout: (-columns["position"][rollout[1]], rollout), reverse=True)
 
         def start(rows: IntArray, numbers: IntArray) -> None:
             slots, tokens, models = (np.array(part) for part in zip(*(rollouts[n] for n in numbers), strict=True))
-            prompts = np.array([len(self._prompts[batch[slot]]) for slot in slots])
+            prompts = np.array([len(self._reader.prompts[batch[slot]]) for slot in slots])
             # the first token is known: where it is the LLM's, the row is taught it instead of asking the LLM again
             first = np.where(models == 0, columns["slm_token"][tokens], columns["llm_token"][tokens])
             self._session.fork(slots, rows, prompts + columns["position"][tokens], first)
@@ -162,13 +151,3 @@ class PreferenceCollector:
             example = self.examples[columns["example"][token]]
             outcome = columns["llm_outcome" if model else "slm_outcome"]
             outcome[token] = self.task.is_correct(example, text)
-
-    def _batches(self, chosen: Sequence[int]) -> list[list[int]]:
-        """Examples in groups that fit the rows for references, of like length."""
-        ordered = sorted(chosen, key=lambda e: len(self._prompts[e]) + len(self._references[e]))
-        return [ordered[first : first + self._rows] for first in range(0, len(ordered), self._rows)]
-
-    def _load(self, batch: Sequence[int]) -> tuple[list[Tensor], list[IntArray]]:
-        rows = np.arange(len(batch))
-        prompts, references = ([of[e] for e in batch] for of in (self._prompts, self._references))
-        return self._session.start_references(rows, prompts, references, self._view)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from agents.preferences.store import Columns
-from envs.arrays import BoolArray
-from envs.decoding.references import NOT_ROLLED_OUT
+from envs.arrays import NO_ACTION, UNKNOWN, BoolArray
+from envs.decoding.preference_rule import preferred_actions
 
 DROPPED = -1
+"""A label: the token is left out of training."""
 CASE_3 = ("rollout", "slm", "llm", "agreement", "drop")
 
 
@@ -62,19 +63,14 @@ class Labels:
         Args:
             columns: `case`, `slm_token`, `llm_token`, `slm_outcome`, `llm_outcome`.
         """
-        third = columns["case"] == 3
         agree = columns["slm_token"] == columns["llm_token"]
         slm, llm = columns["slm_outcome"], columns["llm_outcome"]
-        rolled = slm >= llm if self.branches == "both" else slm == 1
-        verdicts = {
-            "rollout": np.where(self.rolled_out(columns), rolled, agree),
-            "slm": np.ones_like(third),
-            "llm": np.zeros_like(third),
-            "agreement": agree,
-            "drop": np.full(len(third), DROPPED),
-        }
-        labels: npt.NDArray[Any] = np.where(third, verdicts[self.case_3], columns["case"] == 1)
-        return labels.astype(np.int8)
+        right = slm >= llm if self.branches == "both" else slm == 1
+        # where models agree and nothing is rolled out, there is nothing to pay for
+        outcomes = np.where(self.rolled_out(columns), right, agree)
+        case_3 = "outcome" if self.case_3 == "rollout" else self.case_3
+        actions = preferred_actions(columns["case"], agree, case_3, outcomes)
+        return np.where(actions == NO_ACTION, DROPPED, actions == 0).astype(np.int8)
 
 
 def shares(columns: Columns) -> dict[str, float]:
@@ -85,7 +81,7 @@ def shares(columns: Columns) -> dict[str, float]:
     report["agree_in_case_3"] = float(agree[third].mean()) if third.any() else 0.0
     for model in ("slm", "llm"):
         outcomes = columns[f"{model}_outcome"]
-        rolled = outcomes != NOT_ROLLED_OUT
+        rolled = outcomes != UNKNOWN
         report[f"{model}_rollouts"] = int(rolled.sum())
         report[f"{model}_rollouts_right"] = float(outcomes[rolled].mean()) if rolled.any() else 0.0
     kept = columns["label"] != DROPPED

@@ -17,7 +17,7 @@ from agents.rl.algorithms import algorithm_named
 from agents.rl.cost_weights import CostWeights
 from envs.arrays import IntArray
 from envs.decoding.observation import Observation, feature_width
-from envs.environments.token_routing import HIDDEN_BOUND
+from envs.environments.episodes import HIDDEN_BOUND
 from envs.models.pool import ModelPool, models_manifest
 
 if TYPE_CHECKING:

@@ -1,13 +1,179 @@
-"""What every decoder checks before it decodes."""
+"""What every decoder is: rows of sequences, the books kept of them, and what is checked before they are decoded."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from envs.arrays import BoolArray, IntArray
+from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.costs import COLUMNS
+from envs.decoding.observation import Observation, Step
+from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
+from envs.tasks.task import Example, Task
+
+
+class Decoder(ABC):
+    """Up to `rows` sequences in flight over a pool of models, each written token by token by the models chosen.
+
+    A row is started with a prompt, observed, stepped until it ends, and may then be started anew. `Session` decodes;
+    `TreeSession` walks a prefix tree to the same tokens, endings, observations and ledgers.
+
+    Args:
+        pool: the models; an action is an index into them.
+        rows: sequences in flight.
+        max_new_tokens: the longest response.
+        capacity: the longest sequence, prompt and response; the pool's capacity where None.
+        sampling: how tokens are drawn; greedy where None.
+
+    Attributes:
+        ledger: what each row took since it started, (rows, models, COLUMNS).
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        rows: int,
+        max_new_tokens: int,
+        capacity: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, is {rows}")
+        self.pool, self.rows, self.max_new_tokens = pool, rows, max_new_tokens
+        self.capacity = sequence_capacity(pool, max_new_tokens, capacity)
+        self.sampling = sampling or Sampling()
+
+    @abstractmethod
+    def start(
+        self,
+        rows: IntArray,
+        prompts: Sequence[IntArray],
+        episodes: IntArray | None = None,
+        generators: Sequence[np.random.Generator] | None = None,
+    ) -> FloatArray:
+        """Start a new sequence in each row.
+
+        Args:
+            rows: distinct rows, (n,); what they held is forgotten.
+            prompts: n arrays of token ids.
+            episodes: a number for each row's episode, (n,); the rows' own numbers where None.
+            generators: the source of chance of each row, needed where tokens are sampled.
+
+        Returns:
+            Ledger entries of the SLM's reading of the prompts, (n, models, COLUMNS).
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room for `max_new_tokens`.
+        """
+
+    @abstractmethod
+    def step(self, rows: IntArray, actions: IntArray) -> Step:
+        """Write one token in each row, by the model its action names.
+
+        Args:
+            rows: distinct rows in flight, (n,).
+            actions: 0 for the SLM, k for model k of the pool, (n,).
+
+        Raises:
+            ValueError: an action out of range, a row that is not in flight, or one for the SLM that was released.
+        """
+
+    @abstractmethod
+    def observe(self, rows: IntArray) -> Observation:
+        """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
+
+    @abstractmethod
+    def release_slm(self, rows: IntArray) -> None:
+        """Let the SLM read no more of `rows`, (n,), which other models write to their ends and nobody observes."""
+
+    @abstractmethod
+    def free(self, rows: IntArray) -> None:
+        """Take rows out of flight."""
+
+    @abstractmethod
+    def correct(self, row: int, task: Task, example: Example) -> bool:
+        """Whether the response of a row answers `example`."""
+
+    def check_fit(self, name: str, prompt: IntArray, response: Sequence[int] | IntArray = ()) -> None:
+        """Refuse a prompt that leaves no room for `max_new_tokens`, or a reference response longer than these.
+
+        Raises:
+            ValueError: it does not fit; the error says what `name` is.
+        """
+        check_fit(name, prompt, response, self.capacity, self.max_new_tokens)
+
+    def response(self, row: int) -> IntArray:
+        """Tokens of the response so far, (n,), an end-of-sequence token included."""
+        return self._tokens[row, self._prompt_lengths[row] : self._lengths[row]].copy()
+
+    def writers(self, row: int) -> npt.NDArray[np.int8]:
+        """Which model wrote each token of the response, (n,)."""
+        return self._writers[row, self._prompt_lengths[row] : self._lengths[row]].copy()
+
+    def lengths(self, rows: IntArray) -> IntArray:
+        """Tokens of each row, prompt included, (n,)."""
+        return self._lengths[rows].copy()
+
+    def _open_books(self) -> None:
+        """Make room for what is kept of all rows; subclasses do so once they know that the rows fit."""
+        rows = self.rows
+        self.ledger: FloatArray = np.zeros((rows, len(self.pool), COLUMNS))
+        self._tokens: IntArray = np.zeros((rows, self.capacity), dtype=np.int64)  # prompts, then responses
+        self._writers = np.zeros((rows, self.capacity), dtype=np.int8)
+        self._prompt_lengths: IntArray = np.zeros(rows, dtype=np.int64)
+        self._lengths: IntArray = np.zeros(rows, dtype=np.int64)  # prompt included
+        self._since_llm: IntArray = np.zeros(rows, dtype=np.int64)
+        self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
+        self._active: BoolArray = np.zeros(rows, dtype=bool)
+        self._followed: BoolArray = np.ones(rows, dtype=bool)  # the SLM reads what is written
+        self._observed: BoolArray = np.ones(rows, dtype=bool)  # somebody may look at the SLM's state
+
+    def _begin(self, rows: IntArray, prompts: Sequence[IntArray], episodes: IntArray | None) -> None:
+        """Enter new sequences, of which nothing is written yet, in the books."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._tokens[row, : len(prompt)] = prompt
+        self._prompt_lengths[rows] = self._lengths[rows] = [len(prompt) for prompt in prompts]
+        self._episodes[rows] = rows if episodes is None else episodes
+        self._since_llm[rows] = 0
+        self._active[rows] = self._followed[rows] = True
+        self.ledger[rows] = 0
+
+    def _enter(self, rows: IntArray, tokens: IntArray, actions: IntArray) -> None:
+        """Enter a token, (n,), that the model `actions` wrote in each row."""
+        self._tokens[rows, self._lengths[rows]] = tokens
+        self._writers[rows, self._lengths[rows]] = actions
+        self._lengths[rows] += 1
+        self._since_llm[rows] = np.where(actions > 0, 0, self._since_llm[rows] + 1)
+
+    def _checked(self, rows: IntArray) -> IntArray:
+        """Rows as integers, (n,); refused where there are none, or they are not distinct rows."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if not len(rows) or rows.min() < 0 or rows.max() >= self.rows or np.bincount(rows).max() > 1:
+            raise ValueError(f"rows must be distinct and in 0..{self.rows - 1}; they are {rows.tolist()}")
+        return rows
+
+    def _checked_step(self, rows: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
+        """Rows and actions as integers, (n,); refused where a step cannot take them."""
+        rows, actions = self._checked(rows), checked_actions(actions, len(rows), len(self.pool))
+        if not self._active[rows].all():
+            raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
+        self._check_followed(rows[self._observed[rows] & (actions == 0)])
+        return rows, actions
+
+    def _check_followed(self, rows: IntArray) -> None:
+        """Refuse rows, (n,), that the SLM was released from."""
+        followed = self._followed[rows]
+        if not followed.all():
+            raise ValueError(
+                f"the SLM was released from rows {rows[~followed].tolist()}; other models write them to their ends"
+            )
 
 
 def sequence_capacity(pool: ModelPool, max_new_tokens: int, capacity: int | None) -> int:
@@ -47,9 +213,13 @@ def checked_actions(actions: IntArray, count: int, models: int) -> IntArray:
     return actions.astype(np.int64)  # booleans would index as a mask
 
 
-def check_followed(rows: IntArray, followed: BoolArray) -> None:
-    """Refuse rows, (n,), that the SLM was released from; `followed` says it of every row of a session."""
-    if not followed[rows].all():
-        raise ValueError(
-            f"the SLM was released from rows {rows[~followed[rows]].tolist()}; other models write them to their ends"
-        )
+def since_at_each(writers: npt.NDArray[np.int8]) -> IntArray:
+    """Tokens since another model than the SLM last wrote, or since the response began, before each token: (n,)."""
+    positions = np.arange(len(writers))
+    last = np.maximum.accumulate(np.where(writers > 0, positions, -1))
+    return np.asarray(positions - np.concatenate([[-1], last])[: len(writers)] - 1)
+
+
+def since_llm(writers: npt.NDArray[np.int8]) -> int:
+    """Tokens since another model than the SLM last wrote, or since the response began; writers (n,)."""
+    return int(since_at_each(np.append(writers, 0))[-1])

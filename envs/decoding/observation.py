@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -98,18 +96,6 @@ class Observation:
         return torch.cat(parts, dim=-1) if level else parts[0]
 
 
-def since_at_each(writers: npt.NDArray[np.int8]) -> IntArray:
-    """Tokens since another model than the SLM last wrote, or since the response began, before each token: (n,)."""
-    positions = np.arange(len(writers))
-    last = np.maximum.accumulate(np.where(writers > 0, positions, -1))
-    return np.asarray(positions - np.concatenate([[-1], last])[: len(writers)] - 1)
-
-
-def since_llm(writers: npt.NDArray[np.int8]) -> int:
-    """Tokens since another model than the SLM last wrote, or since the response began; writers (n,)."""
-    return int(since_at_each(np.append(writers, 0))[-1])
-
-
 @dataclass(frozen=True)
 class Step:
     """What one routed step did to n rows.
@@ -119,11 +105,11 @@ class Step:
         slm_tokens: the tokens the SLM would have written (greedily), (n,).
         terminated: an end-of-sequence token was written, (n,).
         truncated: the limit of new tokens was reached without one, (n,).
-        work: ledger entries of the step, (n, models, COLUMNS).
+        ledger: ledger entries of the step, (n, models, COLUMNS).
     """
 
     tokens: IntArray
     slm_tokens: IntArray
     terminated: BoolArray
     truncated: BoolArray
-    work: FloatArray
+    ledger: FloatArray

@@ -10,31 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import psutil
-from tqdm import tqdm
 
-from envs.arrays import IntArray
+from envs.arrays import UNKNOWN, IntArray
 from envs.costs import ModelProfile
 from envs.decoding.observation import LOGIT_FEATURES, all_features, feature_width
+from envs.decoding.preference_rule import CaseArray, cases, preferred_actions
+from envs.decoding.reference_reader import ReferenceReader, encode, offsets
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.checks import gigabytes
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example
-
-CaseArray = npt.NDArray[np.int8]
-NOT_ROLLED_OUT = -1
-
-
-def cases(target: IntArray, slm_tokens: IntArray, llm_tokens: IntArray) -> CaseArray:
-    """The case of each token of a reference solution (Zheng et al. 2025), int8, (n,).
-
-    1: the SLM would write the reference's token. 2: it would not, but the LLM would. 3: neither would.
-
-    Args:
-        target: the reference's tokens, (n,).
-        slm_tokens: what the SLM would write in their places, (n,).
-        llm_tokens: what the LLM would, (n,).
-    """
-    return np.where(slm_tokens == target, 1, np.where(llm_tokens == target, 2, 3)).astype(np.int8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +37,7 @@ class References:
         llm_token: what the LLM would write there, (n,).
         profiles: the sizes of both models, which costs depend on.
         outcomes: where the SLM's token was taken and the answer finished: 1 it was right, 0 it was wrong,
-            NOT_ROLLED_OUT elsewhere; int8, (n,). None where nothing was rolled out.
+            UNKNOWN elsewhere; int8, (n,). None where nothing was rolled out.
 
     Raises:
         ValueError: arrays that do not belong together, features that are not finite, or more than two models.
@@ -120,6 +105,20 @@ class References:
         """The case of each token, int8, (n,); see `cases`."""
         return cases(self.target, self.slm_token, self.llm_token)
 
+    def preferred_actions(self, case_3: str = "llm", outcomes: npt.NDArray[Any] | None = None) -> npt.NDArray[np.int8]:
+        """The action preferred at each token, int8, (n,); see `envs.decoding.preference_rule.preferred_actions`.
+
+        Args:
+            case_3: what decides where neither model would write the reference's token.
+            outcomes: of rollouts from the SLM's token, (n,): 1 the answer was right, 0 wrong, UNKNOWN not rolled out;
+                those of the references where None.
+
+        Raises:
+            ValueError: an unknown `case_3`, or outcomes that are missing or do not match the references.
+        """
+        outcomes = self.outcomes if outcomes is None else check_outcomes(outcomes, len(self.target))
+        return preferred_actions(self.case, self.slm_token == self.llm_token, case_3, outcomes)
+
     @classmethod
     def read(cls, pool: ModelPool, examples: Sequence[Example], max_new_tokens: int = 128) -> References:
         """Let both models read the reference solutions, many in each pass.
@@ -136,31 +135,25 @@ class References:
         if not examples:
             raise ValueError("there are no examples to read; give at least one")
         check_pair(pool.names)
-        prompts, solutions = encode(pool, examples)
-        rows = min(len(examples), pool.rows or 64)
-        session = TeacherSession(pool, rows, max_new_tokens)
-        for example, prompt, solution in zip(examples, prompts, solutions, strict=True):
-            session.check_fit(f"example {example.id}", prompt, solution)
-            check_end(example, solution, pool)
-        starts = offsets(solutions)
+        session = TeacherSession(pool, min(len(examples), pool.rows or 64), max_new_tokens)
+        reader = ReferenceReader(session, examples)
+        starts = reader.starts
         features = np.empty(shape_that_fits(int(starts[-1]), pool), dtype=np.float32)
         tokens: IntArray = np.empty((starts[-1], 2), dtype=np.int64)
-        # alike lengths together, so that passes are even
-        order = sorted(range(len(examples)), key=lambda e: len(prompts[e]) + len(solutions[e]))
-        with tqdm(total=len(examples), desc="references", leave=False) as progress:
-            for first in range(0, len(order), rows):
-                batch = order[first : first + rows]
-                views, choices = session.start_references(
-                    np.arange(len(batch)), [prompts[e] for e in batch], [solutions[e] for e in batch], all_features
-                )
-                for e, view, chosen in zip(batch, views, choices, strict=True):
-                    features[starts[e] : starts[e + 1]] = view.cpu().numpy()
-                    tokens[starts[e] : starts[e + 1]] = chosen
-                progress.update(len(batch))
+        for part in reader.read(view=all_features, label="references"):
+            for e, view, chosen in zip(part.examples, part.views, part.tokens, strict=True):
+                features[starts[e] : starts[e + 1]] = view.cpu().numpy()
+                tokens[starts[e] : starts[e + 1]] = chosen
         return cls(
-            tuple(examples), starts, np.array([len(prompt) for prompt in prompts]), features,
-            np.concatenate(solutions), tokens[:, 0], tokens[:, 1], pool.profiles,
-        )  # fmt: skip
+            examples=tuple(examples),
+            starts=starts,
+            prompt_lengths=np.array([len(prompt) for prompt in reader.prompts]),
+            features=features,
+            target=np.concatenate(reader.solutions),
+            slm_token=tokens[:, 0],
+            llm_token=tokens[:, 1],
+            profiles=pool.profiles,
+        )
 
     @classmethod
     def from_columns(
@@ -193,23 +186,23 @@ class References:
         prompts, solutions = encode(pool, chosen)
         ends = np.cumsum(counts)
         for example, solution, begin, end in zip(chosen, solutions, ends - counts, ends, strict=True):
-            found = positions[begin:end]
-            if not np.array_equal(found, np.arange(len(solution))):
+            held = positions[begin:end]
+            if not np.array_equal(held, np.arange(len(solution))):
                 raise ValueError(
-                    f"example {example.id} has a reference of {len(solution)} tokens, the columns hold {len(found)} of "
+                    f"example {example.id} has a reference of {len(solution)} tokens, the columns hold {len(held)} of "
                     "it; give columns of every token (those of the first round), and the examples they were "
                     "collected on"
                 )
         return cls(
-            chosen,
-            offsets(solutions),
-            np.array([len(prompt) for prompt in prompts]),
-            columns["features"][order].astype(np.float32),
-            np.concatenate([np.zeros(0, dtype=np.int64), *solutions]),
-            columns["slm_token"][order].astype(np.int64),
-            columns["llm_token"][order].astype(np.int64),
-            pool.profiles,
-            columns["slm_outcome"][order].astype(np.int8) if "slm_outcome" in columns else None,
+            examples=chosen,
+            starts=offsets(solutions),
+            prompt_lengths=np.array([len(prompt) for prompt in prompts]),
+            features=columns["features"][order].astype(np.float32),
+            target=np.concatenate([np.zeros(0, dtype=np.int64), *solutions]),
+            slm_token=columns["slm_token"][order].astype(np.int64),
+            llm_token=columns["llm_token"][order].astype(np.int64),
+            profiles=pool.profiles,
+            outcomes=columns["slm_outcome"][order].astype(np.int8) if "slm_outcome" in columns else None,
         )
 
 
@@ -222,32 +215,12 @@ def check_pair(names: Sequence[str]) -> None:
 def check_outcomes(outcomes: npt.NDArray[Any], count: int) -> npt.NDArray[np.int8]:
     """Outcomes of rollouts as int8, (count,), if that is what they are."""
     outcomes = np.asarray(outcomes)
-    if outcomes.shape != (count,) or not np.isin(outcomes, (0, 1, NOT_ROLLED_OUT)).all():
+    if outcomes.shape != (count,) or not np.isin(outcomes, (0, 1, UNKNOWN)).all():
         raise ValueError(
-            f"outcomes must be {count} numbers, one for each token: 1 right, 0 wrong, {NOT_ROLLED_OUT} not rolled "
+            f"outcomes must be {count} numbers, one for each token: 1 right, 0 wrong, {UNKNOWN} not rolled "
             f"out; they have shape {outcomes.shape} and values {np.unique(outcomes)[:5].tolist()}"
         )
     return outcomes.astype(np.int8)
-
-
-def encode(pool: ModelPool, examples: Sequence[Example]) -> tuple[list[IntArray], list[IntArray]]:
-    """Tokens of the examples' prompts, and of their references with their ends."""
-    prompts = [pool.encode(example.prompt) for example in examples]
-    return prompts, [pool.encode_response(example.reference) for example in examples]
-
-
-def check_end(example: Example, solution: IntArray, pool: ModelPool) -> None:
-    """Refuse a reference, (tokens,), that ends before its last token."""
-    if np.isin(solution[:-1], pool.end_tokens).any():
-        raise ValueError(
-            f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the task's "
-            "source or drop the example"
-        )
-
-
-def offsets(solutions: Sequence[IntArray]) -> IntArray:
-    """Where each of m solutions begins when they stand one after another, and where the last one ends, (m + 1,)."""
-    return np.cumsum([0, *(len(solution) for solution in solutions)])
 
 
 def shape_that_fits(tokens: int, pool: ModelPool) -> tuple[int, int]:

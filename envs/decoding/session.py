@@ -6,20 +6,19 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, SECONDS, WRITTEN, pass_entry
-from envs.decoding.decoder import check_fit, check_followed, checked_actions, sequence_capacity
-from envs.decoding.observation import Observation, Step, since_llm
+from envs.decoding.decoder import Decoder, since_llm
+from envs.decoding.observation import Observation, Step
 from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
 
 
-class Session:
+class Session(Decoder):
     """Up to `rows` sequences in flight over a pool of models; the one place where a routed token is decoded.
 
     Every model keeps a cache of its own. The SLM reads prompts and the tokens written when a row is next observed or
@@ -46,37 +45,15 @@ class Session:
         capacity: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        if rows < 1:
-            raise ValueError(f"rows must be at least 1, is {rows}")
-        capacity = sequence_capacity(pool, max_new_tokens, capacity)
-        self.pool, self.rows, self.max_new_tokens, self.capacity = pool, rows, max_new_tokens, capacity
-        self.sampling = sampling or Sampling()
-        self._caches = pool.new_caches(rows, capacity)
-        self._tokens: IntArray = np.zeros((rows, capacity), dtype=np.int64)
-        self._writers = np.zeros((rows, capacity), dtype=np.int8)
-        self._lengths: IntArray = np.zeros(rows, dtype=np.int64)
-        self._prompts: IntArray = np.zeros(rows, dtype=np.int64)
+        super().__init__(pool, rows, max_new_tokens, capacity, sampling)
+        self._caches = pool.new_caches(rows, self.capacity)
+        self._open_books()
         self._limits: IntArray = np.full(rows, max_new_tokens, dtype=np.int64)
-        self._episodes: IntArray = np.zeros(rows, dtype=np.int64)
         self._slm_tokens: IntArray = np.zeros(rows, dtype=np.int64)
-        self._since_llm: IntArray = np.zeros(rows, dtype=np.int64)
-        self._active: BoolArray = np.zeros(rows, dtype=bool)
         self._unread: BoolArray = np.zeros(rows, dtype=bool)  # the SLM has tokens to read before the next decision
-        self._followed: BoolArray = np.ones(rows, dtype=bool)  # the SLM reads what is written
-        self._observed: BoolArray = np.ones(rows, dtype=bool)  # somebody may look at the SLM's state
         self._generators: list[np.random.Generator | None] = [None] * rows
         self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
         self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
-        self.ledger: FloatArray = np.zeros((rows, len(pool), COLUMNS))
-        """What each row took since it started, (rows, models, COLUMNS); seconds come in when passes are made."""
-
-    def check_fit(self, name: str, prompt: IntArray, response: Sequence[int] | IntArray = ()) -> None:
-        """Refuse a prompt that leaves no room for `max_new_tokens`, or a reference response longer than these.
-
-        Raises:
-            ValueError: it does not fit; the error says what `name` is.
-        """
-        check_fit(name, prompt, response, self.capacity, self.max_new_tokens)
 
     def start(
         self,
@@ -119,27 +96,23 @@ class Session:
             raise ValueError("sampling needs a generator for each row")
         for cache in self._caches:
             cache.free(rows)
-        for row, prompt in zip(rows, prompts, strict=True):
-            self._tokens[row, : len(prompt)] = prompt
-        self._prompts[rows] = self._lengths[rows] = [len(prompt) for prompt in prompts]
+        self._begin(rows, prompts, episodes)
         for row, response in zip(rows, responses or [], strict=responses is not None):
             self._tokens[row, self._lengths[row] : self._lengths[row] + len(response)] = response
             self._writers[row, self._lengths[row] : self._lengths[row] + len(response)] = 0
             self._lengths[row] += len(response)
-        self._episodes[rows] = rows if episodes is None else episodes
-        self._since_llm[rows] = begun = self._lengths[rows] - self._prompts[rows]
+        self._since_llm[rows] = begun = self._lengths[rows] - self._prompt_lengths[rows]
         self._limits[rows] = self.max_new_tokens if limits is None else np.minimum(limits, self.max_new_tokens)
         for position, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[position]
         self._active[rows] = begun < self._limits[rows]
         self._followed[rows] = self._observed[rows] = observed
         self._unread[rows] = False
-        self.ledger[rows] = 0
-        work = np.zeros((len(rows), len(self.pool), COLUMNS))
-        work[:, 0, WRITTEN] = begun
-        self._leave_unread(rows, work, np.arange(len(rows)))
-        self.ledger[rows] = work
-        return work
+        entries = np.zeros((len(rows), len(self.pool), COLUMNS))
+        entries[:, 0, WRITTEN] = begun
+        self._leave_unread(rows, entries, np.arange(len(rows)))
+        self.ledger[rows] = entries
+        return entries
 
     def step(self, rows: IntArray, actions: IntArray) -> Step:
         """Write one token in each row, by the model its action names.
@@ -152,14 +125,10 @@ class Session:
             ValueError: an action out of range, a row that is not in flight, or one for the SLM that was released.
             FloatingPointError: a model's logits are not numbers.
         """
-        rows = self._checked(rows)
-        actions = checked_actions(actions, len(rows), len(self.pool))
-        if not self._active[rows].all():
-            raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
+        rows, actions = self._checked_step(rows, actions)
         observed = self._observed[rows]
-        check_followed(rows[observed & (actions == 0)], self._followed)
         self._catch_up(rows)
-        work = np.zeros((len(rows), len(self.pool), COLUMNS))
+        ledger = np.zeros((len(rows), len(self.pool), COLUMNS))
         slm_tokens = self._slm_tokens[rows]
         tokens = slm_tokens.copy()
         uniforms = None if self.sampling.greedy else np.array([self._uniform(row) for row in rows])
@@ -168,26 +137,23 @@ class Session:
             chosen = np.flatnonzero((actions == model) & ~has_read)
             if len(chosen):
                 entries, _, logits, tokens[chosen] = self._read(int(model), rows[chosen])
-                work[chosen, model] += entries
+                ledger[chosen, model] += entries
                 if uniforms is not None:
                     tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
         if uniforms is not None and has_read.any():
             logits = self._logits[torch.from_numpy(rows[has_read]).to(self._logits.device)]
             tokens[has_read] = self.sampling.draw(logits, uniforms[has_read])
-        work[np.arange(len(rows)), actions, WRITTEN] = 1
-        self._tokens[rows, self._lengths[rows]] = tokens
-        self._writers[rows, self._lengths[rows]] = actions
-        self._lengths[rows] += 1
-        self._since_llm[rows] = np.where(actions > 0, 0, self._since_llm[rows] + 1)
+        ledger[np.arange(len(rows)), actions, WRITTEN] = 1
+        self._enter(rows, tokens, actions)
         terminated = np.isin(tokens, self.pool.end_tokens)
-        truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self._limits[rows])
+        truncated = ~terminated & (self._lengths[rows] - self._prompt_lengths[rows] >= self._limits[rows])
         self._active[rows] = ~(terminated | truncated)
         # The last state of a truncated row is read too: its value is what a learner bootstraps from.
         going_on = np.flatnonzero(~terminated)
-        self._leave_unread(rows[going_on], work, going_on)
-        self.ledger[rows] += work
+        self._leave_unread(rows[going_on], ledger, going_on)
+        self.ledger[rows] += ledger
         self._catch_up(rows[truncated])
-        return Step(tokens, slm_tokens, terminated, truncated, work)
+        return Step(tokens, slm_tokens, terminated, truncated, ledger)
 
     def fork(
         self,
@@ -215,7 +181,7 @@ class Session:
         whole = self._lengths[sources]
         lengths = whole if lengths is None else np.asarray(lengths, dtype=np.int64)
         shortened = lengths < whole
-        if (lengths > whole).any() or (lengths < self._prompts[sources]).any():
+        if (lengths > whole).any() or (lengths < self._prompt_lengths[sources]).any():
             raise ValueError(
                 f"lengths {lengths.tolist()} must lie between the prompts and the {whole.tolist()} tokens written"
             )
@@ -228,7 +194,7 @@ class Session:
         for model, cache in enumerate(self._caches):
             # a model must have a token to read when it is next asked for one
             cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
-        rowwise = (self._tokens, self._writers, self._prompts, self._limits, self._episodes, self._slm_tokens)
+        rowwise = (self._tokens, self._writers, self._prompt_lengths, self._limits, self._episodes, self._slm_tokens)
         for state in (*rowwise, self._since_llm, self._followed, self._observed, self.ledger):
             state[targets] = state[sources]
         for target, source in zip(targets, sources, strict=True):
@@ -269,29 +235,17 @@ class Session:
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
         rows = np.asarray(rows, dtype=np.int64)
-        check_followed(rows, self._followed)
+        self._check_followed(rows)
         self._catch_up(rows)
         index = torch.from_numpy(rows).to(self._hidden.device)
-        positions = self._lengths[rows] - self._prompts[rows]
+        positions = self._lengths[rows] - self._prompt_lengths[rows]
         return Observation(
             self._hidden[index], self._logits[index], positions, self._episodes[rows], self._since_llm[rows]
         )
 
-    def response(self, row: int) -> IntArray:
-        """Tokens of the response so far, (n,), an end-of-sequence token included."""
-        return self._tokens[row, self._prompts[row] : self._lengths[row]].copy()
-
-    def writers(self, row: int) -> npt.NDArray[np.int8]:
-        """Which model wrote each token of the response, (n,)."""
-        return self._writers[row, self._prompts[row] : self._lengths[row]].copy()
-
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""
         return task.is_correct(example, self.pool.decode(self.response(row)))
-
-    def lengths(self, rows: IntArray) -> IntArray:
-        """Tokens of each row, prompt included, (n,)."""
-        return self._lengths[rows].copy()
 
     def _read(self, model: int, rows: IntArray) -> tuple[FloatArray, Tensor, Tensor, IntArray]:
         """Let a model read what it has missed.
@@ -308,14 +262,14 @@ class Session:
         greedy = self.pool.greedy(model, logits)  # waits for the device, so that the time below is the pass's
         return pass_entry(after - before, before, time.perf_counter() - started), hidden, logits, greedy
 
-    def _leave_unread(self, rows: IntArray, work: FloatArray, entries: IntArray) -> None:
-        """Enter what the SLM has to read of rows at `work[entries, 0]`; it does so when they are next looked at."""
+    def _leave_unread(self, rows: IntArray, ledger: FloatArray, entries: IntArray) -> None:
+        """Enter what the SLM has to read of rows at `ledger[entries, 0]`; it does so when they are next looked at."""
         follow = self._followed[rows]
         rows, entries = rows[follow], entries[follow]
         if not len(rows):
             return
         before = self._caches[0].lengths[rows]
-        work[entries, 0] += pass_entry(self._lengths[rows] - before, before, 0.0)
+        ledger[entries, 0] += pass_entry(self._lengths[rows] - before, before, 0.0)
         self._unread[rows] = True
 
     def _catch_up(self, rows: IntArray) -> None:
@@ -333,9 +287,3 @@ class Session:
         generator = self._generators[row]
         assert generator is not None
         return float(generator.random())
-
-    def _checked(self, rows: IntArray) -> IntArray:
-        rows = np.asarray(rows, dtype=np.int64)
-        if not len(rows) or rows.min() < 0 or rows.max() >= self.rows or len(np.unique(rows)) != len(rows):
-            raise ValueError(f"rows must be distinct and in 0..{self.rows - 1}; they are {rows.tolist()}")
-        return rows

@@ -1,4 +1,4 @@
-"""A session whose rows can also be taught, given tokens that models read as if they had been written, and checked."""
+"""A session whose rows can also be taught: given tokens that models read as if they had been written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def log_probability(logits: Tensor, tokens: IntArray) -> FloatArray:
 
 
 class TeacherSession(Session):
-    """A `Session` for teacher forcing and for checking drafts; see there for its arguments."""
+    """A `Session` for teacher forcing; see there for its arguments."""
 
     def extend(self, rows: IntArray, chunks: Sequence[IntArray], model: int = 0) -> None:
         """Append given tokens to the responses (teacher forcing), as if a model had written them.
@@ -49,56 +49,11 @@ class TeacherSession(Session):
         if counts.min() < 1:
             raise ValueError(f"rows {rows[counts < 1].tolist()} are given no tokens; leave them out")
         ends = self._lengths[rows] + counts
-        if not self._active[rows].all() or (ends - self._prompts[rows] >= self._limits[rows]).any():
+        if not self._active[rows].all() or (ends - self._prompt_lengths[rows] >= self._limits[rows]).any():
             raise ValueError(f"rows {rows.tolist()} cannot take {counts.tolist()} more tokens and stay in flight")
         self._withdraw(rows)
         self._append(rows, chunks, model)
         self._leave_to_slm(rows)
-
-    def verify(self, rows: IntArray, drafted: IntArray, model: int) -> tuple[BoolArray, BoolArray]:
-        """Let a model check the last tokens of each row, all in one pass, and write the first it would not have.
-
-        The longest beginning of a draft that the model would have written itself stays, the rest was never written. The
-        model's own token follows: a correction, or one more than was drafted. No model reads twice what stays. The SLM
-        does not read what is forgotten, if it has not yet, nor a token that ends a response: a row that has ended here
-        has nothing to observe.
-
-        Args:
-            rows: distinct rows, (n,), in flight, or ended by a drafted end-of-sequence token.
-            drafted: tokens to check at the end of each row, (n,); where 0, the model writes and checks nothing.
-            model: another one than the SLM.
-
-        Returns:
-            Whether each response ends with an end-of-sequence token, (n,), and whether it has reached its limit without
-            one, (n,).
-
-        Raises:
-            ValueError: a session that samples, a model out of range, tokens that are not of the response or that the
-                model has read already, or a row that is not in flight.
-        """
-        rows, drafted = self._checked(rows), np.asarray(drafted, dtype=np.int64)
-        self._check_drafts(rows, drafted, model)
-        whole = self._lengths[rows]
-        begun = whole - drafted
-        ended = self._drafted_ends(rows, drafted)
-        found = self.read_along(rows, model, whole=~ended)
-        kept, own = begun.copy(), np.zeros_like(begun)
-        for i, (row, tokens) in enumerate(zip(rows, found, strict=True)):
-            # what the model writes in the place of each drafted token and, unless that is an end, behind them
-            choices = tokens[len(tokens) - drafted[i] - (not ended[i]) :]
-            wrong = choices[: drafted[i]] != self._tokens[row, begun[i] : whole[i]]
-            agreed = int(wrong.argmax()) if wrong.any() else int(drafted[i])
-            kept[i] += agreed
-            own[i] = choices[min(agreed, len(choices) - 1)]
-        self._withdraw(rows)
-        writing = ~(ended & (kept == whole))
-        self._cut(rows[writing], kept[writing])
-        self._append(rows[writing], own[writing, None], model)
-        terminated = ~writing | np.isin(own, self.pool.end_tokens)
-        truncated = ~terminated & (self._lengths[rows] - self._prompts[rows] >= self._limits[rows])
-        self._active[rows] = going_on = ~(terminated | truncated)
-        self._leave_to_slm(rows[going_on])
-        return terminated, truncated
 
     def start_references(
         self,
@@ -133,7 +88,7 @@ class TeacherSession(Session):
             self.check_fit(f"row {row}", prompt, response)
             whole = np.concatenate([prompt, response])
             self._tokens[row, : len(whole)], self._writers[row, : len(whole)] = whole, 0
-            self._prompts[row], self._lengths[row] = len(prompt), len(whole)
+            self._prompt_lengths[row], self._lengths[row] = len(prompt), len(whole)
         self._active[rows], self._unread[rows], self._episodes[rows], self.ledger[rows] = False, False, rows, 0
         self._followed[rows] = True
         self._limits[rows] = self.max_new_tokens
@@ -209,47 +164,12 @@ class TeacherSession(Session):
                 own += [log_probability(*piece) for piece in zip(logits.split(read.tolist()), behind, strict=True)]
         return views, greedy
 
-    def _check_drafts(self, rows: IntArray, drafted: IntArray, model: int) -> None:
-        """Refuse what `verify` cannot check."""
-        if not self.sampling.greedy:
-            raise ValueError("drafts are checked under greedy decoding; open the session without sampling")
-        if not 1 <= model < len(self.pool):
-            raise ValueError(f"the model that checks drafts must be in 1..{len(self.pool) - 1}, is {model}")
-        written = self._lengths[rows] - self._prompts[rows]
-        if drafted.shape != rows.shape or (drafted < 0).any() or (drafted > written).any():
-            raise ValueError(
-                f"drafted must lie between 0 and the {written.tolist()} tokens written, it is {drafted.tolist()}"
-            )
-        here = self._active[rows] | self._drafted_ends(rows, drafted)
-        if not here.all():
-            raise ValueError(f"rows {rows[~here].tolist()} are not in flight; start them first")
-        read = self._caches[model].lengths[rows] >= self._lengths[rows] - drafted
-        if read.any():
-            raise ValueError(
-                f"{self.pool.names[model]} has read what was drafted in rows {rows[read].tolist()} already; it can "
-                "check tokens once"
-            )
-
-    def _drafted_ends(self, rows: IntArray, drafted: IntArray) -> BoolArray:
-        """Whether the last token of each row was drafted and ends it, (n,)."""
-        last = self._tokens[rows, self._lengths[rows] - 1]
-        return np.asarray((drafted > 0) & np.isin(last, self.pool.end_tokens))
-
     def _withdraw(self, rows: IntArray) -> None:
         """Take out of the ledger what the SLM has been left to read: other tokens will be, or more of them at once."""
         rows = rows[self._unread[rows]]
         before = self._caches[0].lengths[rows]
         self.ledger[rows, 0] -= pass_entry(self._lengths[rows] - before, before, 0.0)
         self._unread[rows] = False
-
-    def _cut(self, rows: IntArray, lengths: IntArray) -> None:
-        """Forget tokens beyond `lengths`, (n,), of rows another model writes in next; what stays is not read again."""
-        for cache in self._caches:
-            cache.rewind(rows, lengths)
-        self._lengths[rows] = lengths
-        for row in rows:
-            # tokens that are gone were not written
-            self.ledger[row, :, WRITTEN] = np.bincount(self.writers(row), minlength=len(self.pool))
 
     def _append(self, rows: IntArray, chunks: Sequence[IntArray] | IntArray, model: int) -> None:
         """Write given tokens, as a model's."""
@@ -264,6 +184,6 @@ class TeacherSession(Session):
 
     def _leave_to_slm(self, rows: IntArray) -> None:
         """Leave what the SLM has not read of rows for when they are next looked at."""
-        work = np.zeros((len(rows), len(self.pool), COLUMNS))
-        self._leave_unread(rows, work, np.arange(len(rows)))
-        self.ledger[rows] += work
+        ledger = np.zeros((len(rows), len(self.pool), COLUMNS))
+        self._leave_unread(rows, ledger, np.arange(len(rows)))
+        self.ledger[rows] += ledger

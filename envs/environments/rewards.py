@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Transition:
         actions: the models chosen, (n,).
         tokens: the tokens written, (n,).
         slm_tokens: the tokens the SLM would have written, (n,).
-        reference_tokens: the reference's token here, -1 where the response has left the reference, (n,).
+        reference_tokens: the reference's token here, UNKNOWN where the response has left the reference, (n,).
         reference_lengths: tokens of the reference, end of sequence included, (n,).
         costs: cost of the step, in costs of one LLM token on an empty cache, (n,).
         ended: the episode ended with this step, (n,).
@@ -41,7 +41,7 @@ class Reward(ABC):
     """A reward per step."""
 
     uses_reference: ClassVar[bool] = False
-    """Whether `reference_tokens` must be filled in; they are -1 otherwise."""
+    """Whether `reference_tokens` must be filled in; they are UNKNOWN otherwise."""
 
     @abstractmethod
     def __call__(self, transition: Transition) -> FloatArray:
@@ -91,7 +91,7 @@ class ShortcutReward(Reward):
     def __call__(self, transition: Transition) -> FloatArray:
         slm_right = transition.slm_tokens == transition.reference_tokens
         written_right = transition.tokens == transition.reference_tokens
-        agrees = written_right & (slm_right == (transition.actions == 0)) & (transition.reference_tokens >= 0)
+        agrees = written_right & (slm_right == (transition.actions == 0)) & (transition.reference_tokens != UNKNOWN)
         dense = agrees / np.maximum(transition.reference_lengths, 1)
         return np.asarray(
             dense + self.outcome_weight * transition.correct - self.cost_weight * transition.costs, dtype=np.float64

@@ -1,4 +1,4 @@
-"""Token-level routing as Gymnasium environments: thin shells over `Session`."""
+"""Token-level routing as Gymnasium environments, over a decoder."""
 
 from __future__ import annotations
 
@@ -8,60 +8,53 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+import numpy.typing as npt
 
-from envs.arrays import BoolArray, FloatArray, IntArray
-from envs.costs import ALL_COSTS, CostModel, LlmTokens, Price
-from envs.decoding.observation import Features, Step, check_features, feature_width
-from envs.decoding.sampling import Sampling
+from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
+from envs.costs import ALL_COSTS, LlmTokens, Price
+from envs.decoding.decoder import Decoder
+from envs.decoding.observation import feature_width
 from envs.decoding.session import Session
+from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box, settings_of
 from envs.environments.render import ansi
-from envs.environments.rewards import OutcomeReward, Reward, Transition
-from envs.environments.vector import Info, all_masked, masked, row_generators, scalars
+from envs.environments.rewards import OutcomeReward, Transition
+from envs.environments.settings import RoutingSettings
+from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
-from envs.models.pool import ModelPool
-from envs.prefix_tree.tree import PrefixTree, check_tree
+from envs.prefix_tree.tree import check_tree
 from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.arithmetic import ArithmeticTask
-from envs.tasks.task import Example, Split, Task, check_split
+from envs.tasks.task import Example
 
-# Far beyond what a normalised hidden state takes; finite, since an unbounded box cannot be sampled sensibly.
-HIDDEN_BOUND = 1e6
 ENCODED_PROMPTS = 2**14
 
 
-class _Routing:
-    """What both environments share: a session, the examples its rows work on, and their rewards and infos."""
+class RoutingEpisodes(EpisodeRows):
+    """Rows that answer prompts: a decoder, the examples its rows work on, and their rewards and infos.
 
-    def __init__(
-        self,
-        rows: int,
-        pool: ModelPool | None = None,
-        task: Task | None = None,
-        cost: CostModel | None = None,
-        reward: Reward | None = None,
-        split: Split = "train",
-        max_new_tokens: int = 128,
-        capacity: int | None = None,
-        sampling: Sampling | None = None,
-        features: Features = "hidden",
-        tree: PrefixTree | None = None,
-    ) -> None:
+    Args:
+        rows: responses in flight.
+        settings: what they are made with.
+    """
+
+    option = "example"
+    row_option = "examples"
+
+    def __init__(self, rows: int, settings: RoutingSettings) -> None:
+        super().__init__(rows)
+        self.settings, pool, task, tree = settings, settings.pool, settings.task, settings.tree
         if tree is not None:
-            check_tree(tree, pool, task, max_new_tokens, sampling)
+            check_tree(tree, pool, task, settings.max_new_tokens, settings.sampling)
             pool, task = tree.pool, tree.task
-        self.pool = (pool or embedded_pool()).check_choice()
-        self.task = task or ArithmeticTask()
-        self.split: Split = check_split(split)
-        self.reward = reward or OutcomeReward()
-        self.session: Session | TreeSession
+        self.pool, self.task = (pool or embedded_pool()).check_choice(), task or ArithmeticTask()
+        self.reward = settings.reward or OutcomeReward()
+        self.session: Decoder
         if tree is None:
-            self.session = Session(self.pool, rows, max_new_tokens, capacity, sampling)
+            self.session = Session(self.pool, rows, settings.max_new_tokens, settings.capacity, settings.sampling)
         else:
-            self.session = TreeSession(tree, rows, capacity)
+            self.session = TreeSession(tree, rows, settings.capacity)
         self._encode = lru_cache(ENCODED_PROMPTS)(self.pool.encode)
-        self.cost = cost or LlmTokens()
+        self.cost = settings.cost or LlmTokens()
         self._cost_unit = self.cost.per_llm_token(self.pool.profiles)
         if self._cost_unit <= 0:
             raise ValueError(
@@ -70,65 +63,78 @@ class _Routing:
         costs = {cost.name: cost for cost in (*ALL_COSTS, self.cost)}.values()
         self._price = Price(self.pool.profiles, list(costs))
         self._step_price = Price(self.pool.profiles, [cost for cost in costs if cost.reproducible])
+        self._final_types: dict[str, type] = {"text": object, "correct": bool, "slm_tokens": int, "llm_tokens": int}
+        self._final_types |= {f"total_cost_{cost.name}": float for cost in costs}
         self.examples: list[Example | None] = [None] * rows
         self._references: list[IntArray] = [np.zeros(0, dtype=np.int64)] * rows
-        self._on_reference = np.zeros(rows, dtype=bool)
-        self.features = check_features(features)
-        width = feature_width(features, self.pool.slm.width)
-        self.observation_space = gym.spaces.Box(-HIDDEN_BOUND, HIDDEN_BOUND, (width,), np.float32)
-        self.action_space: gym.spaces.Discrete = gym.spaces.Discrete(len(self.pool))
+        self._on_reference: BoolArray = np.zeros(rows, dtype=bool)
+        self._terminated: BoolArray = np.zeros(rows, dtype=bool)
+        self.observation_space = observation_box(feature_width(settings.features, self.pool.slm.width))
+        self.action_space = gym.spaces.Discrete(len(self.pool))
 
     def start(self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[Example | None]) -> Info:
-        """Begin an episode in each row; returns the reset infos as arrays of n."""
+        """Begin a response in each row, to the example given or to one drawn from the split."""
         examples = [
-            example or self.task.sample(self.split, rng) for example, rng in zip(given, generators, strict=True)
+            example or self.task.sample(self.settings.split, rng)
+            for example, rng in zip(given, generators, strict=True)
         ]
         prompts = [self._encode(example.prompt) for example in examples]
-        work = self.session.start(rows, prompts, generators=generators)
+        read = self.session.start(rows, prompts, generators=generators)
         for row, example in zip(rows, examples, strict=True):
             self.examples[row] = example
             if self.reward.uses_reference:
                 self._references[row] = self.pool.encode_response(example.reference)
-        self._on_reference[rows] = self.reward.uses_reference
+        self._on_reference[rows], self._terminated[rows] = self.reward.uses_reference, False
         info: Info = {
             "example": np.array([example.id for example in examples], dtype=object),
             "prompt_tokens": np.array([len(prompt) for prompt in prompts]),
         }
-        return info | self._costs(self._step_price, work, "cost")
+        return info | self._costs(self._step_price, read, "cost")
 
-    def step(self, rows: IntArray, actions: IntArray) -> tuple[Step, FloatArray, Info, list[Info]]:
-        """Step rows; returns what happened, rewards (n,), step infos as arrays of n, and the infos of ended rows."""
+    def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
+        """Let the models that `actions` name write a token in each row."""
         references = self._next_reference_tokens(rows)
         step = self.session.step(rows, actions)
         ended = step.terminated | step.truncated
-        finals = [self._final_info(int(row)) for row in rows[ended]]
+        self._terminated[rows] = step.terminated
+        finals = self._final_infos(rows[ended]) if ended.any() else {}
         correct = np.zeros(len(rows), dtype=bool)
-        correct[ended] = [final["correct"] for final in finals]
+        correct[ended] = finals.get("correct", False)
         self._on_reference[rows] &= step.tokens == references
-        costs = self.cost.of(step.work, self.pool.profiles) / self._cost_unit
-        lengths = np.array([len(self._references[row]) for row in rows])
+        costs = self.cost.of(step.ledger, self.pool.profiles) / self._cost_unit
         rewards = self.reward(
-            Transition(actions, step.tokens, step.slm_tokens, references, lengths, costs, ended, correct)
+            Transition(
+                actions=actions,
+                tokens=step.tokens,
+                slm_tokens=step.slm_tokens,
+                reference_tokens=references,
+                reference_lengths=np.array([len(self._references[row]) for row in rows]),
+                costs=costs,
+                ended=ended,
+                correct=correct,
+            )
         )
-        info: Info = {"token": step.tokens, "model": np.array(actions), "cost": costs}
-        info |= self._costs(self._step_price, step.work, "cost")
-        return step, rewards, info, finals
+        infos: Info = {"token": step.tokens, "model": np.array(actions), "cost": costs}
+        infos |= self._costs(self._step_price, step.ledger, "cost")
+        return RowSteps(rewards, step.terminated, step.truncated, infos, finals)
 
-    def observe(self, rows: IntArray, terminated: BoolArray | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """What is seen of rows, (n, width); zeros where a response has terminated."""
-        seen = self.session.observe(rows).seen(self.features).cpu().numpy()
-        if terminated is not None:
+    def observe(self, rows: IntArray) -> Observations:
+        """What a router sees of rows, (n, width); zeros where a response has terminated."""
+        seen = self.session.observe(rows).seen(self.settings.features).cpu().numpy()
+        terminated = self._terminated[rows]
+        if terminated.any():
             seen[terminated] = 0.0
         return np.asarray(seen)
 
     def render(self, row: int) -> str:
+        """The prompt and the response so far, each token coloured by its writer."""
         example = self.examples[row]
         if example is None:
             return ""
         return example.prompt + ansi(self.pool, self.session.response(row), self.session.writers(row))
 
     def _next_reference_tokens(self, rows: IntArray) -> IntArray:
-        tokens = np.full(len(rows), -1)
+        tokens = np.full(len(rows), UNKNOWN)
         if self.reward.uses_reference:
             positions = self.session.observe(rows).positions
             for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -136,26 +142,28 @@ class _Routing:
                     tokens[i] = self._references[row][position]
         return tokens
 
+    def _final_infos(self, rows: IntArray) -> Info:
+        """What the infos of responses that have ended gain, arrays of n."""
+        finals = [self._final_info(row) for row in rows.tolist()]
+        return {key: np.array([final[key] for final in finals], dtype) for key, dtype in self._final_types.items()}
+
     def _final_info(self, row: int) -> Info:
-        example = self.examples[row]
+        example, writers = self.examples[row], self.session.writers(row)
         assert example is not None
-        text = self.pool.decode(self.session.response(row))
-        writers = self.session.writers(row)
-        return {
-            "text": text,
+        info: Info = {
+            "text": self.pool.decode(self.session.response(row)),
             "correct": self.session.correct(row, self.task, example),
-            "slm_tokens": int((writers == 0).sum()),
-            "llm_tokens": int((writers > 0).sum()),
-        } | {
-            key: float(value) for key, value in self._costs(self._price, self.session.ledger[row], "total_cost").items()
+            "slm_tokens": (writers == 0).sum(),
+            "llm_tokens": (writers > 0).sum(),
         }
+        return info | self._costs(self._price, self.session.ledger[row], "total_cost")
 
     @staticmethod
-    def _costs(price: Price, work: FloatArray, prefix: str) -> Info:
-        return {f"{prefix}_{unit}": value for unit, value in price.of(work).items()}
+    def _costs(price: Price, ledger: FloatArray, prefix: str) -> Info:
+        return {f"{prefix}_{unit}": value for unit, value in price.of(ledger).items()}
 
 
-class RoutingEnv(gym.Env[np.ndarray, int]):
+class RoutingEnv(EpisodeEnv):
     """Which model should write the next token?
 
     ## Description
@@ -190,153 +198,30 @@ class RoutingEnv(gym.Env[np.ndarray, int]):
     units and measured seconds (which are left out of a step's info because they never repeat).
 
     ## Arguments
-    All have defaults: the embedded pair on the generated arithmetic task.
-
-    Args:
-        pool: the models, SLM first.
-        task: where prompts come from and how answers are judged.
-        cost: the cost model behind the reward; LLM tokens by default.
-        reward: the reward; `OutcomeReward()` by default.
-        split: `train`, `validation` or `test`.
-        max_new_tokens: the longest response.
-        capacity: the longest sequence, prompt included; the pool's where None.
-        sampling: greedy where None.
-        features: what is observed: `hidden`, `hidden_logits` or `hidden_logits_history` (`envs.decoding.observation`).
-        render_mode: `ansi` (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
-        tree: a replay tree to walk instead of decoding; see `envs.environments.tree_routing`.
+    All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, `task`, `cost`,
+    `reward`, `split`, `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`), and `render_mode`: `ansi`
+    (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
 
     ## Version
     v0: first version.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 10}  # type: ignore[misc]
+    episodes: RoutingEpisodes
 
-    def __init__(
-        self,
-        pool: ModelPool | None = None,
-        task: Task | None = None,
-        cost: CostModel | None = None,
-        reward: Reward | None = None,
-        split: Split = "train",
-        max_new_tokens: int = 128,
-        capacity: int | None = None,
-        sampling: Sampling | None = None,
-        features: Features = "hidden",
-        render_mode: str | None = None,
-        tree: PrefixTree | None = None,
-    ) -> None:
-        check_render_mode(render_mode)
-        self.routing = _Routing(1, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features, tree)
-        self.observation_space = self.routing.observation_space
-        self.action_space = self.routing.action_space  # type: ignore[assignment]
-        self.render_mode = render_mode
-        self._row: IntArray = np.zeros(1, dtype=np.int64)
-
-    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[np.ndarray, Info]:
-        super().reset(seed=seed)
-        example = (options or {}).get("example")
-        info = self.routing.start(self._row, [self.np_random], [example])
-        return self.routing.observe(self._row)[0], scalars(info)
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, Info]:
-        step, rewards, info, finals = self.routing.step(self._row, np.array([action]))
-        observation = self.routing.observe(self._row, step.terminated)[0]
-        info = scalars(info) | (finals[0] if finals else {})
-        return observation, float(rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), info
-
-    def render(self) -> str | None:
-        return self.routing.render(0) if self.render_mode == "ansi" else None
+    def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
+        super().__init__(RoutingEpisodes(1, settings_of(RoutingSettings, settings)), render_mode)
 
 
-class RoutingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """`num_envs` routing environments decoded together; see `RoutingEnv` for spaces, rewards, endings and infos.
+class RoutingVectorEnv(EpisodeVectorEnv):
+    """`num_envs` routing environments decoded together; see `RoutingEnv` for spaces, rewards, infos and arguments.
 
-    Autoreset mode: same step. A row that ends is given its next prompt at once; the last observation and info stand
-    in `final_obs` and `final_info`, the infos of the new episode's reset in their place. Row i, seeded with `seed + i`
-    (or `seed[i]`), goes through the same episodes as a `RoutingEnv` seeded so and given the same actions. The first
-    episodes may be given: `options={"examples": [...]}`, one for each row.
-
-    Args:
-        num_envs: rows.
-        pool: as in `RoutingEnv`, like all that follow.
-        task: where prompts come from.
-        cost: the cost model behind the reward.
-        reward: the reward.
-        split: `train`, `validation` or `test`.
-        max_new_tokens: the longest response.
-        capacity: the longest sequence, prompt included.
-        sampling: greedy where None.
-        features: what is observed.
-        render_mode: `ansi` or None.
-        tree: a replay tree to walk instead of decoding.
+    Same-step autoreset, and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be given:
+    `options={"examples": [...]}`, an example or None for each row.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        "render_modes": ["ansi"],
-        "render_fps": 10,
-        "autoreset_mode": AutoresetMode.SAME_STEP,
-    }
+    metadata: ClassVar[dict[str, Any]] = {**EpisodeVectorEnv.metadata, **RoutingEnv.metadata}  # type: ignore[misc]
+    episodes: RoutingEpisodes
 
-    def __init__(
-        self,
-        num_envs: int = 1,
-        pool: ModelPool | None = None,
-        task: Task | None = None,
-        cost: CostModel | None = None,
-        reward: Reward | None = None,
-        split: Split = "train",
-        max_new_tokens: int = 128,
-        capacity: int | None = None,
-        sampling: Sampling | None = None,
-        features: Features = "hidden",
-        render_mode: str | None = None,
-        tree: PrefixTree | None = None,
-    ) -> None:
-        check_render_mode(render_mode)
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, is {num_envs}")
-        self.num_envs = num_envs
-        self.routing = _Routing(
-            num_envs, pool, task, cost, reward, split, max_new_tokens, capacity, sampling, features, tree
-        )
-        self.single_observation_space = self.routing.observation_space
-        self.single_action_space = self.routing.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.render_mode = render_mode
-        self._rows: IntArray = np.arange(num_envs)
-        self._generators: list[np.random.Generator] = []
-
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: Info | None = None
-    ) -> tuple[np.ndarray, Info]:
-        self._generators = row_generators(seed, self.num_envs, self._generators)
-        examples = (options or {}).get("examples") or [None] * self.num_envs
-        if len(examples) != self.num_envs:
-            raise ValueError(f"options['examples'] holds {len(examples)} examples for {self.num_envs} environments")
-        info = self.routing.start(self._rows, self._generators, examples)
-        return self.routing.observe(self._rows), masked(info, self._rows, self.num_envs)
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Info]:
-        step, rewards, info, finals = self.routing.step(self._rows, np.asarray(actions))
-        ended = np.flatnonzero(step.terminated | step.truncated)
-        if not len(ended):
-            return self.routing.observe(self._rows), rewards, step.terminated, step.truncated, all_masked(info)
-        going_on = np.setdiff1d(self._rows, ended)
-        infos = masked({key: value[going_on] for key, value in info.items()}, going_on, self.num_envs)
-        final_observations = self.routing.observe(ended, step.terminated[ended])
-        for row, final, observation in zip(ended, finals, final_observations, strict=True):
-            whole = scalars({key: value[row : row + 1] for key, value in info.items()}) | final
-            infos = self._add_info(infos, {"final_obs": observation, "final_info": whole}, int(row))
-        started = self.routing.start(ended, [self._generators[row] for row in ended], [None] * len(ended))
-        infos = masked(started, ended, self.num_envs, infos)
-        return self.routing.observe(self._rows), rewards, step.terminated, step.truncated, infos
-
-    def render(self) -> tuple[str, ...] | None:
-        return tuple(self.routing.render(row) for row in range(self.num_envs)) if self.render_mode == "ansi" else None
-
-
-def check_render_mode(render_mode: str | None) -> None:
-    """Refuse a render mode that does not exist."""
-    if render_mode not in (None, "ansi"):
-        raise ValueError(f"unknown render_mode {render_mode!r}; choose 'ansi' or None")
+    def __init__(self, num_envs: int = 1, *, render_mode: str | None = None, **settings: Any) -> None:
+        super().__init__(RoutingEpisodes(num_envs, settings_of(RoutingSettings, settings)), render_mode)

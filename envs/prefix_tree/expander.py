@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from envs.arrays import IntArray
+from envs.arrays import UNKNOWN, IntArray
 from envs.decoding.observation import LOGIT_FEATURES, all_features
 from envs.decoding.teacher_forcing import TeacherSession
-from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, UNKNOWN, PrefixTree
+from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, PrefixTree
 
 
 class TreeExpander:

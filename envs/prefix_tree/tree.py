@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from envs.arrays import IntArray
+from envs.arrays import UNKNOWN, IntArray
 from envs.decoding.observation import LOGIT_FEATURES
 from envs.decoding.sampling import Sampling
 from envs.models.checks import gigabytes
@@ -28,7 +28,6 @@ from envs.tasks.task import Example, Task
 
 FORMAT = "1"
 GOING_ON, TERMINATED, TRUNCATED = 0, 1, 2
-UNKNOWN = -1
 Integer = TypeVar("Integer", np.int8, np.int32)
 EVICTED_AT_ONCE = 0.1
 """Share of the nodes that is made free when there is no room left."""

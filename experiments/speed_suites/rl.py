@@ -40,8 +40,8 @@ def rl_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     rng = np.random.default_rng(0)
     rows = config.rl_envs
     problems = FirstExamples(task, config.rl_known_examples)
-    live = RoutingVectorEnv(config.envs, pool, task)
-    shortcut = ShortcutRoutingVectorEnv(rows, pool, task, examples=config.rl_references)
+    live = RoutingVectorEnv(config.envs, pool=pool, task=task)
+    shortcut = ShortcutRoutingVectorEnv(rows, pool=pool, task=task, examples=config.rl_references)
     tree = TreeRoutingVectorEnv(rows, pool=pool, task=problems)
     # Every seed goes through the same episodes, so that states met in a first round are known in the next.
     choices = (rng.random((config.rl_steps, rows)) < config.llm_share).astype(np.int64)

@@ -1,0 +1,131 @@
+"""Rows of episodes: what an environment is made of, whichever shell it is played through."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from envs.arrays import BoolArray, FloatArray, IntArray
+
+Info = dict[str, Any]
+Observations = npt.NDArray[np.float32]
+Settings = TypeVar("Settings")
+
+# Far beyond what a normalised hidden state takes; finite, since an unbounded box cannot be sampled sensibly.
+HIDDEN_BOUND = 1e6
+
+
+@dataclass(frozen=True)
+class RowSteps:
+    """What a step did to n rows, m of which ended with it.
+
+    Attributes:
+        rewards: (n,).
+        terminated: the episode came to its end, (n,).
+        truncated: it was cut short, (n,); never both.
+        infos: of the step, arrays of n.
+        finals: what the infos of the rows that ended gain, arrays of m in the order of these rows.
+    """
+
+    rewards: FloatArray
+    terminated: BoolArray
+    truncated: BoolArray
+    infos: Info
+    finals: Info
+
+
+class EpisodeRows(ABC):
+    """Rows, each in an episode of its own: all that a new environment writes.
+
+    `envs.environments.vector` makes a single environment (one row) and a vector environment out of it. Rows come as
+    ascending arrays of distinct numbers, (n,). All of them are `all_rows`, that very array: `selection` makes a slice
+    of it, with which arrays are read and written without copies.
+
+    Args:
+        rows: episodes at a time.
+
+    Attributes:
+        observation_space: of one row; set by the subclass.
+        action_space: of one row; set by the subclass.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+
+    option: ClassVar[str]
+    """The option of `reset` that says what a single environment begins with."""
+    row_option: ClassVar[str]
+    """The option of a vector environment: a sequence with such a value, or None, for each row."""
+    observation_space: gym.spaces.Box
+    action_space: gym.spaces.Discrete
+
+    def __init__(self, rows: int) -> None:
+        if rows < 1:
+            raise ValueError(f"num_envs must be at least 1, is {rows}")
+        self.rows = rows
+        self.all_rows: IntArray = np.arange(rows)
+
+    @abstractmethod
+    def start(self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[Any]) -> Info:
+        """Begin an episode in each row.
+
+        Args:
+            rows: (n,).
+            generators: the source of chance of each row.
+            given: what each row was asked to begin with; drawn where None.
+
+        Returns:
+            The reset infos, arrays of n.
+        """
+
+    @abstractmethod
+    def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
+        """Take the actions, (n,), in `rows`, (n,), whose episodes have not ended."""
+
+    @abstractmethod
+    def observe(self, rows: IntArray) -> Observations:
+        """What is seen of `rows`, (n, width); zeros where an episode has terminated."""
+
+    def render(self, row: int) -> str:
+        """A row as text, in environments that have a render mode."""
+        raise NotImplementedError(f"{type(self).__name__} renders nothing")
+
+    def selection(self, rows: IntArray) -> IntArray | slice:
+        """What indexes arrays over all rows at `rows`."""
+        return slice(None) if rows is self.all_rows else rows
+
+
+def observation_box(width: int) -> gym.spaces.Box:
+    """The space of observations of `width` numbers."""
+    return gym.spaces.Box(-HIDDEN_BOUND, HIDDEN_BOUND, (width,), np.float32)
+
+
+def settings_of(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """A dataclass of settings out of keywords.
+
+    Raises:
+        TypeError: keywords it has not; the error names them and those there are.
+    """
+    known = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"unknown settings {', '.join(unknown)}; {kind.__name__} has {', '.join(known)}")
+    return kind(**given)
+
+
+def asked_for(options: Mapping[str, Any] | None, known: str) -> Any:
+    """The one option there is, None where it is not given.
+
+    Raises:
+        ValueError: others were given, which would be passed over.
+    """
+    others = set(options or {}) - {known}
+    if others:
+        raise ValueError(f"unknown options {', '.join(sorted(others))}; an episode is chosen by {known!r}")
+    return (options or {}).get(known)
