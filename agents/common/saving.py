@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Self, TypeVar
 from safetensors import SafetensorError
 from torch import Tensor
 
-import agents
 from agents.common.policy import Policy
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import read_tensors, write_tensors, write_text
 
+AGENTS = Path(__file__).parents[1]
 POLICY_FILE = "policy.json"
 OLD_NAMES = {
     "agents.router.RouterPolicy": "router",
@@ -87,7 +87,7 @@ def saved_class(name: str, base: type[T], what: str) -> type[T]:
         ValueError: no such class of `agents` is registered.
     """
     name, failed = OLD_NAMES.get(name, name), ""
-    modules = (module.name for module in pkgutil.walk_packages(agents.__path__, "agents."))
+    modules = (module.name for module in pkgutil.walk_packages([str(AGENTS)], "agents."))
     while name not in _REGISTERED:
         module = next(modules, None)
         if module is None:
