@@ -34,8 +34,6 @@ ORDER = {
 }
 """The packages from the lowest to the highest, and so the rooms of each; rooms in one set do not know each other."""
 LINES, FILES = 400, 12
-TOLERATED = {("agents/query_routing/learner.py", "agents.heuristics")}
-"""Imports that point up and are still there; the list shall become empty."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,6 @@ def wrong_way(one):
     if packages.index(there) > packages.index(here):
         return f"{one}: {there} lies above {here}"
     if there != here:
-        return None
-    if (f"{one.path}", one.target) in TOLERATED:
         return None
     if one.path.name == "__init__.py" and one.eager:
         return f"{one}: an __init__ imports what lies below it lazily, or for type checkers"

@@ -18,7 +18,6 @@ from agents.common.policy import Policy
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import read_tensors, write_tensors, write_text
 
-AGENTS = Path(__file__).parents[1]
 POLICY_FILE = "policy.json"
 OLD_NAMES = {
     "agents.router.RouterPolicy": "router",
@@ -87,7 +86,7 @@ def saved_class(name: str, base: type[T], what: str) -> type[T]:
         ValueError: no such class of `agents` is registered.
     """
     name, failed = OLD_NAMES.get(name, name), ""
-    modules = (module.name for module in pkgutil.walk_packages([str(AGENTS)], "agents."))
+    modules = (module.name for module in pkgutil.walk_packages(importlib.import_module("agents").__path__, "agents."))
     while name not in _REGISTERED:
         module = next(modules, None)
         if module is None:
