@@ -80,6 +80,24 @@ def test_every_agent_fits_and_decodes(name, pool, task, tmp_path):
         assert same(episodes, decode(pool, task, examples, loaded, threshold=0.5))
 
 
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_random_routing_draws_by_the_runs_seed(program):
+    from hydra import compose, initialize_config_dir
+
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        chosen = ["agent=random"] if program == "train" else []
+        config = compose(program, overrides=[*chosen, "seed=5"])
+    group, name = (config, "agent") if program == "train" else (config.agents, "random")
+    assert build(group, name) == Random(seed=5)
+
+
+def test_programs_take_policies_and_learners_and_nothing_else(pool, task):
+    assert policy_from(Always(), pool, task) == Always()
+    with pytest.raises(ValueError, match="str is no agent"):
+        policy_from("citer", pool, task)
+
+
 @pytest.mark.parametrize("policy", [Random(seed=5), Uncertainty("margin")])
 def test_scheduling_changes_no_token(policy, pool, task):
     examples = task.examples("test", 14)

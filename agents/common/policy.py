@@ -137,10 +137,10 @@ def policy_from(
     """The policy of an agent: a policy is its own, a learner makes one by `fit`, which takes the other arguments.
 
     Raises:
-        TypeError: it is neither.
+        ValueError: it is neither.
     """
     if isinstance(agent, Policy):
         return agent
     if isinstance(agent, Learner):
         return agent.fit(pool, task, seed, track, folder)
-    raise TypeError(f"{type(agent).__name__} is no agent; derive it from Policy or Learner of agents.common.policy")
+    raise ValueError(f"{type(agent).__name__} is no agent; derive it from Policy or Learner of agents.common.policy")
