@@ -145,7 +145,7 @@ class PreferenceCollector:
             prompts = np.array([len(self._reader.prompts[batch[slot]]) for slot in slots])
             # the first token is known: where it is the LLM's, the row is taught it instead of asking the LLM again
             first = np.where(models == 0, columns["slm_token"][tokens], columns["llm_token"][tokens])
-            self._session.fork(slots, rows, prompts + columns["position"][tokens], first)
+            self._session.fork_with_next(slots, rows, prompts + columns["position"][tokens], first)
             serving.update(zip(rows.tolist(), zip(tokens.tolist(), models.tolist(), strict=True), strict=True))
             return rows, np.zeros(len(rows), dtype=np.int64)
 
