@@ -118,8 +118,10 @@ class Script:
             return 0
         sources = self.rng.choice(sources, len(targets)).tolist()  # one may stand several times
         copies = [self.rows[s].cut(self.length(s) if shorten else len(self.rows[s].ids)) for s in sources]
-        lengths = array(*(len(c.ids) for c in copies)) if shorten else None
-        self.session.fork(array(*sources), array(*targets), lengths)
+        if shorten:
+            self.session.fork_shortened(array(*sources), array(*targets), array(*(len(c.ids) for c in copies)))
+        else:
+            self.session.fork(array(*sources), array(*targets))
         self.rows |= dict(zip(targets, copies, strict=True))
         return int(not shorten or any(c is not self.rows[s] for c, s in zip(copies, sources, strict=True)))
 
@@ -319,7 +321,10 @@ def test_references_and_their_forks_equal_uncached_decoding(pools, family, known
         kept = array(*(rng.integers(len(reference)) for reference in references))
         next_tokens = array(*(choices[r][kept[r], 0] for r in range(3)))
         lengths = kept + array(*map(len, prompts))
-        session.fork(np.arange(3), rows, lengths, next_tokens if known else None)
+        if known:
+            session.fork_with_next(np.arange(3), rows, lengths, next_tokens)
+        else:
+            session.fork_shortened(np.arange(3), rows, lengths)
         ids = [[*prompts[r], *references[r][: kept[r]]] for r in range(3)]
         going = np.arange(3)
         while len(going):
@@ -663,8 +668,10 @@ def test_sampling_refuses_to_start_without_generators(tiny_pool):
     ],
 )
 def test_a_fork_refuses_rows_and_lengths_out_of_range(running, sources, targets, lengths, named):
+    rows, fork = (np.array(sources), np.array(targets)), running.fork if lengths is None else running.fork_shortened
+    given = () if lengths is None else (np.array(lengths),)
     with pytest.raises(ValueError, match=named):
-        running.fork(np.array(sources), np.array(targets), None if lengths is None else np.array(lengths))
+        fork(*rows, *given)
 
 
 def test_extend_refuses_to_fill_a_response_or_a_row_not_in_flight(running):

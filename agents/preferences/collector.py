@@ -139,7 +139,7 @@ class PreferenceCollector:
             prompts = np.array([len(self._reader.prompts[batch[slot]]) for slot in slots])
             # the first token is known: where it is the LLM's, the row is taught it instead of asking the LLM again
             first = np.where(models == 0, columns["slm_token"][tokens], columns["llm_token"][tokens])
-            self._session.fork(slots, rows, prompts + columns["position"][tokens], first)
+            self._session.fork_with_next(slots, rows, prompts + columns["position"][tokens], first)
 
         queue = EpisodeQueue(np.arange(self._rows, 2 * self._rows), len(rollouts), start)
         loop = decode_loop(

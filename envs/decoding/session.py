@@ -155,73 +155,70 @@ class Session(Decoder):
         self._catch_up(rows[truncated])
         return Step(tokens, slm_tokens, terminated, truncated, ledger)
 
-    def fork(
-        self,
-        sources: IntArray,
-        targets: IntArray,
-        lengths: IntArray | None = None,
-        slm_tokens: IntArray | None = None,
-    ) -> None:
-        """Copy rows, whole or their first tokens; what a model has read of them it does not read again.
+    def fork(self, sources: IntArray, targets: IntArray) -> None:
+        """Copy whole rows; what a model has read of them it does not read again.
 
         Args:
             sources: rows to copy, (n,); one may stand several times.
             targets: distinct rows to overwrite, (n,), none of which is another's source.
-            lengths: tokens to keep, prompt included, (n,); all where None. The SLM re-reads the last token of a
-                shortened row, since the state behind it is not kept.
-            slm_tokens: what action 0 writes next in each shortened row, (n,), where that is known: the SLM's token, or
-                another one that the row is taught. Nothing is re-read then, and the row has no observation until its
-                next step.
 
         Raises:
-            ValueError: lengths out of range, or a target that is another fork's source.
+            ValueError: rows out of range, or a target that is another fork's source.
         """
-        sources, targets = np.asarray(sources, dtype=np.int64), self._checked(targets)
-        self._catch_up(self._checked(np.unique(sources)))
-        whole = self._lengths[sources]
-        lengths = whole if lengths is None else np.asarray(lengths, dtype=np.int64)
-        shortened = lengths < whole
-        if (lengths > whole).any() or (lengths < self._prompt_lengths[sources]).any():
-            raise ValueError(
-                f"lengths {lengths.tolist()} must lie between the prompts and the {whole.tolist()} tokens written"
-            )
-        if slm_tokens is not None and not (self.sampling.greedy and shortened.all()):
+        sources, targets = self._checked_fork(sources, targets)
+        self._copy(sources, targets, self._lengths[sources], reread=False)
+
+    def fork_shortened(self, sources: IntArray, targets: IntArray, lengths: IntArray) -> None:
+        """Copy the first tokens of rows.
+
+        The SLM re-reads the last token of a shortened row, since the state behind it is not kept, and so does another
+        model that had read it. A prompt of 5 tokens with 4 written, of which the SLM has read all 9 and the LLM 8, cut
+        to a length of 7: both caches keep 6 tokens. Cut to 9 it is a `fork`.
+
+        Args:
+            sources: as in `fork`.
+            targets: as in `fork`; a row may be its own source.
+            lengths: tokens to keep, prompt included, (n,).
+
+        Raises:
+            ValueError: as in `fork`, or lengths out of range.
+        """
+        sources, targets = self._checked_fork(sources, targets)
+        lengths = self._checked_lengths(sources, lengths)
+        cut = lengths < self._lengths[sources]
+        self._copy(sources, targets, lengths, reread=True)
+        entries = np.zeros((len(targets), len(self.pool), COLUMNS))
+        self._leave_unread(targets[cut], entries, np.flatnonzero(cut))
+        self.ledger[targets] += entries
+
+    def fork_with_next(self, sources: IntArray, targets: IntArray, lengths: IntArray, slm_tokens: IntArray) -> None:
+        """Copy the first tokens of rows where it is known what comes next; the SLM re-reads nothing.
+
+        In the example of `fork_shortened` the SLM's cache keeps 7 tokens, the LLM's 6. A row has no observation until
+        its next step.
+
+        Args:
+            sources: as in `fork`.
+            targets: as in `fork`.
+            lengths: tokens to keep, prompt included, (n,); fewer than the sources hold.
+            slm_tokens: what action 0 writes next in each row, (n,): the SLM's token, or another one that the row is
+                taught.
+
+        Raises:
+            ValueError: as in `fork`, lengths out of range, or tokens are sampled.
+        """
+        sources, targets = self._checked_fork(sources, targets)
+        lengths = self._checked_lengths(sources, lengths)
+        if not (self.sampling.greedy and (lengths < self._lengths[sources]).all()):
             raise ValueError(
                 "slm_tokens spare the re-reading of shortened rows under greedy decoding, and nothing else"
             )
-        if np.isin(targets[sources != targets], sources).any():
-            raise ValueError("a fork's target is another fork's source; fork them one after the other")
-        for model, cache in enumerate(self._caches):
-            # a model must have a token to read when it is next asked for one
-            cache.fork(sources, targets, lengths - (shortened if model > 0 or slm_tokens is None else 0))
-        rowwise = (self._tokens, self._writers, self._prompt_lengths, self._limits, self._episodes, self._slm_tokens)
-        for state in (*rowwise, self._since_llm, self._followed, self._observed, self.ledger):
-            state[targets] = state[sources]
-        for target, source in zip(targets, sources, strict=True):
-            generator = self._generators[source]
-            # a copy draws from a stream of its own, so that what others draw changes nothing
-            self._generators[target] = generator if generator is None or target == source else generator.spawn(1)[0]
-        self._lengths[targets] = lengths
-        self._active[targets] = self._active[sources] | shortened  # the copy of a finished row is finished
-        device = self._hidden.device
-        to, of = torch.from_numpy(targets).to(device), torch.from_numpy(sources).to(device)
-        self._hidden[to], self._logits[to] = self._hidden[of], self._logits[of]
-        for target in targets[shortened]:
-            # tokens that are gone were not written
-            writers = self.writers(target)
-            self.ledger[target, :, WRITTEN] = np.bincount(writers, minlength=len(self.pool))
-            self._since_llm[target] = since_llm(writers)
-        self._unread[targets] = False
-        if slm_tokens is not None:
-            self._slm_tokens[targets] = slm_tokens
-        else:
-            work = np.zeros((len(targets), len(self.pool), COLUMNS))
-            self._leave_unread(targets[shortened], work, np.flatnonzero(shortened))
-            self.ledger[targets] += work
+        self._copy(sources, targets, lengths, reread=False)
+        self._slm_tokens[targets] = slm_tokens
 
     def rewind(self, rows: IntArray, lengths: IntArray) -> None:
         """Forget the tokens of each row beyond `lengths`, (n,), prompt included; the rows go on from there."""
-        self.fork(rows, rows, lengths)
+        self.fork_shortened(rows, rows, lengths)
 
     def release_slm(self, rows: IntArray) -> None:
         """Let the SLM read no more of `rows`, (n,), which other models write to their ends and nobody observes."""
@@ -287,3 +284,48 @@ class Session(Decoder):
         generator = self._generators[row]
         assert generator is not None
         return float(generator.random())
+
+    def _checked_fork(self, sources: IntArray, targets: IntArray) -> tuple[IntArray, IntArray]:
+        """Sources and targets as integers, (n,); refused where they cannot be copied at once."""
+        sources, targets = np.asarray(sources, dtype=np.int64), self._checked(targets)
+        self._checked(np.unique(sources))
+        if np.isin(targets[sources != targets], sources).any():
+            raise ValueError("a fork's target is another fork's source; fork them one after the other")
+        return sources, targets
+
+    def _checked_lengths(self, sources: IntArray, lengths: IntArray) -> IntArray:
+        """Lengths to keep as integers, (n,); refused where they cut prompts or exceed what was written."""
+        lengths, whole = np.asarray(lengths, dtype=np.int64), self._lengths[sources]
+        if (lengths > whole).any() or (lengths < self._prompt_lengths[sources]).any():
+            raise ValueError(
+                f"lengths {lengths.tolist()} must lie between the prompts and the {whole.tolist()} tokens written"
+            )
+        return lengths
+
+    def _copy(self, sources: IntArray, targets: IntArray, lengths: IntArray, reread: bool) -> None:
+        """Copy the first `lengths` tokens of rows; with `reread` the SLM's cache lacks the last one where that is less.
+
+        Another model's always does: it must have a token to read when it is next asked for one.
+        """
+        self._catch_up(np.unique(sources))
+        shortened = lengths < self._lengths[sources]
+        for model, cache in enumerate(self._caches):
+            cache.fork(sources, targets, lengths - (shortened if model > 0 or reread else 0))
+        rowwise = (self._tokens, self._writers, self._prompt_lengths, self._limits, self._episodes, self._slm_tokens)
+        for state in (*rowwise, self._since_llm, self._followed, self._observed, self.ledger):
+            state[targets] = state[sources]
+        for target, source in zip(targets, sources, strict=True):
+            generator = self._generators[source]
+            # a copy draws from a stream of its own, so that what others draw changes nothing
+            self._generators[target] = generator if generator is None or target == source else generator.spawn(1)[0]
+        self._lengths[targets] = lengths
+        self._active[targets] = self._active[sources] | shortened  # the copy of a finished row is finished
+        device = self._hidden.device
+        to, of = torch.from_numpy(targets).to(device), torch.from_numpy(sources).to(device)
+        self._hidden[to], self._logits[to] = self._hidden[of], self._logits[of]
+        for target in targets[shortened]:
+            # tokens that are gone were not written
+            writers = self.writers(target)
+            self.ledger[target, :, WRITTEN] = np.bincount(writers, minlength=len(self.pool))
+            self._since_llm[target] = since_llm(writers)
+        self._unread[targets] = False

@@ -95,24 +95,41 @@ def _single(rows: IntArray, before: IntArray, counts: IntArray, tokens: slice, d
 
 
 def _group(rows: IntArray, before: IntArray, counts: IntArray, tokens: slice, device: torch.device) -> Group:
-    where: slice | Tensor
-    first, span = int(rows.min()), int(np.ptp(rows)) + 1
-    if close_together(rows):
-        where, offsets = slice(first, first + span), rows - first
-    else:
-        where, offsets, span = torch.from_numpy(rows).to(device), np.arange(len(rows)), len(rows)
+    """Several rows, each with new tokens of its own number, in one padded call.
+
+    Example: rows 3 and 5 of the cache hold 5 and 2 tokens (`before`) and get 1 and 2 (`counts`). They are read as the
+    view 3..5, in which they stand at the offsets 0 and 2, with row 4 between them: `count` is 3, `width` 2, `length` 6.
+    The queries, (3, 2), see columns up to [[5, 5], [0, 0], [2, 3]]: padding sees what the row's last token sees, row 4
+    one column. Of what comes out, `ragged` keeps rows [0, 2, 2] at columns [0, 0, 1]: the 3 new tokens in their order.
+    """
+    read, offsets, count = _where(rows, device)
     width, length = int(counts[-1]), int((before + counts).max())
     alike = bool((before == before[0]).all() and counts[0] == width)
     causal = alike and length == width > 1
     mask = ragged = None
     if not causal and not (alike and width == 1):
-        seen = np.zeros((span, width), dtype=np.int64)  # a row between the group's sees one column, and is dropped
-        seen[offsets] = before[:, None] + np.minimum(np.arange(width), counts[:, None] - 1)
-        mask = torch.from_numpy(np.arange(length) <= seen[:, :, None])[:, None].to(device)
-    if counts[0] < width or span > len(rows) or bool((np.diff(offsets) != 1).any()):
+        mask = _visible(offsets, before, counts, (count, width, length)).to(device)
+    in_order = bool((np.diff(offsets) == 1).all())
+    if counts[0] < width or count > len(rows) or not in_order:
         owner, column = np.nonzero(np.arange(width) < counts[:, None])
         ragged = (torch.from_numpy(offsets[owner]).to(device), torch.from_numpy(column).to(device))
-    return Group(where, span, tokens, width, length, mask, causal, ragged)
+    return Group(read, count, tokens, width, length, mask, causal, ragged)
+
+
+def _where(rows: IntArray, device: torch.device) -> tuple[slice | Tensor, IntArray, int]:
+    """What to read of the cache: a view where `rows`, (n,), are close together; their offsets in it, and its rows."""
+    if close_together(rows):
+        first, span = int(rows.min()), int(np.ptp(rows)) + 1
+        return slice(first, first + span), rows - first, span
+    return torch.from_numpy(rows).to(device), np.arange(len(rows)), len(rows)
+
+
+def _visible(offsets: IntArray, before: IntArray, counts: IntArray, shape: tuple[int, int, int]) -> Tensor:
+    """The mask of a group, (count, 1, width, length); rows between its own see one column, and are dropped."""
+    count, width, length = shape
+    last = np.zeros((count, width), dtype=np.int64)  # the last column each query sees
+    last[offsets] = before[:, None] + np.minimum(np.arange(width), counts[:, None] - 1)
+    return torch.from_numpy(np.arange(length) <= last[:, :, None])[:, None]
 
 
 def split_by_length(counts: IntArray, pass_tokens: int) -> list[IntArray]:
@@ -186,10 +203,10 @@ def slot_attention(
     queries = query[0].transpose(0, 1)
     if len(groups) == 1:
         return _attend(queries, key, value, groups[0], scaling)[None], None
-    found = torch.empty(*queries.shape[:2], value.shape[3], dtype=query.dtype, device=query.device)
+    attended = torch.empty(*queries.shape[:2], value.shape[3], dtype=query.dtype, device=query.device)
     for group in groups:
-        found[group.tokens] = _attend(queries[group.tokens], key, value, group, scaling)
-    return found[None], None
+        attended[group.tokens] = _attend(queries[group.tokens], key, value, group, scaling)
+    return attended[None], None
 
 
 def _attend(queries: Tensor, key: Tensor, value: Tensor, group: Group, scaling: float | None) -> Tensor:

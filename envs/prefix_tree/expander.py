@@ -88,8 +88,8 @@ class TreeExpander:
         self._at[rows[todo]] = nodes[todo]
         for i, tokens in zip(todo, self.session.read_along(rows[todo], model), strict=True):
             unknown = np.flatnonzero(tree.tokens[paths[i], model] == UNKNOWN)
-            found = tokens[len(tokens) - len(paths[i]) :]
-            tree.learn_tokens(paths[i][unknown], np.full(len(unknown), model), found[unknown])
+            along = tokens[len(tokens) - len(paths[i]) :]
+            tree.learn_tokens(paths[i][unknown], np.full(len(unknown), model), along[unknown])
 
     def _start(self, rows: IntArray, nodes: Sequence[int], tokens: Sequence[int] | None = None) -> None:
         """Let live rows stand at nodes, or behind further tokens there."""
@@ -101,20 +101,50 @@ class TreeExpander:
         self.session.start(rows, prompts, responses=responses)
 
     def _expand(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> None:
-        """Add what is behind distinct pairs of node and action."""
+        """Add what is behind distinct pairs of node and action, (n,) each.
+
+        Example: at one node the SLM writes 7, and two models that were not asked yet both write 9. The pairs (node, 1)
+        and (node, 2) are decoded in a live row each; both learn 9, one state is added, and their actions share it.
+        """
         self._forget_evicted()
         tree = self.tree
+        tokens = self._write(rows, nodes, actions)
+        tree.learn_tokens(nodes, actions, tokens)
+        # of pairs that write the same token at a node one is enough, and none where a known state is behind it
+        _, first = np.unique(nodes * self.pool.vocab_size + tokens, return_index=True)
+        new = first[tree.children[nodes[first], actions[first]] == UNKNOWN]
+        ended = np.isin(tokens, self.pool.end_tokens)
+        last = tree.depths[nodes] + 1 >= tree.max_new_tokens
+        ends = np.where(ended, TERMINATED, np.where(last, TRUNCATED, GOING_ON)).astype(np.int8)
+        features = np.zeros((len(rows), self.pool.slm.width + LOGIT_FEATURES), dtype=np.float32)
+        slm_tokens = np.full(len(rows), UNKNOWN)
+        going_on = new[~ended[new]]
+        if len(going_on):
+            features[going_on], slm_tokens[going_on] = self._look(rows[going_on])
+        if len(new):
+            tree.add(nodes[new], actions[new], tokens[new], ends[new], features[new], slm_tokens[new])
+        tree.learn_tokens(nodes, actions, tokens)
+        self._at[rows] = np.where(ended, UNKNOWN, tree.children[nodes, actions])
+
+    def _write(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> IntArray:
+        """Let live rows stand behind the tokens that `actions` write at `nodes`; these tokens, (n,).
+
+        A token that is known and ends the response needs no row. A known one that the SLM would write is written by a
+        row that stands at its node; any other known one is given to a row started anew. An unknown one is asked for, in
+        a row that stands at its node or is started there.
+        """
+        tree = self.tree
         tokens = tree.tokens[nodes, actions].astype(np.int64)
-        ends_known = np.isin(tokens, self.pool.end_tokens)
-        here = self._at[rows] == nodes
-        by_slm = here & (tokens == tree.tokens[nodes, 0])
-        taught = np.flatnonzero((tokens != UNKNOWN) & ~by_slm & ~ends_known)
-        if len(taught):
-            self._start(rows[taught], nodes[taught].tolist(), tokens[taught].tolist())
-        lost = np.flatnonzero((tokens == UNKNOWN) & ~here)
-        if len(lost):
-            self._start(rows[lost], nodes[lost].tolist())
-        stepped = np.flatnonzero((by_slm | (tokens == UNKNOWN)) & ~ends_known)
+        unknown, ends_known = tokens == UNKNOWN, np.isin(tokens, self.pool.end_tokens)
+        at_node = self._at[rows] == nodes
+        by_slm = at_node & (tokens == tree.tokens[nodes, 0])
+        given = np.flatnonzero(~unknown & ~by_slm & ~ends_known)
+        if len(given):
+            self._start(rows[given], nodes[given].tolist(), tokens[given].tolist())
+        elsewhere = np.flatnonzero(unknown & ~at_node)
+        if len(elsewhere):
+            self._start(rows[elsewhere], nodes[elsewhere].tolist())
+        stepped = np.flatnonzero((by_slm | unknown) & ~ends_known)
         if len(stepped):
             models = np.where(by_slm[stepped], 0, actions[stepped])
             written = self.session.step(rows[stepped], models).tokens
@@ -123,21 +153,7 @@ class TreeExpander:
             tokens[stepped] = np.where(by_slm[stepped], tokens[stepped], written)
             if len(strayed):
                 self._start(rows[strayed], nodes[strayed].tolist(), tokens[strayed].tolist())
-        tree.learn_tokens(nodes, actions, tokens)
-        _, first = np.unique(nodes * self.pool.vocab_size + tokens, return_index=True)
-        new = first[tree.children[nodes[first], actions[first]] == UNKNOWN]
-        ended = np.isin(tokens, self.pool.end_tokens)
-        last = tree.depths[nodes] + 1 >= tree.max_new_tokens
-        ends = np.where(ended, TERMINATED, np.where(last, TRUNCATED, GOING_ON)).astype(np.int8)
-        features = np.zeros((len(rows), self.pool.slm.width + LOGIT_FEATURES), dtype=np.float32)
-        slm_tokens = np.full(len(rows), UNKNOWN)
-        seen = new[~ended[new]]
-        if len(seen):
-            features[seen], slm_tokens[seen] = self._look(rows[seen])
-        if len(new):
-            tree.add(nodes[new], actions[new], tokens[new], ends[new], features[new], slm_tokens[new])
-        tree.learn_tokens(nodes, actions, tokens)
-        self._at[rows] = np.where(ended, UNKNOWN, tree.children[nodes, actions])
+        return tokens
 
     def _forget_evicted(self) -> None:
         """A node's number may name another state after an eviction."""
@@ -146,7 +162,7 @@ class TreeExpander:
 
     def _look(self, rows: IntArray) -> tuple[npt.NDArray[np.float32], IntArray]:
         """What a router sees of live rows, and the tokens the SLM would write there."""
-        seen = self.session.observe(rows)
-        assert seen.logits is not None
-        features = all_features(seen.hidden, seen.logits).cpu().numpy()
-        return features, self.pool.greedy(0, seen.logits)
+        observation = self.session.observe(rows)
+        assert observation.logits is not None
+        features = all_features(observation.hidden, observation.logits).cpu().numpy()
+        return features, self.pool.greedy(0, observation.logits)

@@ -321,13 +321,14 @@ class PrefixTree:
         return np.concatenate([taken, new])
 
     def _evict(self, count: int) -> None:
-        """Forget prompts until `count` nodes and some more are free, then what no walk has come by."""
+        """Forget prompts until `count` nodes and some more are free, then what no walk has come by.
+
+        Example: of prompts 1, 2, 3, started in this order, a walk stands at a node of prompt 2. Prompt 1 is forgotten
+        whole, then 3; if that does not do, of prompt 2 all but the path to the node where the walk stands. A pinned
+        prompt keeps all its nodes.
+        """
         wanted = max(count, int(EVICTED_AT_ONCE * self.capacity))
-        standing: dict[int, list[int]] = {}
-        for prompt, node in (flight for walks in self.walks for flight in walks.in_flight()):
-            number = self._numbers.get(prompt.tobytes())
-            if number is not None:
-                standing.setdefault(number, []).append(self._roots[number] if node == UNKNOWN else node)
+        standing = self._standing()
         in_use = np.setdiff1d(np.arange(self.size), self._free)
         numbers = self.prompt_numbers[in_use]
         sizes = np.bincount(numbers, minlength=self._next_prompt)
@@ -343,18 +344,30 @@ class PrefixTree:
             pruned = [number for number in standing if not self._pins.get(number)]
             kept = np.unique(np.concatenate([kept, *(self.path(node) for n in pruned for node in standing[n])]))
             lost |= np.isin(numbers, pruned) & ~np.isin(in_use, kept)
-        gone = in_use[lost]
-        if self.capacity - len(self) + len(gone) < count:
+        self._forget(victims, in_use[lost], kept, count)
+
+    def _standing(self) -> dict[int, list[int]]:
+        """The nodes at which walks stand, by the numbers of their prompts."""
+        standing: dict[int, list[int]] = {}
+        for prompt, node in (flight for walks in self.walks for flight in walks.in_flight()):
+            number = self._numbers.get(prompt.tobytes())
+            if number is not None:
+                standing.setdefault(number, []).append(self._roots[number] if node == UNKNOWN else node)
+        return standing
+
+    def _forget(self, prompts: list[int], nodes: IntArray, parents: IntArray, count: int) -> None:
+        """Free nodes, (n,), and whole prompts; `parents` may have children among the nodes. `count` must be free."""
+        if self.capacity - len(self) + len(nodes) < count:
             raise ValueError(
                 f"the tree's memory of {gigabytes(self.memory)} holds {self.capacity} states, and the responses in "
                 "flight need more; raise memory or lower the rows"
             )
-        for number in victims:
+        for number in prompts:
             del self._numbers[self.prompts.pop(number).tobytes()], self._roots[number], self._used[number]
             self._pins.pop(number, None)
-        children = self.children[kept]
-        self.children[kept] = np.where(np.isin(children, gone), UNKNOWN, children)
-        self._free = np.concatenate([self._free, gone])
+        children = self.children[parents]
+        self.children[parents] = np.where(np.isin(children, nodes), UNKNOWN, children)
+        self._free = np.concatenate([self._free, nodes])
         self.evictions += 1
 
 
