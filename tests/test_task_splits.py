@@ -7,13 +7,14 @@ import json
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
 from envs.tasks.math import MathTask
 from envs.tasks.multiple_choice import MultipleChoiceTask
 from envs.tasks.records import RecordTask
-from envs.tasks.task import SPLITS, Split, Task
+from envs.tasks.task import SPLITS, FirstExamples, Split, Task
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 published = pytest.mark.skipif(not DATA.is_dir(), reason="the published router data is not beside the repository")
@@ -124,3 +125,30 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     )
     kept = [example for split in SPLITS if task.size(split) for example in task.examples(split)]
     assert sorted(example.answer for example in kept) == ["10", "2", "3", "4", "9"]
+
+
+# --- empty splits -----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_split_is_refused_by_name(tmp_path: Path) -> None:
+    task = MathTask(path=write(tmp_path / "one.jsonl", *sums(1)), test_path=write(tmp_path / "t.jsonl", *sums(5, 6)))
+    assert [task.size(split) for split in SPLITS] == [1, 0, 2]
+    message = r"the validation split of task one is empty \(train has 1 and test has 2\): choose a split that has"
+    for empty in (task, FirstExamples(task, 1)):
+        for draw in (
+            lambda empty=empty: empty.sample("validation", np.random.default_rng(0)),
+            lambda empty=empty: empty.examples("validation"),
+            lambda empty=empty: empty.examples("validation", 3),
+        ):
+            with pytest.raises(ValueError, match=message.replace("test has 2", f"test has {empty.size('test')}")):
+                draw()
+    assert task.sample("train", np.random.default_rng(0)).answer == "2"
+
+
+def test_first_examples_that_start_past_the_end_of_a_split_are_refused_by_name(tmp_path: Path) -> None:
+    task = MathTask(
+        path=write(tmp_path / "a.jsonl", *sums(*range(50))), test_path=write(tmp_path / "t.jsonl", *sums(70))
+    )
+    first = FirstExamples(task, 3, start=20)
+    with pytest.raises(ValueError, match=r"the test split of task a is empty .*train has 3 and validation has 0"):
+        first.sample("test", np.random.default_rng(0))
