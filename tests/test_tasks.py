@@ -18,7 +18,8 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
-from envs.tasks.math import MathTask, find_answer, gsm8k_reference, math_problem, same_value
+from envs.tasks.math import MathTask, gsm8k_reference, math_problem
+from envs.tasks.math_answers import find_answer, same_value
 from envs.tasks.multiple_choice import MultipleChoiceTask, find_label, multiple_choice_problem
 from envs.tasks.records import RecordTask, fill
 from envs.tasks.task import SPLITS, Example, Split, Task
