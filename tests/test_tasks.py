@@ -18,9 +18,10 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from envs.tasks.arithmetic import LEVELS, ArithmeticTask
+from envs.tasks.choice_answers import find_label
 from envs.tasks.math import MathTask, gsm8k_reference, math_problem
 from envs.tasks.math_answers import find_answer, same_value
-from envs.tasks.multiple_choice import MultipleChoiceTask, find_label, multiple_choice_problem
+from envs.tasks.multiple_choice import MultipleChoiceTask, multiple_choice_problem
 from envs.tasks.records import RecordTask, fill
 from envs.tasks.task import SPLITS, Example, Split, Task
 from experiments.common.config import build, register_schemas

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from envs.tasks.quantities import read_quantity
 from envs.tasks.task import SPLITS, Example, Split, Task, check_split
 
 PEOPLE = (
@@ -77,7 +78,7 @@ LEVELS = {
 
 # A problem belongs to the split of its chain of equations, so no chain of one split is ever seen in another.
 _SPLIT_OF_RESIDUE: tuple[Split, ...] = ("train",) * 8 + ("validation", "test")
-_ANSWER = re.compile(r"####\s*(-?\d+)")
+_ANSWER = re.compile(r"####\s*(-?\d+(?:[.,/]\d+)*)")
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class ArithmeticTask(Task):
     def is_correct(self, example: Example, response: str) -> bool:
         """The number behind the last `####` of the response equals the answer."""
         answers = _ANSWER.findall(response)
-        return bool(answers) and int(answers[-1]) == int(example.answer)
+        quantity = read_quantity(answers[-1]) if answers else None
+        return quantity is not None and quantity.value == int(example.answer)
 
 
 def _chain(level: Level, rng: np.random.Generator) -> tuple[list[_Step], bool]:

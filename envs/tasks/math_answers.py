@@ -3,13 +3,16 @@ r"""Answers to math problems: where a response has its own, and whether two have
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from functools import lru_cache
 
 from envs.tasks.grading import GRADING_POOL
+from envs.tasks.quantities import read_quantity, strip_markdown
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>-?\d[\d.,/]*))")
-_HASHES = re.compile(r"####[ \t]*([^\n]*)")
+# Chat models write headings, too: "#### Final answer", and the answer on a line below.
+_HASHES = re.compile(
+    r"####[ \t]*(?:(?:\*\*)?(?:final[ \t]+)?answer[ \t]*:?[ \t]*(?:\*\*)?:?\s*)?([^\n]*)", re.IGNORECASE
+)
 # What would run into the time limit. Untrained models write such things often, and each would take all of it.
 _UNBOUNDED = re.compile(
     r"""(?:\^|\*\*) [\s{(]* -?\d{4,}                      # 9^{9999}
@@ -21,11 +24,6 @@ _UNBOUNDED = re.compile(
     re.VERBOSE,
 )
 _LONGEST_EVALUATED = 300
-
-# Of decimals math-verify compares six places; the comparison of plain numbers is exact, and leaves longer ones to it.
-_PLAIN_NUMBER = re.compile(
-    r"(?P<sign>[-+]?)(?P<whole>\d{1,3}(?:,\d{3})+|\d{1,40})(?P<part>\.\d{1,6}|/0*[1-9]\d{0,39})?", re.ASCII
-)
 
 
 def find_answer(response: str) -> str | None:
@@ -54,33 +52,25 @@ def _until_brace_closes(rest: str) -> str | None:
 def same_value(gold: str, answer: str) -> bool:
     """Whether two answers in LaTeX or plain notation have the same value, by math-verify.
 
-    Equal spellings and plain numbers are compared at once, all else in a process that is killed after 5 seconds. An
-    answer that cannot be evaluated, in that time and 2 GiB of memory, only equals one that is spelt the same. What is
-    sure to take longer is not tried.
+    Equal spellings and numbers, whatever unit or markdown is around them, are compared at once, all else in a process
+    that is killed after 5 seconds. An answer that cannot be evaluated, in that time and 2 GiB of memory, only equals
+    one that is spelt the same. What is sure to take longer is not tried.
 
     Raises:
         GradingError: that process cannot be started.
     """
+    gold_quantity, quantity = read_quantity(gold), read_quantity(answer)
+    if gold_quantity is not None and quantity is not None:
+        return gold_quantity.equals(quantity)
     gold, answer = _plain(gold), _plain(answer)
     if gold == answer:
         return True
-    numbers = plain_number(gold), plain_number(answer)
-    if numbers[0] is not None and numbers[1] is not None:
-        return numbers[0] == numbers[1]
     if not gold or any(len(side) > _LONGEST_EVALUATED or _UNBOUNDED.search(side) for side in (gold, answer)):
         return False
     return GRADING_POOL.same_value(gold, answer)
 
 
 def _plain(answer: str) -> str:
-    """`answer` without what does not change its value: dollar and percent signs, a closing full stop."""
-    answer = answer.strip().rstrip(".").strip().strip("$").strip()
+    """`answer` without what does not change its value: markdown, dollar and percent signs, a closing full stop."""
+    answer = strip_markdown(answer).rstrip(".").strip().strip("$").strip()
     return answer.removeprefix("\\$").removesuffix("%").removesuffix("\\").strip()
-
-
-def plain_number(answer: str) -> Fraction | None:
-    """The value of `-7`, `1,234`, `0.50` or `3/4`; None for what is written in any other way."""
-    match = _PLAIN_NUMBER.fullmatch(answer)
-    if match is None:
-        return None
-    return Fraction(f"{match['sign']}{match['whole'].replace(',', '')}{match['part'] or ''}")
