@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -105,3 +106,44 @@ def test_what_stands_around_a_number_does_not_change_it(number: str, form: str) 
     assert read_quantity(form.format(number)) == read_quantity(number)
     assert same_value(number, form.format(number))
     assert not same_value(number, form.format("7919"))
+
+
+REPEATED = (
+    "(A) or ",
+    "(A)",
+    "(A) (B) ",
+    "B, ",
+    "A is not ",
+    "\\boxed{",
+    "\\boxed{}",
+    "\\text{",
+    "#### ",
+    "the answer is ",
+    "answer is (A) ",
+)
+REPEATED += (
+    "not (A) ",
+    "*",
+    "'",
+    "$",
+    " ",
+    "{",
+    "1,",
+    "1 ",
+    "answer = ",
+    "####\n",
+    "best option ",
+    "or ",
+    "####answer\n",
+)
+
+
+@pytest.mark.parametrize("part", REPEATED)
+def test_reading_a_long_answer_takes_no_longer_than_it_is(part: str) -> None:
+    def seconds(count: int) -> float:
+        began = time.process_time()
+        for read in (find_label, find_answer, read_quantity):
+            read(part * count)
+        return time.process_time() - began
+
+    assert seconds(4000) < 5.0  # 28,000 characters took fifteen seconds where it was quadratic

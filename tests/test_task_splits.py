@@ -43,9 +43,9 @@ def check_law(*tasks: Task, count: int | None = None) -> None:
     by_split: dict[Split, set[str]] = {split: set() for split in SPLITS}
     for task in tasks:
         for split in SPLITS:
-            found = prompts(task, split, count)
-            assert len(set(found)) == len(found), (task.name, split)
-            by_split[split].update(found)
+            split_prompts = prompts(task, split, count)
+            assert len(set(split_prompts)) == len(split_prompts), (task.name, split)
+            by_split[split].update(split_prompts)
     for one, other in combinations(SPLITS, 2):
         assert not by_split[one] & by_split[other], (one, other)
 
@@ -60,8 +60,8 @@ def test_no_generated_prompt_stands_in_two_splits() -> None:
 
 def test_kinds_of_problems_share_no_problems() -> None:
     tasks = [ArithmeticTask("easy"), ArithmeticTask(), *(ArithmeticTask(operations=kind) for kind in KINDS)]
-    found = [prompt for task in tasks for prompt in prompts(task, "test", 50)]
-    assert len(set(found)) == len(found)
+    test_prompts = [prompt for task in tasks for prompt in prompts(task, "test", 50)]
+    assert len(set(test_prompts)) == len(test_prompts)
 
 
 def test_operations_make_the_problems_and_their_order_does_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,6 +70,8 @@ _LEADS = re.compile(
     r"\s*(?:\Z|\n|[.:!)–—,-](?!\w)|(?:because|since|as|for)\b|(?:an?|the)\s+(?:[\w'-]+\s?){1,4}(?:\.|\n|\Z))",
     re.IGNORECASE,
 )
+_OPTION = re.compile(r"\b(?:option|choice)\s+$", re.IGNORECASE)
+_BEGINS = re.compile(r"(?:\A|[.;,:\n])[\s(\[>#-]*$")
 _LIST = re.compile(
     r"\s*(?:,\s*(?:and\s+|or\s+|nor\s+|maybe\s+)?|(?:and|or|nor|and/or)\s+|[/&]\s*)(?:(?:options?|choices?|maybe|perhaps)\s+)?",
     re.IGNORECASE,
@@ -150,7 +153,7 @@ def find_label(response: str, labels: str = LETTERS) -> str | None:
     groups = [group for group in every_group if not _is_rejected(text, group)]
     decisions = list(_decisions(text, groups))
     if not decisions:
-        text_has_not = [group for group in every_group if _ANSWER_IS_NOT.search(text[: group[0].start])]
+        text_has_not = [group for group in every_group if _before(_ANSWER_IS_NOT, text, group)]
         decisions = list(_decisions(text, text_has_not))
     if decisions:
         _, decision = max(decisions, key=lambda placed: placed[0])
@@ -158,11 +161,7 @@ def find_label(response: str, labels: str = LETTERS) -> str | None:
 
     if groups and (label := _leading(text, groups)):
         return label
-    named = [
-        group
-        for group in groups
-        if group[-1].in_parentheses or re.search(r"\b(?:option|choice)\s+$", text[: group[0].start], re.IGNORECASE)
-    ]
+    named = [group for group in groups if group[-1].in_parentheses or _before(_OPTION, text, group)]
     if not named:
         return None
     several = len({mention.label for group in named for mention in group}) > 1
@@ -204,35 +203,34 @@ def _groups(text: str, patterns: _Patterns) -> list[list[_Mention]]:
     return groups
 
 
+def _before(pattern: re.Pattern[str], text: str, group: Sequence[_Mention]) -> re.Match[str] | None:
+    """Where `pattern`, which ends in `$`, ends at the group; it is searched for in the last words before it alone."""
+    return pattern.search(text, max(0, group[0].start - 120), group[0].start)
+
+
 def _is_rejected(text: str, group: Sequence[_Mention]) -> bool:
-    before, after = text[max(0, group[0].start - 80) : group[0].start], text[group[-1].end :]
-    return bool(_REJECTED.search(before) or _IS_WRONG.match(after))
+    return bool(_before(_REJECTED, text, group) or _IS_WRONG.match(text, group[-1].end))
 
 
 def _decisions(text: str, groups: Sequence[list[_Mention]]) -> Iterator[tuple[int, list[_Mention]]]:
     """What is said to be the answer, and where."""
     for group in groups:
-        before, after = text[max(0, group[0].start - 100) : group[0].start], text[group[-1].end :]
-        if _CUE.search(before) or _IS_RIGHT.match(after):
+        if _before(_CUE, text, group) or _IS_RIGHT.match(text, group[-1].end):
             yield group[0].start, group
+    in_parentheses = [group for group in groups if group[0].in_parentheses]
+    starts = [group[0].start for group in in_parentheses]
     cues = list(_ANSWER_IS.finditer(text))
     for cue, following in zip_longest(cues, cues[1:]):
-        end = following.start() if following else len(text)
-        tail = (group for group in groups if cue.end() <= group[0].start < end and group[0].in_parentheses)
-        if (first := next(tail, None)) is not None:
-            yield cue.end(), first
+        first = bisect_left(starts, cue.end())
+        if first < len(starts) and (following is None or starts[first] < following.start()):
+            yield cue.end(), in_parentheses[first]
 
 
 def _leading(text: str, groups: Sequence[Sequence[_Mention]]) -> str | None:
     """The label the text begins with, unless it goes through several."""
     first = groups[0]
     at_start = not re.search(r"\w", re.sub(r"^\W*(?:option|choice)\b", "", text[: first[0].start], flags=re.IGNORECASE))
-    through = {
-        mention.label
-        for group in groups
-        for mention in group
-        if re.search(r"(?:\A|[.;,:\n])[\s(\[>#-]*$", text[: mention.start])
-    }
+    through = {mention.label for group in groups for mention in group if _before(_BEGINS, text, [mention])}
     alone = at_start and len(through) == 1 and _LEADS.match(text[first[-1].end :])
     return _one(first) if alone else None
 

@@ -28,9 +28,8 @@ _LONGEST_EVALUATED = 300
 
 def find_answer(response: str) -> str | None:
     r"""The content of the last complete `\boxed{}` that is not empty; else what follows the last `####`; else None."""
-    for match in reversed(list(_BOX.finditer(response))):
-        content = match["bare"] or _until_brace_closes(response[match.end() :])
-        if content and content.strip():
+    for content in reversed(_boxes(response)):
+        if content.strip():
             return content.strip()
     for content in reversed(_HASHES.findall(response)):
         if content.strip():
@@ -38,14 +37,22 @@ def find_answer(response: str) -> str | None:
     return None
 
 
-def _until_brace_closes(rest: str) -> str | None:
-    r"""`rest` up to the brace that closes one opened before it; None if none does. `\{` and `\}` do not count."""
-    depth = 1
-    for match in re.finditer(r"\\.|[{}]", rest):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return rest[: match.start()]
-    return None
+def _boxes(response: str) -> list[str]:
+    r"""The contents of the complete boxes, in the order in which these begin. `\{` and `\}` are no braces."""
+    contents = {}
+    begins = set()
+    for box in _BOX.finditer(response):
+        if box["bare"]:
+            contents[box.start()] = str(box["bare"])
+        else:
+            begins.add(box.end())
+    opened: list[int] = []  # where the contents of braces begin: one pass, however many never close
+    for brace in re.finditer(r"\\.|[{}]", response):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif brace[0] == "}" and opened and (begin := opened.pop()) in begins:
+            contents[begin] = response[begin : brace.start()]
+    return [contents[begin] for begin in sorted(contents)]
 
 
 @lru_cache(maxsize=2**16)  # one sweep over thresholds asks about the same few answers again and again
