@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from agents.query_routing.learner import QueryLearner
 from agents.query_routing.outcomes import QueryOutcomes
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
+from envs.tasks.task import Example
 from experiments.common.config import CONF, build, register_schemas
 from experiments.queries import compare
 from experiments.query_routing.sources import PoolAnswers
@@ -249,6 +251,32 @@ def test_a_pool_answers_once_and_costs_follow_sizes(tmp_path, pool, monkeypatch)
     np.testing.assert_allclose(again.costs, outcomes.costs)
     with pytest.raises(ValueError, match="examples"):
         PoolAnswers(pool, tasks, examples=7, max_new_tokens=64).read(tmp_path)
+
+
+def test_queries_of_a_pool_are_distinct(tmp_path, monkeypatch):
+    class Numbers(ArithmeticTask):
+        def example(self, split, index):
+            return Example(f"{split}/{index}", f"{index // 2}?", f"#### {index // 2}", f"{index // 2}")
+
+    class FewNumbers(Numbers):
+        def size(self, split):
+            return 10
+
+    asked = []
+
+    def answer_alone(pool, task, examples, *settings):
+        asked.append([example.prompt for example in examples])
+        outcomes = np.ones((len(examples), 2))
+        return QueryOutcomes(asked[-1], ["all"] * len(examples), ("one", "two"), outcomes, outcomes * [[1, 2]]), None
+
+    monkeypatch.setattr("experiments.query_routing.sources.answer_alone", answer_alone)
+    monkeypatch.setattr("experiments.query_routing.sources.models_manifest", lambda pool: [])
+    pool = SimpleNamespace(names=["one", "two"])
+    outcomes = PoolAnswers(pool, {"first": Numbers(), "second": Numbers()}, examples=3, start=2).read(tmp_path / "a")
+    assert asked == [["1?", "2?", "3?"], ["4?", "5?", "6?"]]
+    assert outcomes.groups == ["first"] * 3 + ["second"] * 3
+    with pytest.raises(ValueError, match=r"task second has 2 distinct test examples from 0 on .* 3 were asked for"):
+        PoolAnswers(pool, {"first": Numbers(), "second": FewNumbers()}, examples=3).read(tmp_path / "b")
 
 
 def test_the_embedded_pool_is_ordered_by_cost():

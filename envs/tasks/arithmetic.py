@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from envs.tasks.quantities import read_quantity
 from envs.tasks.task import SPLITS, Example, Split, Task, check_split
 
 PEOPLE = (
@@ -80,7 +81,7 @@ PRETRAINED_ON = 1_000_000
 
 # A problem belongs to the split of its chain of equations, so no chain of one split is ever seen in another.
 _SPLIT_OF_RESIDUE: tuple[Split, ...] = ("train",) * 8 + ("validation", "test")
-_ANSWER = re.compile(r"####\s*(-?\d+)")
+_ANSWER = re.compile(r"####\s*(-?\d+(?:[.,/]\d+)*)")
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ class ArithmeticTask(Task):
     """Story problems of 2 to 4 steps (`default`), solved step by step, ending in `#### answer`.
 
     Stories and solutions are worded at random: some reference tokens cannot be foreseen by any model, as in real
-    text. Some problems name a number that does not matter. Splits are disjoint in their chains of equations.
+    text. Some problems name a number that does not matter. Splits are disjoint in their chains of equations, whatever
+    the level and the operations: no prompt of one split stands in another one, of this task or of its siblings.
 
     Args:
         level: `easy`, `default` (the embedded pair is trained on it) or `hard` (more steps, larger numbers).
-        operations: signs out of `+-*/`; only problems whose solutions need no other ones are drawn.
+        operations: signs out of `+-*/`, in any order; only problems whose solutions need no other ones are drawn. Each
+            set of signs draws problems of its own.
     """
 
     level: Literal["easy", "default", "hard"] = "default"
@@ -121,14 +124,23 @@ class ArithmeticTask(Task):
     @property
     def name(self) -> str:
         level = "arithmetic" if self.level == "default" else f"arithmetic-{self.level}"
-        return level if set(self.operations) == set(OPERATIONS) else f"{level} {self.operations}"
+        return level if self._all_operations else f"{level} {self.operations}"
+
+    @property
+    def _all_operations(self) -> bool:
+        return set(self.operations) == set(OPERATIONS)
 
     def size(self, split: Split) -> None:
         check_split(split)
 
     def example(self, split: Split, index: int) -> Example:
         check_split(split)
-        rng = np.random.default_rng([index, list(LEVELS).index(self.level), SPLITS.index(split)])
+        seed = [index, list(LEVELS).index(self.level), SPLITS.index(split)]
+        # Operations are part of the seed, or kinds that share some would share problems. All of them are not: the
+        # embedded models and every published figure rest on those problems.
+        if not self._all_operations:
+            seed.append(sum(1 << bit for bit, sign in enumerate(OPERATIONS) if sign in self.operations))
+        rng = np.random.default_rng(seed)
         while True:
             steps, pair = _chain(LEVELS[self.level], rng)
             if not {SIGNS[step.kind] for step in steps} <= set(self.operations):
@@ -137,7 +149,7 @@ class ArithmeticTask(Task):
             if _SPLIT_OF_RESIDUE[zlib.crc32(chain.encode()) % len(_SPLIT_OF_RESIDUE)] == split:
                 break
         prompt, reference = _tell(steps, pair, rng)
-        kind = self.level if set(self.operations) == set(OPERATIONS) else f"{self.level} {self.operations}"
+        kind = self.level if self._all_operations else f"{self.level} {self.operations}"
         return Example(f"arithmetic/{kind}/{split}/{index}", prompt, reference, str(steps[-1].result))
 
     def training_start(self, seed: int) -> int:
@@ -147,7 +159,8 @@ class ArithmeticTask(Task):
     def is_correct(self, example: Example, response: str) -> bool:
         """The number behind the last `####` of the response equals the answer."""
         answers = _ANSWER.findall(response)
-        return bool(answers) and int(answers[-1]) == int(example.answer)
+        quantity = read_quantity(answers[-1]) if answers else None
+        return quantity is not None and quantity.value == int(example.answer)
 
 
 def _chain(level: Level, rng: np.random.Generator) -> tuple[list[_Step], bool]:

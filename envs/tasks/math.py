@@ -2,12 +2,10 @@ r"""Math word problems: records whose reference ends in `\boxed{answer}`."""
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 from dataclasses import dataclass
-from functools import lru_cache
 
+from envs.tasks.math_answers import find_answer, same_value
 from envs.tasks.records import Problem, RecordTask, Row, check_template, fill, text
 from envs.tasks.task import Example
 
@@ -17,21 +15,7 @@ MATH_TEMPLATE = (
     "should enclose your answer with \\boxed{}.\nQuestion: {question}\nSolution: "
 )
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>-?\d[\d.,/]*))")
-_HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
-_CHECK_SECONDS = 5
-# What would run into the limit, and outside the main thread there is none. Untrained models write such things.
-_UNBOUNDED = re.compile(
-    r"""(?:\^|\*\*) [\s{(]* -?\d{4,}                      # 9^{9999}
-      | (?:\^|\*\*) [\s{(]* \d+ [\s)}]* (?:\^|\*\*)       # 9^{9^{9}}
-      | \) \s* (?:\^|\*\*) [\s{(]* \d{2,}                 # (x + y + z)^{99}
-      | (?: \d{4,} | [)}!] ) \s* !                        # 99999!, (9^9)!, 9!!
-      | binom \s* \{ \s* \d{4,}
-      | \\int""",
-    re.VERBOSE,
-)
-_LONGEST_EVALUATED = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,52 +98,3 @@ def gsm8k_reference(answer: str) -> str:
             f"an answerless example: no #### in the answer that ends in {answer[-40:]!r}; add it or delete the record"
         )
     return f"{_CALCULATOR_MARK.sub('', steps).rstrip()}\nThe final answer is: \\boxed{{{value.strip()}}}".lstrip()
-
-
-def find_answer(response: str) -> str | None:
-    r"""The content of the last complete `\boxed{}` that is not empty; else what follows the last `####`; else None."""
-    for match in reversed(list(_BOX.finditer(response))):
-        content = match["bare"] or _until_brace_closes(response[match.end() :])
-        if content and content.strip():
-            return content.strip()
-    for content in reversed(_HASHES.findall(response)):
-        if content.strip():
-            return str(content.strip())
-    return None
-
-
-def _until_brace_closes(rest: str) -> str | None:
-    r"""`rest` up to the brace that closes one opened before it; None if none does. `\{` and `\}` do not count."""
-    depth = 1
-    for match in re.finditer(r"\\.|[{}]", rest):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return rest[: match.start()]
-    return None
-
-
-@lru_cache(maxsize=2**16)  # one sweep over thresholds asks about the same few answers again and again
-def same_value(gold: str, answer: str) -> bool:
-    """Whether two answers in LaTeX or plain notation have the same value, by math-verify.
-
-    An answer that cannot be evaluated only equals one that is spelt the same. Evaluation stops after 5 seconds in the
-    main thread (POSIX); in others nothing can stop it. What is likely to take longer is not tried in any.
-    """
-    gold, answer = _plain(gold), _plain(answer)
-    if gold == answer:
-        return True
-    if not gold or any(len(side) > _LONGEST_EVALUATED or _UNBOUNDED.search(side) for side in (gold, answer)):
-        return False
-    from math_verify import parse, verify
-
-    # The time limit is an alarm signal, which exists on POSIX systems and in the main thread only.
-    alarm = os.name == "posix" and threading.current_thread() is threading.main_thread()
-    seconds = _CHECK_SECONDS if alarm else None
-    parsed = [parse(f"\\boxed{{{side}}}", parsing_timeout=seconds) for side in (gold, answer)]
-    return bool(verify(*parsed, timeout_seconds=seconds))
-
-
-def _plain(answer: str) -> str:
-    """`answer` without what does not change its value: dollar and percent signs, a closing full stop."""
-    answer = answer.strip().rstrip(".").strip().strip("$").strip()
-    return answer.removeprefix("\\$").removesuffix("%").removesuffix("\\").strip()

@@ -1,11 +1,11 @@
-"""Multiple-choice questions: a response explains, then names a choice by its label in parentheses."""
+"""Multiple-choice questions: a response explains, then names a choice by its label."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from envs.tasks.choice_answers import DIGITS, LETTERS, find_label
 from envs.tasks.records import Problem, RecordTask, Row, check_template, fill, text
 from envs.tasks.task import Example
 
@@ -15,16 +15,15 @@ MULTIPLE_CHOICE_TEMPLATE = (
     "[Explanation]. Therefore, the answer is answer (label).\n"
     "Ensure the final sentence includes the answer followed by the label in parentheses.\n\nAnswer and Reasoning:"
 )
-LETTERS, DIGITS = "ABCDEFGH", "12345678"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoiceTask(RecordTask):
-    """Multiple-choice questions. A response answers with the label after its last "answer is".
+    """Multiple-choice questions. `find_label` says which label a response decides for.
 
     A record has `question`, `choices` and `answerKey`, the choices as `{"label": [...], "text": [...]}`
     (CommonsenseQA, ARC); or `question`, `choices` as a list of texts and `answer` as an index (MMLU). Router training
-    rows bring `prompt` and `cot` too, which are used as they are. Labels are letters A to H or digits 1 to 8.
+    rows bring `prompt` and `cot` too, which are used as they are. Labels are letters A to J or digits 1 to 9.
 
     Args:
         template: the prompt of records that bring none; `{question}` and `{choices}` (one a line) are filled in.
@@ -45,7 +44,7 @@ class MultipleChoiceTask(RecordTask):
         return multiple_choice_problem(row, self.template)
 
     def is_correct(self, example: Example, response: str) -> bool:
-        """The label the response answers with is the example's."""
+        """The label the response decides for is the example's."""
         return find_label(response, _kind(example.answer)) == example.answer
 
 
@@ -66,7 +65,7 @@ class Choices:
         if len(self.labels) != len(self.texts) or not self.labels:
             raise ValueError(f"{len(self.labels)} labels for {len(self.texts)} choices")
         if any(len(label) != 1 or label not in LETTERS + DIGITS for label in self.labels):
-            raise ValueError(f"the labels {', '.join(self.labels)}; a label is a letter A to H or a digit 1 to 8")
+            raise ValueError(f"the labels {', '.join(self.labels)}; a label is a letter A to J or a digit 1 to 9")
         if self.answer not in self.labels:
             raise ValueError(f"an answerless example: its answer {self.answer!r} is none of {', '.join(self.labels)}")
 
@@ -92,10 +91,10 @@ def multiple_choice_problem(row: Row, template: str = MULTIPLE_CHOICE_TEMPLATE) 
         reference = text(row, "cot")
     else:
         reference = f"Therefore, the answer is {choices.answer_text} ({choices.answer.lower()})."
-    found = find_label(reference, _kind(choices.answer))
-    if found != choices.answer:
+    named = find_label(reference, _kind(choices.answer))
+    if named != choices.answer:
         raise ValueError(
-            f"the answer is {choices.answer!r} but the reference that ends in {reference[-40:]!r} names {found!r}; "
+            f"the answer is {choices.answer!r} but the reference that ends in {reference[-40:]!r} names {named!r}; "
             "correct it or delete the record"
         )
     return Problem(prompt, reference, choices.answer)
@@ -112,6 +111,8 @@ def read_choices(row: Row) -> Choices:
         labels = [str(label).upper() for label in choices["label"]]
         texts = [str(choice) for choice in choices["text"]]
     elif isinstance(choices, list):
+        if len(choices) > len(LETTERS):
+            raise ValueError(f"{len(choices)} choices; a question has at most {len(LETTERS)}, A to {LETTERS[-1]}")
         labels, texts = list(LETTERS[: len(choices)]), [str(choice) for choice in choices]
     else:
         raise ValueError(
@@ -126,26 +127,6 @@ def read_choices(row: Row) -> Choices:
     if "answerKey" not in row:
         raise ValueError(f"no answerKey (a label) and no answer (an index) among the fields {', '.join(row)}")
     return Choices(labels, texts, str(row["answerKey"] or "").strip().upper())
-
-
-def find_label(response: str, labels: str = LETTERS) -> str | None:
-    """The label `response` answers with, in upper case; None if it names none.
-
-    It is the first label after the last "answer is" that has one: in parentheses, or bare if it follows at once. Where
-    nothing is said to be the answer, it is the last label in parentheses.
-    """
-    one = f"[{labels}]"
-    # Not `f(a)`; and of "both (a) and (b) (c)" only the last.
-    in_parentheses = re.compile(rf"(?<!\w)\(({one})\)(?!\s*(?:,|and|or)?\s*\({one}\))", re.IGNORECASE)
-    # Not the article of "a bank", nor that of a text cut off behind it, nor the start of "e.g.".
-    bare = re.compile(
-        rf"[\s:*]*(?:(?:option|choice)\s+)?(?!(?-i:a)\s*\Z)({one})(?=[\s*]*(?:[,;:!)]|\.(?!\w)|\n|\Z))", re.IGNORECASE
-    )
-    for tail in reversed(re.split(r"\banswer\s+is\b", response, flags=re.IGNORECASE)[1:]):
-        if match := bare.match(tail) or in_parentheses.search(tail):
-            return match[1].upper()
-    found = in_parentheses.findall(response)
-    return found[-1].upper() if found else None
 
 
 def _kind(label: str) -> str:

@@ -35,7 +35,8 @@ class RecordTask(Task):
 
     A split that the source does not have is taken out of the train records, a tenth of them each: deterministically,
     and equal prompts together. A prompt that the source has in several splits stays in the test split, else in the
-    validation split; its other copies are left out, and a warning counts them.
+    validation split; its other copies are left out. Of records of one split with equal prompts the first stays.
+    Warnings count what was left out.
 
     Args:
         path: a file of JSON lines: the train records.
@@ -175,26 +176,46 @@ def _read_hub(dataset: str, config_name: str | None, revision: str | None, split
 def _divide(
     train: list[Problem], validation: list[Problem] | None, test: list[Problem] | None, name: str
 ) -> dict[Split, list[Problem]]:
-    """Three splits that share no prompt. A split that is None is taken out of `train`."""
-    splits: dict[Split, list[Problem]] = {"train": [], "validation": [], "test": test or []}
+    """Three splits that share no prompt, each prompt once. A split that is None is taken out of `train`."""
     held_out: dict[int, Split] = {}
     if validation is None:
         held_out[_VALIDATION_BUCKET] = "validation"
     if test is None:
         held_out[_TEST_BUCKET] = "test"
 
-    test_prompts = {problem.prompt for problem in test or ()}
-    splits["validation"] = [problem for problem in validation or () if problem.prompt not in test_prompts]
-    held_out_prompts = test_prompts | {problem.prompt for problem in splits["validation"]}
-    for problem in train:
-        if problem.prompt not in held_out_prompts:
+    splits: dict[Split, list[Problem]] = {"train": [], "validation": [], "test": []}
+    kept: dict[str, tuple[Split, str]] = {}  # by prompt: the split of the source it was read from, and its answer
+    contaminated = repeated = contradictory = 0
+    sources: tuple[tuple[Split, list[Problem]], ...] = (
+        ("test", test or []),
+        ("validation", validation or []),
+        ("train", train),
+    )
+    for source, problems in sources:
+        for problem in problems:
+            if problem.prompt in kept:
+                first_source, first_answer = kept[problem.prompt]
+                contaminated += first_source != source
+                repeated += first_source == source
+                contradictory += first_source == source and first_answer != problem.answer
+                continue
+            kept[problem.prompt] = source, problem.answer
             bucket = zlib.crc32(problem.prompt.encode()) % _BUCKETS
-            splits[held_out.get(bucket, "train")].append(problem)
+            splits[held_out.get(bucket, "train") if source == "train" else source].append(problem)
 
-    left_out = len(train) + len(validation or ()) + len(test or ()) - sum(map(len, splits.values()))
-    if left_out:
-        logging.getLogger(__name__).warning(
-            "%s: left out %d train or validation records whose prompts stand in a later split as well", name, left_out
+    log = logging.getLogger(__name__)
+    if contaminated:
+        log.warning(
+            "%s: left out %d train or validation records whose prompts stand in a later split as well",
+            name,
+            contaminated,
+        )
+    if repeated:
+        log.warning(
+            "%s: left out %d records whose prompts stand before them in the same split, %d of them with another answer",
+            name,
+            repeated,
+            contradictory,
         )
     return splits
 

@@ -65,9 +65,9 @@ class Task(ABC):
         """`count` examples from `start` on; all that remain where `count` is None.
 
         Raises:
-            ValueError: the split holds fewer, or it is endless and `count` is None.
+            ValueError: the split is empty or holds fewer, or it is endless and `count` is None.
         """
-        size = self.size(split)
+        size = self._size_of_nonempty(split)
         if count is None:
             if size is None:
                 raise ValueError(f"{self.name} generates {split} examples without end: say how many")
@@ -81,8 +81,25 @@ class Task(ABC):
         return EXAMPLES_PER_SEED * seed if self.size("train") is None else 0
 
     def sample(self, split: Split, rng: np.random.Generator) -> Example:
-        """One example of `split`, drawn uniformly with `rng`."""
-        return self.example(split, int(rng.integers(self.size(split) or 2**31)))
+        """One example of `split`, drawn uniformly with `rng`.
+
+        Raises:
+            ValueError: the split is empty.
+        """
+        size = self._size_of_nonempty(split)
+        return self.example(split, int(rng.integers(2**31 if size is None else size)))
+
+    def _size_of_nonempty(self, split: Split) -> int | None:
+        """`size(split)`; raises ValueError if it is 0."""
+        size = self.size(split)
+        if size == 0:
+            sizes = {other: self.size(other) for other in SPLITS if other != split}
+            others = " and ".join(f"{other} has {'no end' if n is None else n}" for other, n in sizes.items())
+            raise ValueError(
+                f"the {split} split of task {self.name} is empty ({others}): choose a split that has examples, or give "
+                f"the task records for this one"
+            )
+        return size
 
 
 class FirstExamples(Task):

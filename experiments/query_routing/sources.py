@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from agents.query_routing.learner import answer_alone
 from agents.query_routing.outcomes import QueryOutcomes, check_models
 from envs.models.pool import models_manifest
 from envs.storage import keep_manifest, write_manifest
-from envs.tasks.task import Split, check_split
+from envs.tasks.task import Example, Split, Task, check_split
 
 
 class OutcomesSource(Protocol):
@@ -56,7 +57,7 @@ class PoolAnswers:
     Args:
         pool: the models, a `ModelPool`.
         tasks: where problems come from, `Task`s, each a group of queries.
-        examples: problems of each task.
+        examples: problems of each task, all prompts distinct: one that a task before has too is passed over.
         split: of the tasks.
         start: the first problem.
         max_new_tokens: the longest answer.
@@ -95,8 +96,14 @@ class PoolAnswers:
             keep_manifest(manifest, about, place=path)
             return QueryOutcomes.read(path)
         parts = []
+        prompts: set[str] = set()
         for key, task in self.tasks.items():
-            examples = task.examples(self.split, self.examples, start=self.start)
+            examples = list(islice(distinct_examples(task, self.split, self.start, prompts), self.examples))
+            if len(examples) < self.examples:
+                raise ValueError(
+                    f"task {key} has {len(examples)} distinct {self.split} examples from {self.start} on that no task "
+                    f"before it has; {self.examples} were asked for: lower examples, or leave the task out"
+                )
             part, _ = answer_alone(self.pool, task, examples, self.max_new_tokens, self.scheduling)
             parts.append((key, part))
         outcomes = QueryOutcomes(
@@ -110,3 +117,16 @@ class PoolAnswers:
         write_manifest(manifest, about)
         outcomes.write(path)
         return outcomes
+
+
+def distinct_examples(task: Task, split: Split, start: int, prompts: set[str]) -> Iterator[Example]:
+    """The examples of `split` from `start` on whose prompts are not in `prompts`, to which each is added.
+
+    One query under two groups, or in train and test of a random split, would be known before it is asked.
+    """
+    size = task.size(split)
+    for index in count(start) if size is None else range(start, size):
+        example = task.example(split, index)
+        if example.prompt not in prompts:
+            prompts.add(example.prompt)
+            yield example
