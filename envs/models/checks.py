@@ -18,12 +18,6 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def kv_elements_per_token(config: Any) -> int:
-    """Elements one token takes in the key-value cache, all layers."""
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(kv_heads) * head_size(config)
-
-
 def check_attention(name: str, config: Any, network: Any) -> None:
     """Refuse a model whose attention cannot take the slot cache.
 

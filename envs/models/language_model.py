@@ -14,9 +14,10 @@ from torch import Tensor
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
 from envs.models.attention import SLOT_ATTENTION, padded_tokens_per_pass, split_by_length
-from envs.models.checks import check_attention, head_size, kv_elements_per_token, text_config
+from envs.models.checks import check_attention, text_config
 from envs.models.kv_cache import SlotCache
 from envs.models.onednn import use_onednn
+from envs.models.profile import own_weights, profile_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,29 +78,25 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells models with other weights or another precision apart: a digest of a few elements of every tensor."""
+        """Tells models with other weights or another precision apart: a digest of a few elements of every tensor.
+
+        These are the parameters, and matrices in buffers, where quantised models keep their weights.
+        """
         digest = hashlib.sha256()
-        for name, parameter in self.network.named_parameters():
-            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64].float().cpu().numpy()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.tobytes())
+        tensors = dict(self.network.named_parameters())
+        for path, module in self.network.named_modules():
+            for name, tensor in own_weights(module):
+                if name in module._buffers and tensor.dim() > 1:
+                    tensors[f"{path}.{name}"] = tensor
+        for name, tensor in tensors.items():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.tobytes())
         return digest.hexdigest()[:16]
 
     @cached_property
     def profile(self) -> ModelProfile:
-        """The sizes that costs depend on."""
-        config = text_config(self.network.config)
-        head = self.network.get_output_embeddings().weight
-        table = self.network.get_input_embeddings().weight
-        tied = head.data_ptr() == table.data_ptr()
-        total = sum(p.numel() for p in self.network.parameters())
-        return ModelProfile(
-            name=self.name,
-            body_parameters=total - head.numel() - (0 if tied else table.numel()),
-            head_parameters=head.numel(),
-            bytes_per_parameter=head.element_size(),
-            kv_bytes_per_token=kv_elements_per_token(config) * head.element_size(),
-            attention_width=config.num_hidden_layers * config.num_attention_heads * head_size(config),
-        )
+        """The sizes that costs depend on, as `envs.models.profile` counts them."""
+        return profile_of(self.name, self.network)
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from envs.models.checks import (
     check_fits,
     check_same_vocabulary,
     gigabytes,
-    kv_elements_per_token,
+    head_size,
     text_config,
 )
 from envs.models.embedded import EMBEDDED, EMBEDDED_MODELS, embedded_folder
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
+from envs.models.profile import cached_token
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -170,13 +173,30 @@ class _Source:
             raise ValueError(f"{spec.name} ({config.model_type}) is not a causal language model; choose a decoder")
         return cls(spec, location, options, config, tokenizer)
 
-    def weight_bytes(self) -> int:
+    @cached_property
+    def _outline(self) -> Any:
+        """The network without memory."""
+        config = copy.deepcopy(self.config)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.spec.trust_remote_code)
-        return int(sum(p.numel() for p in network.parameters()) * self.dtype.itemsize)
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=self.spec.trust_remote_code)
+        # of the ways to multiply by experts, the one that works without memory in every precision
+        network.set_experts_implementation("batched_mm")
+        return network.eval()
+
+    def weight_bytes(self) -> int:
+        return int(sum(p.numel() for p in self._outline.parameters()) * self.dtype.itemsize)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
-        elements = kv_elements_per_token(text_config(self.config))
+        try:
+            elements = sum(store.numel() for store in cached_token(self._outline))
+        except (RuntimeError, ValueError) as error:
+            config = text_config(self.config)
+            elements = 2 * config.num_hidden_layers * config.num_attention_heads * head_size(config)
+            warnings.warn(
+                f"{self.name}: what its cache keeps of a token cannot be told before it is loaded ({error}); memory is "
+                "planned for keys and values of all its heads",
+                stacklevel=2,
+            )
         return int(elements * self.dtype.itemsize * rows * (capacity + 1))
 
     def load(self) -> LanguageModel:
