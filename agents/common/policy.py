@@ -38,9 +38,20 @@ class Policy(Protocol):
 
 
 def decision_profile(policy: Policy) -> ModelProfile:
-    """What one decision costs: a policy with a network says so by an attribute `parameters`; others are free."""
-    parameters = int(getattr(policy, "parameters", 0))
-    return ModelProfile("policy", 0, parameters, bytes_per_parameter=4, kv_bytes_per_token=0, attention_width=0)
+    """What one decision costs: a policy with a network says so by an attribute `parameters`; others are free.
+
+    One that runs it on several inputs a decision says so by `inputs_per_decision`: it reads its weights once, and
+    multiplies with them as often.
+    """
+    return ModelProfile(
+        name="policy",
+        body_parameters=0,
+        head_parameters=int(getattr(policy, "parameters", 0)),
+        bytes_per_parameter=4,
+        kv_bytes_per_token=0,
+        attention_width=0,
+        head_inputs=int(getattr(policy, "inputs_per_decision", 1)),
+    )
 
 
 def decides_once(policy: Policy) -> bool:

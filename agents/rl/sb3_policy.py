@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from agents.common.policy import POLICY_FILE, class_name
 from agents.rl.algorithms import algorithm_named
-from agents.rl.cost_weights import CostWeights
+from agents.rl.cost_weights import GRID, CostWeights
 from envs.decoding.observation import Observation, feature_width
 from envs.environments.token_routing import HIDDEN_BOUND
 from envs.models.pool import ModelPool, models_manifest
@@ -78,6 +78,11 @@ class Sb3Policy:
         """Parameters read at every decision; a conditioned policy reads them once for its whole grid."""
         head = algorithm_named(self.algorithm).head(self.network)
         return sum(parameter.numel() for module in head for parameter in module.parameters())
+
+    @property
+    def inputs_per_decision(self) -> int:
+        """Inputs the network runs on at a decision: one for each cost weight of the grid."""
+        return GRID if self.conditioned is not None and self.weight is None else 1
 
     @property
     def fingerprint(self) -> str:
