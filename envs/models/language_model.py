@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -27,8 +28,26 @@ if TYPE_CHECKING:
 PACKED = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
 
+class _Pass(threading.local):
+    """What a pass leaves behind, for the thread that makes it: threads may share a model."""
+
+    wanted: bool = False
+    hidden: Tensor | None = None
+
+
+_PASS = _Pass()
+
+
+def _keep_hidden(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Keep the head's input: the last hidden state after the final norm, whatever the architecture calls it."""
+    if _PASS.wanted:
+        _PASS.hidden = inputs[0]
+
+
 class LanguageModel:
     """One Hugging Face causal language model, decoding rows of a slot cache.
+
+    It holds no sequences: threads may share it, each with caches of its own.
 
     Args:
         name: what errors and reports call it.
@@ -49,12 +68,7 @@ class LanguageModel:
         if self._packed:
             network.set_attn_implementation(SLOT_ATTENTION)
         self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
-        self._hidden: Tensor
-        # The head's input is the last hidden state after the final norm, whatever the architecture calls it.
-        network.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
-
-    def _keep_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._hidden = inputs[0]
+        network.get_output_embeddings().register_forward_pre_hook(_keep_hidden)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -171,14 +185,19 @@ class LanguageModel:
         self, cache: SlotCache, rows: IntArray, counts: IntArray, ids: IntArray, positions: Tensor, mask: Tensor,
         keep: int | Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        output = self.network(
-            input_ids=torch.from_numpy(ids).to(self.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        _PASS.wanted = True
+        try:
+            output = self.network(
+                input_ids=torch.from_numpy(ids).to(self.device),
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+            hidden = _PASS.hidden
+        finally:
+            _PASS.wanted, _PASS.hidden = False, None
+        assert hidden is not None, f"{self.name} did not run its head"
         cache.lengths[rows] += counts
-        hidden, self._hidden = self._hidden, self._hidden[:0]
         return hidden, output.logits
