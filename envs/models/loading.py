@@ -24,11 +24,17 @@ from envs.models.checks import (
     text_config,
 )
 from envs.models.embedded import EMBEDDED, EMBEDDED_MODELS, embedded_folder
+from envs.models.hub import why_unreachable
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
 from envs.models.profile import cached_token
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CONVERT = (
+    "weights must be safetensors or GGUF; where you trust the model, convert it with transformers: "
+    "AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), likewise AutoTokenizer"
+)
 
 
 @dataclass(frozen=True)
@@ -147,16 +153,26 @@ class _Source:
             location, options["gguf_file"] = str(path.parent), path.name
         elif not path.is_dir() and (path.is_absolute() or spec.name.startswith(".") or spec.name.count("/") > 1):
             raise ValueError(f"unknown model {spec.name!r}: there is no such folder")
-        if not Path(location).is_dir() and spec.revision:
-            options["revision"] = spec.revision
+        unreachable = None
+        if Path(location).is_dir():
+            _check_safetensors(spec.name, Path(location), options)
+        else:
+            if spec.revision:
+                options["revision"] = spec.revision
+            unreachable = why_unreachable()
+            if unreachable:
+                # what was downloaded before still loads
+                options["local_files_only"] = True
         try:
             config = AutoConfig.from_pretrained(location, **options)
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
         except (OSError, ValueError, ImportError) as error:
-            reason = next(iter(str(error).splitlines()), "")
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            if unreachable:
+                reason = f"{unreachable}; nor was it downloaded before: check the network, or name a local folder"
             raise ValueError(
                 f"unknown model {spec.name!r}: neither an embedded model ({', '.join(EMBEDDED_MODELS)}), nor a local "
-                f"folder or GGUF file, nor a hub id that can be reached ({type(error).__name__}: {reason})"
+                f"folder or GGUF file, nor a hub id that can be reached ({reason})"
             ) from error
         if spec.layers is not None:
             text = text_config(config)
@@ -201,12 +217,30 @@ class _Source:
 
     def load(self) -> LanguageModel:
         placed = {"device_map": self.spec.device_map} if self.spec.device_map else {}
-        network = AutoModelForCausalLM.from_pretrained(
-            self.location, config=self.config, dtype=self.dtype, attn_implementation="sdpa", **placed, **self.options
-        )
+        # other checkpoints hold code, which reading them would run
+        safely = {} if "gguf_file" in self.options else {"use_safetensors": True}
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                self.location,
+                config=self.config,
+                dtype=self.dtype,
+                attn_implementation="sdpa",
+                **placed,
+                **safely,
+                **self.options,
+            )
+        except OSError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(f"{self.name}: its weights cannot be read ({reason}); {CONVERT}") from error
         if not placed:
             network = network.to(self.spec.device)
         return LanguageModel(self.name, network, self.tokenizer)
+
+
+def _check_safetensors(name: str, folder: Path, options: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds weights in PyTorch's own format only."""
+    if "gguf_file" not in options and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{name}: its weights are .bin files, which run code when they are read; {CONVERT}")
 
 
 def _check_device(spec: ModelSpec) -> None:

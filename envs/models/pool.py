@@ -72,8 +72,9 @@ class ModelPool:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Tokens every model can write: heads may be padded to different sizes."""
-        return min(model.vocab_size for model in self.models)
+        """Tokens every model can write, those of the tokenizer: heads may be padded beyond it, to different sizes."""
+        known: int = max(self.tokenizer.get_vocab().values()) + 1
+        return min(known, *(model.vocab_size for model in self.models))
 
     @cached_property
     def end_tokens(self) -> IntArray:
