@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -114,7 +116,43 @@ def load_pool(
     for source in sources:
         if source.spec not in loaded:
             loaded[source.spec] = source.load()
-    return ModelPool([loaded[spec] for spec in specs], rows=rows, capacity=capacity)
+    pool = ModelPool([loaded[spec] for spec in specs], rows=rows, capacity=capacity)
+    pool.recipe = (pool_of, tuple(specs))
+    _ALIVE[tuple(specs), rows, capacity] = pool
+    return pool
+
+
+# Pools of this process by specs, rows and capacity: those somebody holds, and those that came from other processes.
+_ALIVE: WeakValueDictionary[tuple[object, ...], ModelPool] = WeakValueDictionary()
+_KEPT: dict[tuple[object, ...], ModelPool] = {}
+_LOADING = threading.Lock()
+
+
+def pool_of(
+    specs: tuple[ModelSpec, ...], rows: int, capacity: int, fingerprints: tuple[str, ...] | None = None
+) -> ModelPool:
+    """The pool of such models, loaded unless this process has it: what a pool sent from another process arrives as.
+
+    Args:
+        specs: complete ones, with device and dtype, SLM first.
+        rows: sequences in flight that memory is planned for.
+        capacity: the longest sequence.
+        fingerprints: of the models that were sent; any where None.
+
+    Raises:
+        ValueError: a model cannot be loaded here, or its weights have changed.
+    """
+    key = (specs, rows, capacity)
+    with _LOADING:
+        pool = _KEPT.get(key) or _ALIVE.get(key)
+        if pool is None or fingerprints not in (None, pool.fingerprints):
+            pool = _KEPT[key] = load_pool(specs, rows=rows, capacity=capacity, verbose=False)
+    if fingerprints not in (None, pool.fingerprints):
+        raise ValueError(
+            f"the weights of {', '.join(pool.names)} are others than those of the pool that was sent "
+            f"({', '.join(pool.fingerprints)} for {', '.join(fingerprints or ())}); were they replaced since?"
+        )
+    return pool
 
 
 @dataclass(frozen=True)
@@ -288,4 +326,4 @@ def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, verbose: 
 @cache
 def embedded_pool() -> ModelPool:
     """The embedded pair on the CPU in float32; the same object at every call, since pools hold no sequences."""
-    return load_pool(EMBEDDED, dtype="float32", rows=64, capacity=512, verbose=False)
+    return pool_of(tuple(ModelSpec(name, dtype="float32", device="cpu") for name in EMBEDDED), rows=64, capacity=512)
