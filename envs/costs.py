@@ -99,11 +99,14 @@ class ModelProfile:
 
     Attributes:
         name: the model's name.
-        body_parameters: parameters every token passes through (all but embedding table and head).
+        body_parameters: parameters every token passes through (all but tables that are looked up, the head, and experts
+            that a token does not go through).
         head_parameters: parameters of the output head, used once a pass.
-        bytes_per_parameter: 4 for float32, 2 for bfloat16.
+        bytes_per_parameter: 4 for float32, 2 for bfloat16; the mean where tensors differ.
         kv_bytes_per_token: bytes one token takes in the key-value cache, all layers.
         attention_width: query heads x head size x layers.
+        weight_bytes: bytes of weights a pass reads; `bytes_per_parameter` for each parameter where None.
+        head_inputs: inputs the head multiplies in a pass.
     """
 
     name: str
@@ -112,6 +115,8 @@ class ModelProfile:
     bytes_per_parameter: float
     kv_bytes_per_token: int
     attention_width: int
+    weight_bytes: int | None = None
+    head_inputs: int = 1
 
 
 class CostModel(ABC):
@@ -140,10 +145,13 @@ class CostModel(ABC):
 class MemoryTraffic(CostModel):
     """Memory traffic at batch 1, in bytes (the measure of the CITER paper).
 
-    A pass reads the weights it uses once (the rows of an untied embedding table are not counted), reads the keys and
-    values of its context and writes those of its new tokens:
+    A pass reads the weights it uses once (rows of tables that are looked up are not counted), reads the keys and values
+    of its context and writes those of its new tokens:
 
-        bytes = passes x parameters x bytes_per_parameter + kv_bytes_per_token x (context + new tokens)
+        bytes = passes x weight_bytes + kv_bytes_per_token x (context + new tokens)
+
+    Of experts among which a router chooses, a pass is charged those one token goes through. A pass over several tokens
+    reads more of them, and how many cannot be told from the ledger.
     """
 
     name: ClassVar[str] = "bytes"
@@ -151,7 +159,8 @@ class MemoryTraffic(CostModel):
     def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
         rates = np.zeros((len(models), COLUMNS))
         for row, model in zip(rates, models, strict=True):
-            row[PASSES] = (model.body_parameters + model.head_parameters) * model.bytes_per_parameter
+            parameters = model.body_parameters + model.head_parameters
+            row[PASSES] = parameters * model.bytes_per_parameter if model.weight_bytes is None else model.weight_bytes
             row[CONTEXT] = row[READ] = model.kv_bytes_per_token
         return rates
 
@@ -160,9 +169,11 @@ class MemoryTraffic(CostModel):
 class Flops(CostModel):
     """Floating-point operations, a multiply-add counted as two.
 
-        flops = 2 x body_parameters x new tokens + 2 x head_parameters x passes + 4 x attention_width x pairs
+        flops = 2 x body_parameters x new tokens + 2 x head_parameters x head_inputs x passes
+              + 4 x attention_width x pairs
 
-    The head runs on the last position of a pass only; 4 = 2 for the query-key product + 2 for the weighted values.
+    The head of a model runs on the last position of a pass only; 4 = 2 for the query-key product + 2 for the weighted
+    values. Latent attention is counted at the width of its heads, without what it takes to unfold the cached latents.
     """
 
     name: ClassVar[str] = "flops"
@@ -171,7 +182,7 @@ class Flops(CostModel):
         rates = np.zeros((len(models), COLUMNS))
         for row, model in zip(rates, models, strict=True):
             row[READ] = 2 * model.body_parameters
-            row[PASSES] = 2 * model.head_parameters
+            row[PASSES] = 2 * model.head_parameters * model.head_inputs
             row[PAIRS] = 4 * model.attention_width
         return rates
 

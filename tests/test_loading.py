@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
+import time
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
+from transformers import BertConfig, FalconConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
-from envs.models import loading
+from envs.models import hub, loading
 from envs.models.loading import ModelSpec, _Source, load_pool
 from envs.models.pool import ModelPool
 
@@ -133,6 +136,70 @@ def test_an_unknown_model_is_refused_by_name(no_weights, bare, name, named):
             load(*names)
 
 
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("patience", "named"),
+    [(0.0, "Name or service not known"), (30.0, "no answer within 0.5 s")],
+)
+def test_a_hub_that_cannot_be_reached_is_said_at_once(no_weights, bare, monkeypatch, online, patience, named):
+    released = threading.Event()
+
+    def resolve(*args, **kwargs):
+        released.wait(patience)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(hub, "PATIENCE", 0.5)
+    started = time.perf_counter()
+    try:
+        with pytest.raises(ValueError, match=f"unknown model 'nobody/nothing': .*{named}; nor was it downloaded"):
+            load(bare, "nobody/nothing")
+    finally:
+        released.set()
+    assert time.perf_counter() - started < 2
+
+
+def test_a_proxy_that_leads_to_the_hub_is_what_must_be_reached(monkeypatch, online):
+    asked = []
+
+    def resolve(host, port, *args, **kwargs):
+        asked.append((host, port))
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setenv("https_proxy", "http://gate.invalid:3128")
+    assert "gate.invalid" in hub.why_unreachable()
+    assert asked == [("gate.invalid", 3128)]
+
+
+def test_offline_mode_asks_nobody(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("a name was looked up"))
+    assert hub.why_unreachable() is None
+
+
+def test_weights_that_would_run_code_are_refused(no_weights, bare, save_model, tmp_path):
+    folder = save_model("unsafe", LlamaConfig(**SIZES, **HEADS), weights=False)
+    (folder / "pytorch_model.bin").write_bytes(b"code")
+    with pytest.raises(ValueError, match=r"unsafe: its weights are \.bin files, .* GGUF; .*save_pretrained"):
+        load(bare, folder)
+
+
+def test_nothing_but_safetensors_is_read(save_model, monkeypatch):
+    folder = save_model("sharded", LlamaConfig(**SIZES, **HEADS), weights=False)
+    (folder / "pytorch_model-00001-of-00001.bin").write_bytes(b"code")
+    monkeypatch.setattr(loading, "_check_safetensors", lambda *args: None)  # as with a hub id
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("code was run"))
+    with pytest.raises(ValueError, match=r"sharded: its weights cannot be read .*convert it"):
+        load(folder, folder)
+
+
 def test_a_folder_without_a_model_is_refused_by_name(no_weights, bare, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=re.escape(f"unknown model '{tmp_path}'")):
         load(bare, tmp_path)
@@ -198,6 +265,11 @@ def test_special_tokens_that_differ_are_refused_with_both_names(no_weights, bare
             "recurrent",
             MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4),
             "recurrent keeps a recurrent state, .* choose another model",
+        ),
+        (
+            "distances",
+            FalconConfig(**SIZES, num_attention_heads=4, alibi=True),
+            "distances biases attention by distances .*alibi.* choose a model with rotary or learned positions",
         ),
         (
             "encoder",

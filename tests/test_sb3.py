@@ -8,17 +8,19 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from torch.utils.flop_counter import FlopCounterMode
 
-from agents.common.policy import Policy
+from agents.common.policy import Policy, decision_profile
 from agents.common.rollout import Scheduling, decode
 from agents.common.saving import load_policy
 from agents.rl.algorithms import ALGORITHMS, DEFAULTS, value_probability
-from agents.rl.cost_weights import CostWeights
+from agents.rl.cost_weights import GRID, CostWeights
 from agents.rl.inputs import Standardised, input_statistics
 from agents.rl.sb3_extensions import Rows
 from agents.rl.sb3_policy import Sb3Policy
 from agents.rl.vec_env import VectorEnvBridge
 from agents.sb3 import ENVIRONMENTS, StableBaselines, train
+from envs.costs import PASSES, Flops, MemoryTraffic
 from envs.decoding.observation import Observation
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
@@ -397,6 +399,22 @@ def test_policies_come_back_from_their_files(algorithm, conditioned, tiny_pool, 
 def test_parameters_are_those_of_the_actor(tiny_pool):
     trained = train(TwoStates(16), small("ppo"), 0, lambda row: None, CPU)
     assert Sb3Policy.of(trained, "ppo", tiny_pool, "hidden").parameters == 2 * 16 + 16 + 16 * 2 + 2
+
+
+@pytest.mark.parametrize("conditioned", [None, CostWeights()])
+def test_a_decision_is_charged_every_input_and_one_reading(conditioned, tiny_pool):
+    environment = TwoStates(16, width=tiny_pool.slm.width)
+    trained = train(environment, small("ppo", conditioned=conditioned), 0, lambda row: None, CPU)
+    policy = Sb3Policy.of(trained, "ppo", tiny_pool, "hidden", conditioned)
+    rates = [cost.rates([decision_profile(policy)])[0, PASSES] for cost in (MemoryTraffic(), Flops())]
+    with FlopCounterMode(display=False) as counted:
+        policy.score(observed(np.zeros((1, tiny_pool.slm.width)), np.zeros(1, dtype=int)))
+    biases = 16 + 2  # which the counter leaves out
+    assert rates[0] == 4 * policy.parameters
+    assert rates[1] == counted.get_total_flops() + 2 * biases * (1 if conditioned is None else GRID)
+    if conditioned is not None:
+        assert rates[1] == 2 * GRID * policy.parameters
+        assert Flops().rates([decision_profile(policy.at(0.01))])[0, PASSES] == 2 * policy.parameters
 
 
 def test_a_recurrent_policy_remembers_its_episode_and_no_other(tiny_pool):

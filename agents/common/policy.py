@@ -48,6 +48,11 @@ class Policy(ABC):
         return 0
 
     @property
+    def inputs_per_decision(self) -> int:
+        """Inputs that the parameters are multiplied with at a decision."""
+        return 1
+
+    @property
     def fingerprint(self) -> str:
         """Tells policies apart that would score differently."""
         return repr(self)
@@ -57,8 +62,16 @@ class Policy(ABC):
 
 
 def decision_profile(policy: Policy) -> ModelProfile:
-    """What one decision costs: that of reading the policy's parameters."""
-    return ModelProfile("policy", 0, policy.parameters, bytes_per_parameter=4, kv_bytes_per_token=0, attention_width=0)
+    """What one decision costs: the policy's weights are read once, and multiplied with each of its inputs."""
+    return ModelProfile(
+        name="policy",
+        body_parameters=0,
+        head_parameters=policy.parameters,
+        bytes_per_parameter=4,
+        kv_bytes_per_token=0,
+        attention_width=0,
+        head_inputs=policy.inputs_per_decision,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agents.common.saving import SavedPolicy, saved_as
 from agents.rl.algorithms import algorithm_named
-from agents.rl.cost_weights import CostWeights
+from agents.rl.cost_weights import GRID, CostWeights
 from envs.arrays import IntArray
 from envs.decoding.observation import Observation, feature_width
 from envs.environments.episodes import HIDDEN_BOUND
@@ -75,6 +75,11 @@ class Sb3Policy(SavedPolicy):
 
     def about(self) -> str:
         return f"{self.algorithm} {self.features} {self.conditioned} {self.weight}"
+
+    @property
+    def inputs_per_decision(self) -> int:
+        """Inputs the network runs on at a decision: one for each cost weight of the grid."""
+        return GRID if self.conditioned is not None and self.weight is None else 1
 
     def at(self, weight: float) -> Sb3Policy:
         """The policy for one cost weight, of a conditioned policy.

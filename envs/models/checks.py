@@ -18,12 +18,6 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def kv_elements_per_token(config: Any) -> int:
-    """Elements one token takes in the key-value cache, all layers."""
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(kv_heads) * head_size(config)
-
-
 def check_attention(name: str, config: Any, network: Any) -> None:
     """Refuse a model whose attention cannot take the slot cache.
 
@@ -33,7 +27,8 @@ def check_attention(name: str, config: Any, network: Any) -> None:
         network: the model or its class.
 
     Raises:
-        ValueError: recurrent state, windowed attention, or no attention that takes a boolean mask.
+        ValueError: recurrent state, windowed attention, positions that cannot be said row by row, or no attention that
+            takes a boolean mask.
     """
     config = text_config(config)
     if getattr(network, "_is_stateful", False) or not hasattr(config, "num_attention_heads"):
@@ -52,6 +47,11 @@ def check_attention(name: str, config: Any, network: Any) -> None:
         raise ValueError(
             f"{name} turns its positions by the longest sequence in a pass (rope_type {rope}), so that rows would "
             "depend on each other; choose a model with another rope_type"
+        )
+    if getattr(config, "alibi", False):
+        raise ValueError(
+            f"{name} biases attention by distances that it reads off a padded batch (alibi), so that rows cannot have "
+            "positions of their own; choose a model with rotary or learned positions"
         )
     if not getattr(network, "_supports_sdpa", False):
         raise ValueError(f"{name} has no attention that takes a 4-D boolean mask (sdpa); choose another model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,9 +15,10 @@ from torch import Tensor
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
 from envs.models.attention import SLOT_ATTENTION, padded_tokens_per_pass, split_by_length
-from envs.models.checks import check_attention, head_size, kv_elements_per_token, text_config
+from envs.models.checks import check_attention, text_config
 from envs.models.kv_cache import SlotCache
 from envs.models.onednn import use_onednn
+from envs.models.profile import own_weights, profile_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,8 +28,26 @@ if TYPE_CHECKING:
 PACKED = ("gpt2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 
 
+class _Pass(threading.local):
+    """What a pass leaves behind, for the thread that makes it: threads may share a model."""
+
+    wanted: bool = False
+    hidden: Tensor | None = None
+
+
+_PASS = _Pass()
+
+
+def _keep_hidden(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Keep the head's input: the last hidden state after the final norm, whatever the architecture calls it."""
+    if _PASS.wanted:
+        _PASS.hidden = inputs[0]
+
+
 class LanguageModel:
     """One Hugging Face causal language model, decoding rows of a slot cache.
+
+    It holds no sequences: threads may share it, each with caches of its own.
 
     Args:
         name: what errors and reports call it.
@@ -48,12 +68,7 @@ class LanguageModel:
         if self._packed:
             network.set_attn_implementation(SLOT_ATTENTION)
         self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
-        self._hidden: Tensor
-        # The head's input is the last hidden state after the final norm, whatever the architecture calls it.
-        network.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
-
-    def _keep_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._hidden = inputs[0]
+        network.get_output_embeddings().register_forward_pre_hook(_keep_hidden)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -77,29 +92,25 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells models with other weights or another precision apart: a digest of a few elements of every tensor."""
+        """Tells models with other weights or another precision apart: a digest of a few elements of every tensor.
+
+        These are the parameters, and matrices in buffers, where quantised models keep their weights.
+        """
         digest = hashlib.sha256()
-        for name, parameter in self.network.named_parameters():
-            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64].float().cpu().numpy()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.tobytes())
+        tensors = dict(self.network.named_parameters())
+        for path, module in self.network.named_modules():
+            for name, tensor in own_weights(module):
+                if name in module._buffers and tensor.dim() > 1:
+                    tensors[f"{path}.{name}"] = tensor
+        for name, tensor in tensors.items():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64].float().cpu().numpy()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.tobytes())
         return digest.hexdigest()[:16]
 
     @cached_property
     def profile(self) -> ModelProfile:
-        """The sizes that costs depend on."""
-        config = text_config(self.network.config)
-        head = self.network.get_output_embeddings().weight
-        table = self.network.get_input_embeddings().weight
-        tied = head.data_ptr() == table.data_ptr()
-        total = sum(p.numel() for p in self.network.parameters())
-        return ModelProfile(
-            name=self.name,
-            body_parameters=total - head.numel() - (0 if tied else table.numel()),
-            head_parameters=head.numel(),
-            bytes_per_parameter=head.element_size(),
-            kv_bytes_per_token=kv_elements_per_token(config) * head.element_size(),
-            attention_width=config.num_hidden_layers * config.num_attention_heads * head_size(config),
-        )
+        """The sizes that costs depend on, as `envs.models.profile` counts them."""
+        return profile_of(self.name, self.network)
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
@@ -174,14 +185,19 @@ class LanguageModel:
         self, cache: SlotCache, rows: IntArray, counts: IntArray, ids: IntArray, positions: Tensor, mask: Tensor,
         keep: int | Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        output = self.network(
-            input_ids=torch.from_numpy(ids).to(self.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        _PASS.wanted = True
+        try:
+            output = self.network(
+                input_ids=torch.from_numpy(ids).to(self.device),
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+            hidden = _PASS.hidden
+        finally:
+            _PASS.wanted, _PASS.hidden = False, None
+        assert hidden is not None, f"{self.name} did not run its head"
         cache.lengths[rows] += counts
-        hidden, self._hidden = self._hidden, self._hidden[:0]
         return hidden, output.logits

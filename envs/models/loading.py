@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -18,14 +22,21 @@ from envs.models.checks import (
     check_fits,
     check_same_vocabulary,
     gigabytes,
-    kv_elements_per_token,
+    head_size,
     text_config,
 )
 from envs.models.embedded import EMBEDDED, EMBEDDED_MODELS, embedded_folder
+from envs.models.hub import why_unreachable
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
+from envs.models.profile import cached_token
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CONVERT = (
+    "weights must be safetensors or GGUF; where you trust the model, convert it with transformers: "
+    "AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), likewise AutoTokenizer"
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,11 @@ def load_pool(
     specs = [_spec_of(name) for name in names]
     if len(specs) < 2 and rows >= 1:
         raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")
-    loaded, capacity = _load(specs, device, dtype, rows, capacity, verbose)
-    return ModelPool(loaded, rows=rows, capacity=capacity)
+    loaded, capacity, complete = _load(specs, device, dtype, rows, capacity, verbose)
+    pool = ModelPool(loaded, rows=rows, capacity=capacity)
+    pool.recipe = (pool_of, complete)
+    _ALIVE[complete, rows, capacity] = pool
+    return pool
 
 
 def load_model(
@@ -102,7 +116,7 @@ def load_model(
     Raises:
         ValueError: it is not there or cannot be used, or does not fit in memory with a cache of `rows` sequences.
     """
-    [model], _ = _load([_spec_of(name)], device, dtype, rows, capacity, verbose)
+    [model], _, _ = _load([_spec_of(name)], device, dtype, rows, capacity, verbose)
     return model
 
 
@@ -114,8 +128,8 @@ def _spec_of(name: str | ModelSpec | Mapping[str, Any]) -> ModelSpec:
 
 def _load(
     specs: Sequence[ModelSpec], device: str, dtype: str, rows: int, capacity: int | None, verbose: bool
-) -> tuple[list[LanguageModel], int]:
-    """Check and load models, each once; they, and the capacity their caches were planned for."""
+) -> tuple[list[LanguageModel], int, tuple[ModelSpec, ...]]:
+    """Check and load models, each once; they, the capacity their caches were planned for, and the complete specs."""
     if rows < 1:
         raise ValueError(f"rows must be at least 1, is {rows}")
     specs = [replace(s, device=s.device or device, dtype=s.dtype or dtype) for s in specs]
@@ -136,7 +150,40 @@ def _load(
     for source in sources:
         if source.spec not in loaded:
             loaded[source.spec] = source.load()
-    return [loaded[spec] for spec in specs], capacity
+    return [loaded[spec] for spec in specs], capacity, tuple(specs)
+
+
+# Pools of this process by specs, rows and capacity: those somebody holds, and those that came from other processes.
+_ALIVE: WeakValueDictionary[tuple[object, ...], ModelPool] = WeakValueDictionary()
+_KEPT: dict[tuple[object, ...], ModelPool] = {}
+_LOADING = threading.Lock()
+
+
+def pool_of(
+    specs: tuple[ModelSpec, ...], rows: int, capacity: int, fingerprints: tuple[str, ...] | None = None
+) -> ModelPool:
+    """The pool of such models, loaded unless this process has it: what a pool sent from another process arrives as.
+
+    Args:
+        specs: complete ones, with device and dtype, SLM first.
+        rows: sequences in flight that memory is planned for.
+        capacity: the longest sequence.
+        fingerprints: of the models that were sent; any where None.
+
+    Raises:
+        ValueError: a model cannot be loaded here, or its weights have changed.
+    """
+    key = (specs, rows, capacity)
+    with _LOADING:
+        pool = _KEPT.get(key) or _ALIVE.get(key)
+        if pool is None or fingerprints not in (None, pool.fingerprints):
+            pool = _KEPT[key] = load_pool(specs, rows=rows, capacity=capacity, verbose=False)
+    if fingerprints not in (None, pool.fingerprints):
+        raise ValueError(
+            f"the weights of {', '.join(pool.names)} are others than those of the pool that was sent "
+            f"({', '.join(pool.fingerprints)} for {', '.join(fingerprints or ())}); were they replaced since?"
+        )
+    return pool
 
 
 @dataclass(frozen=True)
@@ -175,16 +222,26 @@ class _Source:
             location, options["gguf_file"] = str(path.parent), path.name
         elif not path.is_dir() and (path.is_absolute() or spec.name.startswith(".") or spec.name.count("/") > 1):
             raise ValueError(f"unknown model {spec.name!r}: there is no such folder")
-        if not Path(location).is_dir() and spec.revision:
-            options["revision"] = spec.revision
+        unreachable = None
+        if Path(location).is_dir():
+            _check_safetensors(spec.name, Path(location), options)
+        else:
+            if spec.revision:
+                options["revision"] = spec.revision
+            unreachable = why_unreachable()
+            if unreachable:
+                # what was downloaded before still loads
+                options["local_files_only"] = True
         try:
             config = AutoConfig.from_pretrained(location, **options)
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
         except (OSError, ValueError, ImportError) as error:
-            reason = next(iter(str(error).splitlines()), "")
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            if unreachable:
+                reason = f"{unreachable}; nor was it downloaded before: check the network, or name a local folder"
             raise ValueError(
                 f"unknown model {spec.name!r}: neither an embedded model ({', '.join(EMBEDDED_MODELS)}), nor a local "
-                f"folder or GGUF file, nor a hub id that can be reached ({type(error).__name__}: {reason})"
+                f"folder or GGUF file, nor a hub id that can be reached ({reason})"
             ) from error
         if spec.layers is not None:
             text = text_config(config)
@@ -201,23 +258,58 @@ class _Source:
             raise ValueError(f"{spec.name} ({config.model_type}) is not a causal language model; choose a decoder")
         return cls(spec, location, options, config, tokenizer)
 
-    def weight_bytes(self) -> int:
+    @cached_property
+    def _outline(self) -> Any:
+        """The network without memory."""
+        config = copy.deepcopy(self.config)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.spec.trust_remote_code)
-        return int(sum(p.numel() for p in network.parameters()) * self.dtype.itemsize)
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=self.spec.trust_remote_code)
+        # of the ways to multiply by experts, the one that works without memory in every precision
+        network.set_experts_implementation("batched_mm")
+        return network.eval()
+
+    def weight_bytes(self) -> int:
+        return int(sum(p.numel() for p in self._outline.parameters()) * self.dtype.itemsize)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
-        elements = kv_elements_per_token(text_config(self.config))
+        try:
+            elements = sum(store.numel() for store in cached_token(self._outline))
+        except (RuntimeError, ValueError) as error:
+            config = text_config(self.config)
+            elements = 2 * config.num_hidden_layers * config.num_attention_heads * head_size(config)
+            warnings.warn(
+                f"{self.name}: what its cache keeps of a token cannot be told before it is loaded ({error}); memory is "
+                "planned for keys and values of all its heads",
+                stacklevel=2,
+            )
         return int(elements * self.dtype.itemsize * rows * (capacity + 1))
 
     def load(self) -> LanguageModel:
         placed = {"device_map": self.spec.device_map} if self.spec.device_map else {}
-        network = AutoModelForCausalLM.from_pretrained(
-            self.location, config=self.config, dtype=self.dtype, attn_implementation="sdpa", **placed, **self.options
-        )
+        # other checkpoints hold code, which reading them would run
+        safely = {} if "gguf_file" in self.options else {"use_safetensors": True}
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                self.location,
+                config=self.config,
+                dtype=self.dtype,
+                attn_implementation="sdpa",
+                **placed,
+                **safely,
+                **self.options,
+            )
+        except OSError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(f"{self.name}: its weights cannot be read ({reason}); {CONVERT}") from error
         if not placed:
             network = network.to(self.spec.device)
         return LanguageModel(self.name, network, self.tokenizer)
+
+
+def _check_safetensors(name: str, folder: Path, options: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds weights in PyTorch's own format only."""
+    if "gguf_file" not in options and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{name}: its weights are .bin files, which run code when they are read; {CONVERT}")
 
 
 def _check_device(spec: ModelSpec) -> None:
@@ -265,4 +357,4 @@ def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, verbose: 
 @cache
 def embedded_pool() -> ModelPool:
     """The embedded pair on the CPU in float32; the same object at every call, since pools hold no sequences."""
-    return load_pool(EMBEDDED, dtype="float32", rows=64, capacity=512, verbose=False)
+    return pool_of(tuple(ModelSpec(name, dtype="float32", device="cpu") for name in EMBEDDED), rows=64, capacity=512)

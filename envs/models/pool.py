@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from envs.models.language_model import LanguageModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Recipe: TypeAlias = "tuple[Callable[..., ModelPool], Hashable]"
+"""What loads a pool, and the specs of its models."""
+
 
 @dataclass
 class ModelPool:
@@ -32,6 +35,10 @@ class ModelPool:
         rows: how many sequences in flight memory was planned for; None where it was not.
         capacity: the longest sequence (prompt and response) a session holds; the models' own limit where None.
 
+    Attributes:
+        names: of the models.
+        recipe: what another process loads the pool from; None for a pool made of models at hand.
+
     Raises:
         ValueError: no models, or vocabularies or special tokens that differ.
     """
@@ -40,6 +47,10 @@ class ModelPool:
     rows: int | None = None
     capacity: int | None = None
     names: list[str] = field(init=False)
+    recipe: tuple[Callable[..., ModelPool], Hashable] | None = field(
+        init=False, default=None, repr=False, compare=False
+    )
+    """What loads such a pool, and what of; None for a pool made of models at hand."""
 
     def __post_init__(self) -> None:
         self.names = [model.name for model in self.models]
@@ -51,6 +62,24 @@ class ModelPool:
     def __deepcopy__(self, memo: object) -> ModelPool:
         """The pool itself: it holds no sequences, and Gymnasium copies the arguments of environments."""
         return self
+
+    def __copy__(self) -> ModelPool:
+        """The pool itself."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., ModelPool], tuple[object, ...]]:
+        """How a pool travels to another process: as what it was loaded from, and is loaded from there, once.
+
+        Raises:
+            TypeError: the pool was made of models at hand, so that no other process could load them.
+        """
+        if self.recipe is None:
+            raise TypeError(
+                f"the pool of {', '.join(self.names)} was made of models at hand; weights do not travel between "
+                "processes: make the pool with load_pool, which another process can do again"
+            )
+        load, specs = self.recipe
+        return load, (specs, self.rows, self.capacity, self.fingerprints)
 
     def __len__(self) -> int:
         return len(self.models)
@@ -75,6 +104,11 @@ class ModelPool:
         """The tokenizer all models share."""
         return self.slm.tokenizer
 
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """What tells the models' weights from others, SLM first."""
+        return tuple(model.fingerprint for model in self.models)
+
     @cached_property
     def profiles(self) -> list[ModelProfile]:
         """Sizes of the models, SLM first."""
@@ -82,8 +116,9 @@ class ModelPool:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Tokens every model can write: heads may be padded to different sizes."""
-        return min(model.vocab_size for model in self.models)
+        """Tokens every model can write, those of the tokenizer: heads may be padded beyond it, to different sizes."""
+        known: int = max(self.tokenizer.get_vocab().values()) + 1
+        return min(known, *(model.vocab_size for model in self.models))
 
     @cached_property
     def end_tokens(self) -> IntArray:
