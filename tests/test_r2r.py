@@ -147,9 +147,9 @@ def test_a_router_is_trained_on_what_its_policy_sees(fitted, pool, task, monkeyp
     folder, policy, _ = fitted
     trained, seen = [], []
 
-    def fit(data, *settings):
+    def fit(data, *settings, **named):
         trained.append(data)
-        return fit_router(data, *settings)
+        return fit_router(data, *settings, **named)
 
     monkeypatch.setattr("agents.r2r.fit_router", fit)
     R2R(**QUICK).fit(pool, task, seed=1, folder=folder)
