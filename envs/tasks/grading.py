@@ -1,7 +1,7 @@
 """Compares answers in processes that can be killed: what a model writes may take for ever to evaluate.
 
 Libraries of process pools (pebble, loky) start theirs through multiprocessing, which daemonic processes such as the
-workers of Gymnasium's `AsyncVectorEnv` may not, and talk in pickles. Hence a few plain subprocesses.
+workers of Gymnasium's `AsyncVectorEnv` may not, and send code. Hence a few plain subprocesses, and JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class GradingPool:
         self.command = command or (sys.executable, "-P", str(WORKER), str(seconds + 1))
         self._alive: set[_Worker] = set()
         self._reset()
-        weakref.finalize(self, _kill_all, self._alive)  # when the pool goes, or the interpreter
+        self._ended = threading.Event()
+        weakref.finalize(self, _end, self._ended, self._alive)  # when the pool goes, or the interpreter
         if hasattr(os, "register_at_fork"):
             after_fork = weakref.WeakMethod(self._leave_to_parent)
             os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
@@ -85,7 +86,7 @@ class GradingPool:
                         self._idle.append(worker)
                     return reply == b"true\n"
                 self._discard(worker)
-                if expired:
+                if expired or self._ended.is_set():
                     return False
         logging.getLogger(__name__).warning(
             "two processes died while they compared the answer %.80r with %.80r: graded as wrong", answer, gold
@@ -105,6 +106,8 @@ class GradingPool:
             raise GradingError(self._no_start(str(error))) from error
         self._alive.add(worker)
         try:
+            if self._ended.is_set():  # a daemon thread goes on while the interpreter ends
+                raise GradingError("no answer is graded any more: the interpreter ends")
             reply, expired = worker.ask(b"", self.start_seconds)
         except BaseException:
             self._discard(worker)
@@ -185,6 +188,11 @@ class _Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _end(ended: threading.Event, workers: set[_Worker]) -> None:
+    ended.set()
+    _kill_all(workers)
 
 
 def _kill_all(workers: set[_Worker]) -> None:
