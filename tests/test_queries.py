@@ -66,11 +66,11 @@ def test_a_split_repeats_and_its_parts_are_disjoint():
     assert not np.array_equal(first.test, second.test)
     assert (len(first.train), len(first.known), len(first.test)) == (50, 20, 30)
     assert len({*first.train, *first.known, *first.test}) == 100
-    assert {*first.seen} | {*first.routed} == {*outcomes.models}
-    assert (len(first.seen), len(first.routed)) == (3, 2)
+    assert {*first.training_models} | {*first.routed} == {*outcomes.models}
+    assert (len(first.training_models), len(first.routed)) == (3, 2)
     assert len({Split.draw(outcomes, config, number).routed for number in range(20)}) > 3
     fixed = Split.draw(outcomes, SplitSettings(), 0)
-    assert fixed.seen == fixed.routed == outcomes.models
+    assert fixed.training_models == fixed.routed == outcomes.models
     np.testing.assert_array_equal(fixed.train, fixed.known)
 
 

@@ -38,9 +38,10 @@ def check_attention(name: str, config: Any, network: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if kinds != {"full_attention"} or (windowed and not getattr(config, "layer_types", None)):
-        found = ", ".join(sorted(kinds - {"full_attention"})) or "sliding-window attention"
+        unsupported = ", ".join(sorted(kinds - {"full_attention"})) or "sliding-window attention"
         raise ValueError(
-            f"{name} uses {found}, which the cache does not support; choose a model with full attention in every layer"
+            f"{name} uses {unsupported}, which the cache does not support; choose a model with full attention in "
+            "every layer"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):

@@ -36,7 +36,7 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         owner = self._owner
-        found = []
+        states = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             assert store is not None
             # layers of a model spread over devices keep their stores where they are
@@ -44,11 +44,11 @@ class _SlotLayer(CacheLayerMixin):
             entries = new[0].transpose(0, 1) if owner.packed else new.transpose(1, 2)
             store[owner.write_rows.to(place), owner.write_columns.to(place)] = entries
             if owner.packed:
-                found.append(with_groups(store, owner.groups))
+                states.append(with_groups(store, owner.groups))
             else:
                 read = owner.read_rows if isinstance(owner.read_rows, slice) else owner.read_rows.to(place)
-                found.append(store[read, : owner.read_length].transpose(1, 2))
-        return found[0], found[1]
+                states.append(store[read, : owner.read_length].transpose(1, 2))
+        return states[0], states[1]
 
     def get_seq_length(self) -> int:
         return self._owner.read_length

@@ -147,10 +147,10 @@ class PrefixTree:
         mapped = len(self._mapped)
         if not mapped or (nodes >= mapped).all():
             return np.asarray(self._fresh[nodes - mapped])
-        found = np.empty((len(nodes), self._mapped.shape[1]), dtype=np.float32)
+        rows = np.empty((len(nodes), self._mapped.shape[1]), dtype=np.float32)
         old = nodes < mapped
-        found[old], found[~old] = self._mapped[nodes[old]], self._fresh[nodes[~old] - mapped]
-        return found
+        rows[old], rows[~old] = self._mapped[nodes[old]], self._fresh[nodes[~old] - mapped]
+        return rows
 
     def add_root(self, prompt: IntArray, features: npt.NDArray[np.float32], slm_token: int) -> int:
         """Place the state after a prompt: features (width,), and the token the SLM would write."""

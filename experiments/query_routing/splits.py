@@ -63,14 +63,14 @@ class Split:
         train: queries agents are fitted on, (a,).
         known: queries of the validation pass, (b,); the training queries where no model is withheld.
         test: queries that are routed, (c,).
-        seen: the training models.
+        training_models: those whose answers to the training queries are known.
         routed: the models to route among.
     """
 
     train: IntArray
     known: IntArray
     test: IntArray
-    seen: tuple[str, ...]
+    training_models: tuple[str, ...]
     routed: tuple[str, ...]
 
     @classmethod
@@ -81,14 +81,16 @@ class Split:
         test, rest = np.split(order, [round(settings.test_share * len(order))])
         models = outcomes.models
         if not settings.unseen:
-            return cls(train=np.sort(rest), known=np.sort(rest), test=np.sort(test), seen=models, routed=models)
+            return cls(
+                train=np.sort(rest), known=np.sort(rest), test=np.sort(test), training_models=models, routed=models
+            )
         unseen = set(rng.permutation(len(models))[: settings.unseen].tolist())
         known, train = np.split(rest, [settings.validation_queries])
         return cls(
             train=np.sort(train),
             known=np.sort(known),
             test=np.sort(test),
-            seen=tuple(model for number, model in enumerate(models) if number not in unseen),
+            training_models=tuple(model for number, model in enumerate(models) if number not in unseen),
             routed=tuple(model for number, model in enumerate(models) if number in unseen),
         )
 
@@ -187,7 +189,7 @@ def route_split(
     """What every agent, and the oracle that knows the outcomes, chooses in one split."""
     embedder = embedding.fit([outcomes.prompts[i] for i in split.train], seed)
     embeddings = embedder.embed(outcomes.prompts)
-    train = embedded(outcomes, embeddings, split.train, split.seen)
+    train = embedded(outcomes, embeddings, split.train, split.training_models)
     known = embedded(outcomes, embeddings, split.known, split.routed)
     test = embedded(outcomes, embeddings, split.test, split.routed)
     routed = {}

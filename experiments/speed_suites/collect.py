@@ -31,8 +31,8 @@ def plain_preferences(pool: ModelPool, task: Task, examples: list[Example], max_
         output = network.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=pool.end_token
         )
-        found: list[int] = output[0, len(tokens) :].tolist()
-        return found
+        written: list[int] = output[0, len(tokens) :].tolist()
+        return written
 
     labels: list[list[int]] = []
     for example in examples:
@@ -81,11 +81,11 @@ def collect_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     def plain() -> float:
         examples = task.examples("train", config.plain_examples, start=1_000_000)
         begun = time.perf_counter()
-        found = plain_preferences(pool, task, examples, few.max_new_tokens)
-        labels["plain"] = [label for of_example in found for label in of_example]
+        by_example = plain_preferences(pool, task, examples, few.max_new_tokens)
+        labels["plain"] = [label for of_one in by_example for label in of_one]
         return time.perf_counter() - begun
 
-    found = alternate({"plain": plain, "ours": ours}, config.collect_repeats, "collect")
+    seconds = alternate({"plain": plain, "ours": ours}, config.collect_repeats, "collect")
     if labels["plain"] != labels["ours"]:
         raise RuntimeError("the plain implementation gives other labels")
 
@@ -94,4 +94,4 @@ def collect_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         return tokens / seconds
 
     rates = alternate({"rate": rate}, config.collect_repeats, "collect")
-    return {"plain_over_ours": found["plain"] / found["ours"]}, {"reference_tokens_per_second": rates["rate"]}
+    return {"plain_over_ours": seconds["plain"] / seconds["ours"]}, {"reference_tokens_per_second": rates["rate"]}

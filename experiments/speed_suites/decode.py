@@ -220,7 +220,7 @@ def decode_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         routed_seconds(pool, prompts, limits, batch, policy, share, config.gather)
     longest = int(limits.max()) + max(map(len, prompts))
     caches = {m.name: _ReadyCache(m.network.config.num_hidden_layers, batch, longest) for m in pool.models}
-    found = alternate(
+    seconds = alternate(
         {
             "bare": lambda: bare_seconds(passes, caches),
             "wall": lambda: routed_seconds(pool, prompts, limits, batch, policy, share, config.gather),
@@ -228,13 +228,13 @@ def decode_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         repeats,
         "bare passes",
     )
-    ratios["bare_forward_over_wall"] = found["bare"] / found["wall"]
+    ratios["bare_forward_over_wall"] = seconds["bare"] / seconds["wall"]
 
     # Rates of decoding: prompts, which both sides read alike, are read before time runs.
     for rows in config.rows_in_flight:
         some = random_prompts(rows, config)
         ends = np.full(rows, config.rate_tokens)
-        found = alternate(
+        seconds = alternate(
             {
                 "routed": lambda: routed_seconds(pool, some, ends, rows, policy, share, config.gather, True),  # noqa: B023
                 "llm": lambda: llm_only_seconds(pool, some, config.rate_tokens, True),  # noqa: B023
@@ -242,12 +242,12 @@ def decode_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
             repeats,
             f"{rows} rows",
         )
-        ratios[f"routed_over_llm_only_{rows}"] = found["llm"] / found["routed"]
-        rates[f"routed_tokens_per_second_{rows}"] = rows * (config.rate_tokens - 1) / found["routed"]
-        rates[f"llm_only_tokens_per_second_{rows}"] = rows * (config.rate_tokens - 1) / found["llm"]
+        ratios[f"routed_over_llm_only_{rows}"] = seconds["llm"] / seconds["routed"]
+        rates[f"routed_tokens_per_second_{rows}"] = rows * (config.rate_tokens - 1) / seconds["routed"]
+        rates[f"llm_only_tokens_per_second_{rows}"] = rows * (config.rate_tokens - 1) / seconds["llm"]
 
     same = [prompt[: min(map(len, prompts))] for prompt in prompts]
-    found = alternate(
+    seconds = alternate(
         {
             "ours": lambda: llm_only_seconds(pool, same, config.rate_tokens),
             "generate": lambda: generate_seconds(pool, same, config.rate_tokens),
@@ -255,7 +255,7 @@ def decode_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         repeats,
         "generate",
     )
-    ratios["llm_only_over_generate"] = found["generate"] / found["ours"]
+    ratios["llm_only_over_generate"] = seconds["generate"] / seconds["ours"]
 
     # twice as many problems as rows, of which most end early
     many = random_prompts(2 * batch, config)
@@ -267,12 +267,12 @@ def decode_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         halves = (slice(0, batch), slice(batch, 2 * batch))
         return sum(reread_seconds(pool, many[h], ends[h], share, config.samples) for h in halves)
 
-    found = alternate(
+    seconds = alternate(
         {"reread": reread, "ours": lambda: routed_seconds(pool, many, ends, batch, policy, share, config.gather)},
         config.reread_repeats,
         "re-reading loop",
     )
-    ratios["reread_loop_over_ours"] = found["reread"] / found["ours"]
+    ratios["reread_loop_over_ours"] = seconds["reread"] / seconds["ours"]
     return ratios, rates
 
 

@@ -54,13 +54,13 @@ def rl_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         return steps_per_second(environment, lambda step: choices[step, : environment.num_envs], steps)
 
     rate("tree")
-    found = alternate({name: (lambda name=name: rate(name)) for name in environments}, config.env_repeats, "rl")  # type: ignore[misc]
+    rate_of = alternate({name: (lambda name=name: rate(name)) for name in environments}, config.env_repeats, "rl")  # type: ignore[misc]
     rates = {
-        "live_steps_per_second": found["live"],
-        "shortcut_steps_per_second": found["shortcut"],
-        "tree_steps_per_second": found["tree"],
+        "live_steps_per_second": rate_of["live"],
+        "shortcut_steps_per_second": rate_of["shortcut"],
+        "tree_steps_per_second": rate_of["tree"],
     }
-    ratios = {name: found[name] / found["live"] for name in ("shortcut", "tree")}
+    ratios = {name: rate_of[name] / rate_of["live"] for name in ("shortcut", "tree")}
 
     searched = task.examples("test", config.rl_oracle_examples)
     begun = time.perf_counter()
