@@ -73,3 +73,11 @@ def test_the_example_of_whole_queries_runs(copy):
     (script,) = [code for kind, code in BLOCK.findall(section("Routing whole queries")) if kind == "python"]
     (copy / "queries.py").write_text(script)
     assert re.search(r"^[\d.]+ of the queries go to the LLM$", run(copy, "queries.py"), re.MULTILINE)
+
+
+def test_the_example_without_hydra_draws_a_curve(copy):
+    (script,) = [code for kind, code in BLOCK.findall(section("Experiments")) if kind == "python"]
+    small = "EvaluationSettings(examples=8, threshold_examples=4, oracle=5, bootstrap=20, llm_shares=[0.1, 0.5])"
+    (copy / "curve.py").write_text(script.replace("EvaluationSettings(examples=100)", small))
+    run(copy, "curve.py")
+    assert (copy / "curve.png").stat().st_size > 10_000
