@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import RecordEpisodeStatistics
 from safetensors import safe_open
@@ -13,8 +14,11 @@ from safetensors.numpy import load_file, save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs.storage
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
 from envs.arrays import UNKNOWN
 from envs.costs import MemoryTraffic, Seconds
+from envs.decoding.observation import FEATURES, feature_width
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.environments.rewards import OutcomeReward, ShortcutReward
@@ -23,7 +27,7 @@ from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.models.language_model import LanguageModel
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, PrefixTree
-from envs.prefix_tree.tree_session import TreeSession
+from envs.prefix_tree.tree_session import TreeSession, observation_at
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
 
@@ -384,6 +388,32 @@ def test_a_file_is_whole_or_absent(tiny_pool, few, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space"):
             tree.save(place)
         assert [found.read_bytes() for found in place.parent.iterdir() if found.is_file()] == left
+
+
+def test_a_policy_scores_alike_on_a_tree_in_memory_and_one_reopened(tiny_pool, few, tmp_path):
+    path = tmp_path / "tree.safetensors"
+    tree = PrefixTree(tiny_pool, few, MAX_NEW)
+    play(TreeRoutingVectorEnv(4, tree=tree, **SETTINGS), actions_for(tiny_pool, 40, 4))
+    tree.save(path)
+    again = PrefixTree(tiny_pool, few, MAX_NEW, path=path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policies = [
+            RouterPolicy(RouterNetwork(feature_width(features, tiny_pool.slm.width)).eval(), [], features)
+            for features in FEATURES
+        ]
+    going = np.flatnonzero(tree.ends[: tree.size] == GOING_ON)
+    for count in (1, 2, 3, 5, len(going)):
+        for first in range(0, len(going) - count + 1, 3):
+            nodes = going[first : first + count]
+            seen = [observation_at(one, nodes, np.zeros_like(nodes)) for one in (tree, again)]
+            for observation in seen:
+                for tensor in (observation.hidden, observation.kept_logit_features):
+                    assert tensor.data_ptr() % 64 == 0, "bits of products depend on where memory lies"
+                    assert tensor.is_contiguous()
+            for policy in policies:
+                with torch.no_grad():
+                    assert torch.equal(policy.score(seen[0]), policy.score(seen[1]))
 
 
 class Judged(Sums):
