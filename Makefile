@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+# threads that spin while they wait slow everything else on the machine down; a choice of your own stays
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check format bench benchmark pretrained pretrain clean
