@@ -192,7 +192,7 @@ class SavedPolicy(Policy):
             )
         try:
             return cls.restored(settings, weights, pool)
-        except (RuntimeError, TypeError, KeyError) as error:
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{folder}: {cls.weights_file} does not fit {POLICY_FILE}: {error}") from error
 
 
