@@ -2,12 +2,14 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+# threads that spin while they wait slow everything else on the machine down; a choice of your own stays
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench benchmark pretrained pretrain clean
+.PHONY: help setup demo test test-slow test-avx2 soak check format bench benchmark pretrained pretrain clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +28,21 @@ test: $(STAMP) ## run the tests, except the slow ones
 
 test-slow: pretrained ## run the slow tests
 	$(BIN)/python -m pytest -n 0 -m slow
+
+# what promises the same bits: what is saved and read again, decoding, resumed training
+BITS := tests/test_saving.py tests/test_saved_before.py tests/test_session.py tests/test_agents.py
+MORE_BITS := tests/test_tree.py tests/test_rollout.py tests/test_query_learners.py tests/test_preferences.py
+
+test-avx2: $(STAMP) ## run the tests that promise the same bits as on a CPU with AVX2 alone, one thread
+	ATEN_CPU_CAPABILITY=avx2 CITER_THREADS=1 $(BIN)/python -m pytest $(BITS)
+
+soak: $(STAMP) ## try 10,000 drawn inputs, and the tests of bits on each kind of CPU, 1 and 2 threads; an hour or so
+	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m fuzz
+	set -e; for kind in default avx2 native; do for threads in 1 2; do \
+		echo "kind of CPU $$kind, threads: $$threads"; \
+		if [ $$kind = native ]; then unset ATEN_CPU_CAPABILITY; else export ATEN_CPU_CAPABILITY=$$kind; fi; \
+		CITER_THREADS=$$threads $(BIN)/python -m pytest $(BITS) $(MORE_BITS); \
+	done; done
 
 check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from agents.common.policy import Policy
+from agents.common.policy import Policy, check_scores
 from envs.arrays import UNKNOWN, FloatArray, IntArray
 from envs.costs import ALL_COSTS, response_entries
 from envs.decoding.decoder import since_at_each
@@ -131,7 +131,8 @@ class Oracle:
             label: of the progress bar; none is shown without.
 
         Raises:
-            ValueError: a prompt does not fit, or the tree's memory cannot hold the answers in flight.
+            ValueError: a prompt does not fit, the tree's memory cannot hold the answers in flight, or the scores of
+                `likely` are not what `Policy.score` promises.
         """
         return _Searches(self, tree, examples, starts, written, likely).run(label)
 
@@ -243,7 +244,8 @@ class _Searches:
         whole[: len(item.writers)] = item.writers
         since = since_at_each(whole)[item.first :]
         with torch.no_grad():
-            return self.likely.score(observation_at(tree, path, since)).double().numpy()
+            scores = self.likely.score(observation_at(tree, path, since))
+            return check_scores(self.likely, scores, len(path)).double().numpy()
 
     def _step(self) -> None:
         """One token in every row."""

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches the network
 # Models here are tiny: threads that wait for each other take longer, many times so where other work shares the cores.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ.get("CITER_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # nor do they spin, which takes the cores from everyone else
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import envs.storage
 from envs.models.loading import load_pool
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 CHARACTERS = string.printable[:95]
 ENDS = [0, 30, 45, 60, 75, 90]  # several end tokens, so that random text ends now and then
 PLAIN = {"max_position_embeddings": 128, "tie_word_embeddings": False}

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from agents.citer import Citer
 from agents.common.policy import policy_from
@@ -166,6 +167,36 @@ def test_training_repeats_and_survives_any_last_batch():
     assert all(torch.equal(first[key], second[key]) for key in first)
     # 45 training examples of 50 tokens: 2250 rows, which leaves a batch of one behind 173 of 13
     train(hidden[:2500], labels[:2500], examples[:2500], batch_size=13, epochs=1)
+
+
+class BrokenOff(BaseException):
+    pass
+
+
+def contents(path):
+    """The bytes of each tensor of a file, and its metadata, whose order is left to chance."""
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("epochs_before", [1, 2, 3])
+def test_training_resumed_from_a_checkpoint_gives_the_bytes_of_training_at_once(tmp_path, epochs_before):
+    hidden, labels, examples = toy_data()
+    hidden = torch.cat([hidden, torch.sin(torch.arange(len(hidden) * 35.0)).view(-1, 35).half()], dim=-1)  # not a 16th
+    settings = {"epochs": 5, "batch_size": 97, "dropout": 0.2, "units": [33, 17]}
+    whole = train(hidden, labels, examples, checkpoint=tmp_path / "whole", **settings)
+
+    def broken_off(row):
+        if row["epoch"] == epochs_before:
+            raise BrokenOff
+
+    parts = tmp_path / "parts"
+    with pytest.raises(BrokenOff):
+        train(hidden, labels, examples, broken_off, parts, **settings)
+    assert contents(parts) != contents(tmp_path / "whole")
+    resumed = train(hidden, labels, examples, checkpoint=parts, **settings)
+    assert contents(parts) == contents(tmp_path / "whole"), "weights, their best, the optimiser's state"
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_the_best_epoch_is_kept_not_the_last(monkeypatch):

@@ -438,6 +438,8 @@ def test_benchmarks_print_their_report_last(suite, tmp_path):
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["suite"] == suite
     assert report["machine"]["cores"] >= 1
+    assert report["machine"]["quiet"] is (not report["machine"]["why"])
+    assert ("the machine was not quiet: " in done.stdout) is not report["machine"]["quiet"]
     names = {
         "decode": {
             "bare_forward_over_wall",

@@ -7,13 +7,21 @@ import torch
 
 import agents.query_routing.features
 import agents.query_routing.uniroute
+from agents.query_routing.embeddings import SentenceEmbedder, TextEmbedding
 from agents.query_routing.features import standardise, with_constant
 from agents.query_routing.knn import Neighbours, leave_one_out, nearest
 from agents.query_routing.mlp import QueryMlp
 from agents.query_routing.optim import GradientDescent
 from agents.query_routing.routellm import MatrixFactorisation, QueryClassifier, SimilarityWeighted, llm_wins
 from agents.query_routing.router import EmbeddedQueries, choose
-from agents.query_routing.uniroute import LearnedMapRouter, UniRouteKMeans, UniRouteLearned, cluster_errors, map_loss
+from agents.query_routing.uniroute import (
+    LearnedMapRouter,
+    UniRouteKMeans,
+    UniRouteLearned,
+    centres_of,
+    cluster_errors,
+    map_loss,
+)
 from agents.router.training import RouterTraining
 
 QUICK = RouterTraining(epochs=15, batch_size=32, units=[16])
@@ -329,3 +337,25 @@ def test_phi_sums_to_one():
     phi = LearnedMapRouter.memberships(features, theta)
     torch.testing.assert_close(phi.sum(1), torch.ones(20))
     torch.testing.assert_close(phi, torch.softmax(with_constant(features) @ theta.T, 1))
+
+
+def test_embeddings_and_centres_lie_where_torch_allocates():
+    """As those of a router that was saved and read again: the last bits of products depend on it."""
+    prompts = [f"{first} and {second} are {first * second}" for first in range(6) for second in range(9)]
+    embedder = TextEmbedding(dimensions=7, fewest=1).fit(prompts)
+    tensors = [embedder.embed(prompts[:count]) for count in range(1, 12)]
+    tensors += [SentenceEmbedder(Counted(), 4).embed(prompts[:count]) for count in range(1, 12)]
+    tensors += [centres_of(torch.randn(20, 3), count, starts=1, seed=0) for count in range(2, 9)]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
+class Counted:
+    """In the place of a model of sentence-transformers."""
+
+    max_seq_length = None
+
+    def tokenizer(self, prompt, truncation):
+        return {"input_ids": prompt.split()}
+
+    def encode(self, prompts, **settings):
+        return np.array([[len(prompt), prompt.count("1"), 1.0] for prompt in prompts], dtype=np.float32)

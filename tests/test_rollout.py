@@ -3,15 +3,21 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from agents.common.episode_queue import EpisodeQueue
+from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode, decode_alone
 from agents.heuristics import Always
+from agents.oracle import Oracle
 from envs.costs import COLUMNS, READ, SECONDS
 from envs.decoding.sampling import Sampling
 from envs.models.loading import embedded_pool, load_model
 from envs.models.pool import ModelPool
+from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.task import Example
+from experiments.evaluation.decoder import ExampleDecoder
+from experiments.evaluation.threshold_sweep import choose_thresholds
 
 
 def started_by(rows, items):
@@ -113,3 +119,63 @@ def test_one_model_is_loaded_and_answers_but_is_nothing_to_route_among(pool, tas
         ModelPool([])
     with pytest.raises(ValueError, match="no examples"):
         decode_alone(model, task, [])
+
+
+# -- what policies score ----------------------------------------------------------------------------------------------
+
+
+class Scoring(Policy):
+    """Scores what it is told to, at its first decision or later."""
+
+    def __init__(self, scores, right_before=0):
+        self.scores, self.right_before, self.asked = scores, right_before, 0
+
+    def score(self, observation):
+        self.asked += 1
+        count = len(observation.positions)
+        return torch.full((count,), 0.25) if self.asked <= self.right_before else self.scores(count)
+
+
+WRONG = [
+    (lambda n: torch.full((n, 1), 0.5), ValueError, r"Scoring gave scores of shape \(3, 1\) to 3 decisions; .*\(3,\)"),
+    (lambda n: torch.tensor(0.5), ValueError, r"Scoring gave scores of shape \(\) to 3"),
+    (lambda n: torch.ones(n, dtype=torch.int64), ValueError, r"Scoring gave scores of type torch\.int64"),
+    (lambda n: torch.ones(n, dtype=torch.bool), ValueError, r"Scoring gave scores of type torch\.bool"),
+    (lambda n: np.full(n, 0.5), TypeError, r"Scoring scored with numpy\.ndarray; score must return a floating-point"),
+    (lambda n: None, TypeError, r"Scoring scored with builtins\.NoneType"),
+    (lambda n: torch.full((n,), 1.5), ValueError, r"Scoring scored 1\.5; .* in \[0, 1\]"),
+    (lambda n: torch.full((n,), -0.1, dtype=torch.float64), ValueError, r"Scoring scored -0\.1"),
+    (lambda n: torch.full((n,), torch.inf), ValueError, "Scoring scored inf"),
+    (lambda n: torch.full((n,), torch.nan), FloatingPointError, "Scoring scored NaN; check its weights"),
+]
+
+
+@pytest.mark.parametrize(("scores", "error", "message"), WRONG)
+def test_scores_are_checked_at_the_first_decision_by_name(pool, task, scores, error, message):
+    examples, policy = task.examples("test", 3), Scoring(scores)
+    with pytest.raises(error, match=message):
+        decode(pool, task, examples, policy, max_new_tokens=20)
+    assert policy.asked == 1
+    # where thresholds are chosen, another policy asks for them
+    decoder = ExampleDecoder(pool, task, examples, 20, Scheduling(), None)
+    with pytest.raises(error, match=message):
+        choose_thresholds(decoder, {"mine": Scoring(scores)}, [0.5])
+
+
+def test_search_names_the_policy_whose_scores_are_none(pool, task):
+    tree = PrefixTree(pool, task, 20)
+    with pytest.raises(ValueError, match=r"Scoring gave scores of shape \(\d+, 1\)"):
+        Oracle(budget=5).search(tree, task.examples("test", 20), likely=Scoring(lambda n: torch.full((n, 1), 0.5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_of_any_floating_point_type_pass_to_the_ends_of_the_range(pool, task, dtype):
+    policy = Scoring(lambda n: torch.linspace(0, 1, n, dtype=dtype))
+    assert len(decode(pool, task, task.examples("test", 3), policy, max_new_tokens=20)) == 3
+
+
+def test_a_score_that_becomes_nan_later_is_named_too(pool, task):
+    policy = Scoring(lambda n: torch.full((n,), torch.nan), right_before=2)
+    with pytest.raises(FloatingPointError, match="Scoring scored NaN"):
+        decode(pool, task, task.examples("test", 3), policy, max_new_tokens=20)
+    assert policy.asked == 3

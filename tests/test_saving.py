@@ -117,6 +117,15 @@ def test_a_name_stands_for_one_class_of_one_kind():
         saved_name(Unnamed)
 
 
+@pytest.mark.parametrize("models", [[{"name": "only"}], [{"fingerprint": "only"}], ["no model"], 3, [None]])
+def test_models_that_a_file_does_not_name_are_refused_by_the_folder(pool, tmp_path, models):
+    RouterPolicy(RouterNetwork(pool.slm.width), models_manifest(pool)).save(tmp_path)
+    settings = json.loads((tmp_path / "policy.json").read_text())
+    (tmp_path / "policy.json").write_text(json.dumps(settings | {"models": models}))
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no readable policy"):
+        load_policy(tmp_path, pool)
+
+
 def test_a_setting_that_is_no_plain_data_is_not_written(pool, tmp_path):
     policy = RouterPolicy(RouterNetwork(pool.slm.width), models_manifest(pool), calibration={"ece": object()})
     with pytest.raises(ValueError, match="cannot be written"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import RecordEpisodeStatistics
 from safetensors import safe_open
@@ -13,8 +14,11 @@ from safetensors.numpy import load_file, save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs.storage
+from agents.router.network import RouterNetwork
+from agents.router.policy import RouterPolicy
 from envs.arrays import UNKNOWN
 from envs.costs import MemoryTraffic, Seconds
+from envs.decoding.observation import FEATURES, feature_width
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.environments.rewards import OutcomeReward, ShortcutReward
@@ -23,7 +27,7 @@ from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.models.language_model import LanguageModel
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, PrefixTree
-from envs.prefix_tree.tree_session import TreeSession
+from envs.prefix_tree.tree_session import TreeSession, observation_at
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
 
@@ -384,6 +388,112 @@ def test_a_file_is_whole_or_absent(tiny_pool, few, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space"):
             tree.save(place)
         assert [found.read_bytes() for found in place.parent.iterdir() if found.is_file()] == left
+
+
+def test_a_policy_scores_alike_on_a_tree_in_memory_and_one_reopened(tiny_pool, few, tmp_path):
+    path = tmp_path / "tree.safetensors"
+    tree = PrefixTree(tiny_pool, few, MAX_NEW)
+    play(TreeRoutingVectorEnv(4, tree=tree, **SETTINGS), actions_for(tiny_pool, 40, 4))
+    tree.save(path)
+    again = PrefixTree(tiny_pool, few, MAX_NEW, path=path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policies = [
+            RouterPolicy(RouterNetwork(feature_width(features, tiny_pool.slm.width)).eval(), [], features)
+            for features in FEATURES
+        ]
+    going = np.flatnonzero(tree.ends[: tree.size] == GOING_ON)
+    for count in (1, 2, 3, 5, len(going)):
+        for first in range(0, len(going) - count + 1, 3):
+            nodes = going[first : first + count]
+            seen = [observation_at(one, nodes, np.zeros_like(nodes)) for one in (tree, again)]
+            for observation in seen:
+                for tensor in (observation.hidden, observation.kept_logit_features):
+                    assert tensor.data_ptr() % 64 == 0, "bits of products depend on where memory lies"
+                    assert tensor.is_contiguous()
+            for policy in policies:
+                with torch.no_grad():
+                    assert torch.equal(policy.score(seen[0]), policy.score(seen[1]))
+
+
+class Judged(Sums):
+    """One prompt, and what counts as right is the example's answer alone."""
+
+    judged = 0
+
+    def is_correct(self, example, response):
+        self.judged += 1
+        return (len(response) == 0) == (example.answer == "none")
+
+
+def test_examples_with_one_prompt_have_verdicts_of_their_own(tiny_pool, tmp_path):
+    task, row, path = Judged(), np.array([0]), tmp_path / "tree.safetensors"
+    tree = PrefixTree(tiny_pool, task, MAX_NEW)
+    right, wrong = (Example(name, "2 + 2 =", " 4", name) for name in ("some", "none"))
+    session = TreeSession(tree, 1)
+    session.start(row, [tiny_pool.encode(right.prompt)])
+    while session._active[0]:
+        session.step(row, np.array([1]))
+    end = session.nodes(0)[-1]
+    if not tiny_pool.decode(session.response(0)):
+        right, wrong = wrong, right
+    assert tree.correct(end, right) is True
+    assert tree.correct(end, right) is True
+    assert task.judged == 1, "judged once"
+    assert tree.correct(end, wrong) is False
+    assert tree.correct(end, right) is True
+    # a record whose answer was corrected is judged anew in a tree that was saved
+    tree.save(path)
+    again = PrefixTree(tiny_pool, task, MAX_NEW, path=path)
+    task.judged = 0
+    assert again.correct(end, right) is True
+    assert task.judged == 0, "a verdict of the same example is kept"
+    assert again.correct(end, Example(right.id, right.prompt, right.reference, wrong.answer)) is False
+
+
+def test_a_tree_saved_before_verdicts_were_bound_opens_without_them(tiny_pool, few, tmp_path):
+    path = tmp_path / "tree.safetensors"
+    tree = PrefixTree(tiny_pool, few, MAX_NEW)
+    play(TreeRoutingVectorEnv(2, tree=tree, **SETTINGS), actions_for(tiny_pool, 25, 2))
+    tree.save(path)
+    arrays = load_file(path)
+    del arrays["judged_for"]
+    finished = np.flatnonzero(arrays["verdicts"] != UNKNOWN)
+    assert len(finished)
+    arrays["verdicts"][finished] = 1 - arrays["verdicts"][finished]  # of answers that were corrected since
+    save_file(arrays, path, metadata={"manifest": json.dumps(tree.manifest)})
+    old = PrefixTree(tiny_pool, few, MAX_NEW, path=path)
+    assert len(old) == len(tree)
+    prompts = {tiny_pool.encode(example.prompt).tobytes(): example for example in few.examples("train")}
+    for node in finished:
+        example = prompts[old.prompt(node).tobytes()]
+        assert old.correct(node, example) == tree.correct(node, example)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("children", lambda a: a.__setitem__((0, 0), 10_000), "children reach from -1 to 10000"),
+        ("children", lambda a: a.__setitem__((0, 0), 0), "children are not those of their parents"),
+        ("parents", lambda a: a.__setitem__(np.argmax(a >= 0), len(a) - 1), "depths do not follow"),
+        ("parents", lambda a: a.__setitem__(np.argmax(a >= 0), UNKNOWN), "roots are not the states"),
+        ("depths", lambda a: a.__setitem__(0, 2**30), "depths reach from"),
+        ("tokens", lambda a: a.__setitem__((0, 0), -7), "tokens reach from -7"),
+        ("prompt_tokens", lambda a: a.__setitem__(0, 2**40), "prompt_tokens reach"),
+        ("prompt_offsets", lambda a: a.__setitem__(0, 1), "prompt_offsets do not divide"),
+        ("verdicts", lambda a: a.__setitem__(0, 9), "verdicts reach"),
+    ],
+)
+def test_a_damaged_tree_is_refused_with_what_is_wrong(tiny_pool, few, tmp_path, name, spoil, message):
+    path = tmp_path / "tree.safetensors"
+    tree = PrefixTree(tiny_pool, few, MAX_NEW)
+    play(TreeRoutingVectorEnv(2, tree=tree, **SETTINGS), actions_for(tiny_pool, 25, 2))
+    tree.save(path)
+    arrays = load_file(path)
+    spoil(arrays[name])
+    save_file(arrays, path, metadata={"manifest": json.dumps(tree.manifest)})
+    with pytest.raises(ValueError, match=rf"tree.safetensors is damaged \({message}.*delete it"):
+        PrefixTree(tiny_pool, few, MAX_NEW, path=path)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

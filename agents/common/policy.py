@@ -61,6 +61,39 @@ class Policy(ABC):
         """Called when `episodes`, (n,), have ended; what a policy has kept of them is not asked for again."""
 
 
+ROUNDING = 1e-5
+"""How far from [0, 1] a score may lie: sums of probabilities are rounded."""
+
+
+def check_scores(policy: Policy, scores: object, count: int) -> Tensor:
+    """The scores of `count` decisions, if they are what `Policy.score` promises; asked at a policy's first decision.
+
+    Args:
+        policy: named in the errors.
+        scores: what it returned.
+        count: decisions it was asked for.
+
+    Raises:
+        TypeError: they are no tensor.
+        FloatingPointError: one is not a number.
+        ValueError: their shape is not (count,), they are no floating-point numbers, or one lies outside [0, 1].
+    """
+    name = type(policy).__name__
+    promised = f"score must return a floating-point tensor of shape ({count},), in [0, 1]"
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"{name} scored with {type(scores).__module__}.{type(scores).__name__}; {promised}")
+    if scores.shape != (count,):
+        raise ValueError(f"{name} gave scores of shape {tuple(scores.shape)} to {count} decisions; {promised}")
+    if not scores.is_floating_point():
+        raise ValueError(f"{name} gave scores of type {scores.dtype}; {promised}")
+    if scores.isnan().any():
+        raise FloatingPointError(f"{name} scored NaN; check its weights and its inputs")
+    outside = scores[(scores < -ROUNDING) | (scores > 1 + ROUNDING)]
+    if len(outside):
+        raise ValueError(f"{name} scored {outside[0].item():g}; {promised}")
+    return scores
+
+
 def decision_profile(policy: Policy) -> ModelProfile:
     """What one decision costs: the policy's weights are read once, and multiplied with each of its inputs."""
     return ModelProfile(

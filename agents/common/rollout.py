@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from agents.common.episode_queue import EpisodeQueue
-from agents.common.policy import Policy
+from agents.common.policy import Policy, check_scores
 from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.decoder import Decoder
@@ -299,7 +299,9 @@ def decode_loop(
 
     Raises:
         FloatingPointError: a score is not a number.
+        TypeError, ValueError: the first scores are not what `Policy.score` promises.
     """
+    checked = False  # the policy's scores, once, before minutes of work
     llm = len(session.pool) - 1
     actions = np.full(session.rows, UNDECIDED)
     lasting = np.full(session.rows, UNDECIDED)  # the action of a whole response, once it is decided
@@ -320,7 +322,10 @@ def decode_loop(
             asked[undecided], episodes[undecided] = True, observation.episodes
             begun = time.perf_counter()
             with torch.no_grad():
-                score = policy.score(observation).float().cpu().numpy()
+                scored = policy.score(observation)
+                if not checked:
+                    scored, checked = check_scores(policy, scored, len(undecided)), True
+                score = scored.float().cpu().numpy()
             if np.isnan(score).any():
                 raise FloatingPointError(f"{type(policy).__name__} scored NaN; check its weights and its inputs")
             if record is not None:

@@ -177,7 +177,8 @@ class SavedPolicy(Policy):
         settings = _read_settings(folder)
         try:
             weights = read_tensors(folder / cls.weights_file)
-            models, width = list(settings["models"]), settings.get("width")
+            models, width = [dict(model) for model in settings["models"]], settings.get("width")
+            named = _named(models)
             seen = cls.seen_width(settings, pool)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
@@ -186,12 +187,12 @@ class SavedPolicy(Policy):
         if models != models_manifest(pool) or (seen is not None and width != seen):
             sees = "" if seen is None else f" ({width} features)"
             raise ValueError(
-                f"{folder}: the policy was trained for the models {_named(models)}{sees}; the pool is "
+                f"{folder}: the policy was trained for the models {named}{sees}; the pool is "
                 f"{_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for it"
             )
         try:
             return cls.restored(settings, weights, pool)
-        except (RuntimeError, TypeError, KeyError) as error:
+        except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{folder}: {cls.weights_file} does not fit {POLICY_FILE}: {error}") from error
 
 

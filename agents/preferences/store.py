@@ -60,7 +60,7 @@ class PreferenceStore:
         self.manifest = {"format": FORMAT, **manifest, "shards": shards}
         path = folder / MANIFEST
         if path.is_file():
-            check_manifest(folder, json.loads(path.read_text()), self.manifest)
+            check_manifest(folder, _read_manifest(folder), self.manifest)
         else:
             write_text(path, json.dumps(self.manifest, indent=1) + "\n")
 
@@ -71,13 +71,8 @@ class PreferenceStore:
         Raises:
             ValueError: there is none.
         """
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            return cls(folder, {k: v for k, v in manifest.items() if k not in ("format", "shards")}, manifest["shards"])
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder} holds no readable {MANIFEST}; give a folder that experiments.collect has written"
-            ) from error
+        manifest = _read_manifest(folder)
+        return cls(folder, {k: v for k, v in manifest.items() if k not in ("format", "shards")}, manifest["shards"])
 
     def path(self, shard: int, suffix: str = "arrow") -> Path:
         """Where a shard lies."""
@@ -150,8 +145,10 @@ class PreferenceStore:
         for shard in range(self.shards):
             if not self.path(shard, "json").is_file():
                 continue
-            path = self.path(shard)
-            if not path.is_file() or checksum(path) != self.note(shard).get("sha256"):
+            path, note = self.path(shard), self.note(shard)
+            whole = path.is_file() and checksum(path) == note.get("sha256")
+            # what is noted beside it may be damaged too
+            if not whole or note.get("rows") != self._table(shard).num_rows:
                 bad.append(shard)
                 if discard:
                     self.path(shard, "json").unlink()
@@ -174,18 +171,30 @@ class PreferenceStore:
     def note(self, shard: int) -> dict[str, Any]:
         """What was written beside a shard."""
         try:
-            note: dict[str, Any] = json.loads(self.path(shard, "json").read_text())
+            note = json.loads(self.path(shard, "json").read_text())
         except ValueError:
             return {}
-        return note
+        return note if isinstance(note, dict) else {}
 
     def rows(self) -> list[int]:
         """Rows of each shard."""
         return [int(self.note(shard)["rows"]) for shard in range(self.shards)]
 
     def skipped(self) -> int:
-        """How many examples were left out."""
-        return sum(len(self.note(shard)["skipped"]) for shard in range(self.shards))
+        """How many examples were left out.
+
+        Raises:
+            ValueError: a shard does not say.
+        """
+        count = 0
+        for shard in range(self.shards):
+            skipped = self.note(shard).get("skipped")
+            if not isinstance(skipped, list):
+                raise ValueError(
+                    f"{self.path(shard, 'json')} does not say what was skipped; delete it, and it is made again"
+                )
+            count += len(skipped)
+        return count
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One of the short columns of all shards, (rows,)."""
@@ -207,6 +216,23 @@ class PreferenceStore:
         from datasets import Dataset
 
         return Dataset.from_file(str(self.path(shard))).data.table
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store that is there.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or type(manifest["shards"]) is not int or manifest["shards"] < 0:
+            raise ValueError("it does not say how many shards there are")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} holds no readable {MANIFEST}; give a folder that experiments.collect has written"
+        ) from error
+    return manifest
 
 
 def arrow_table(columns: Columns, features: Any) -> Any:

@@ -125,7 +125,7 @@ class _TextEmbedder:
         from sklearn.preprocessing import normalize
 
         vectors = self.reduced.transform(self.words.transform(prompts))
-        return torch.from_numpy(normalize(vectors).astype(np.float32))
+        return torch.tensor(normalize(vectors).astype(np.float32))  # a copy, as those that are read from files
 
 
 @dataclass(frozen=True)
@@ -175,4 +175,4 @@ class SentenceEmbedder:
                     "choose an embedding that reads more (embedding=text reads all)"
                 )
         vectors = self.network.encode(list(prompts), batch_size=self.batch_size, show_progress_bar=False)
-        return torch.from_numpy(np.asarray(vectors, dtype=np.float32))
+        return torch.tensor(np.asarray(vectors, dtype=np.float32))  # a copy, as those that are read from files

@@ -14,6 +14,9 @@ import numpy.typing as npt
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.storage import write_text
 
+MOST = float(np.finfo(np.float64).max)
+"""The largest price there is."""
+
 
 @dataclass(frozen=True, eq=False)
 class QueryOutcomes:
@@ -85,7 +88,10 @@ class QueryOutcomes:
                 without a price; the error names the line.
         """
         prices = dict(prices or {})
-        lines = [line for line in path.read_text().split("\n") if line.strip()] if path.is_file() else []
+        try:
+            lines = [line for line in path.read_text().split("\n") if line.strip()] if path.is_file() else []
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text ({error}); give a file of JSON lines in UTF-8") from error
         if not lines:
             raise ValueError(f"{path} holds no query outcomes; give a file of JSON lines (prompt, group, correct)")
         read = [_Line.parse(f"{path}, line {number}", line, prices) for number, line in enumerate(lines, 1)]
@@ -137,6 +143,7 @@ class _Line:
             row: dict[str, Any] = json.loads(text)
             prompt, correct = row["prompt"], row["correct"]
             own = {**prices, **row.get("prices", {})}
+            group = str(row.get("group", ""))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{place}: not an object with prompt and correct: {error!r}") from error
         if not isinstance(prompt, str) or not prompt.strip():
@@ -149,14 +156,21 @@ class _Line:
                 f"{place} names {', '.join(unpriced)} without a price; the prices are of {', '.join(own) or 'nobody'}: "
                 "add it to prices"
             )
-        return cls(place, prompt, str(row.get("group", "")), correct, own)
+        for model in correct:
+            price = own[model]
+            number = isinstance(price, int | float) and not isinstance(price, bool)
+            if not number or not 0 < price <= MOST:
+                raise ValueError(f"{place}: the price of {model} must be a positive number, it is {price!r}")
+        check_models(list(correct), place)
+        return cls(place, prompt, group, correct, own)
 
 
-def check_models(models: Sequence[str]) -> None:
-    """Refuse fewer than two models to route among, and names that stand twice."""
+def check_models(models: Sequence[str], place: str = "") -> None:
+    """Refuse fewer than two models to route among, and names that stand twice; `place` is named where there is one."""
     if len(models) < 2:
         raise ValueError(
-            f"a router needs at least two models to choose from; the pool has {', '.join(models) or 'none'}"
+            f"{place and f'{place}: '}a router needs at least two models to choose from; the pool has "
+            f"{', '.join(models) or 'none'}"
         )
     if len(set(models)) != len(models):
         raise ValueError(f"the models of a pool need distinct names; they are {', '.join(models)}")

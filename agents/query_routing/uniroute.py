@@ -234,7 +234,7 @@ def centres_of(features: Tensor, clusters: int, starts: int, seed: int) -> Tenso
     from sklearn.cluster import KMeans
 
     means = KMeans(clusters, n_init=starts, random_state=seed).fit(features.numpy())
-    return torch.from_numpy(means.cluster_centers_).float()
+    return torch.tensor(means.cluster_centers_).float()  # a copy, as those that are read from files
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -246,15 +247,25 @@ class _RouterFit:
         write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, metadata)
 
     def restore(self, path: Path) -> None:
-        with safe_open(path, framework="pt", device=str(self.device)) as file:
-            metadata = file.metadata()
-            if metadata.get("about") != self._about():
-                raise ValueError(
-                    f"{path} is the checkpoint of {metadata.get('about')}, this run is {self._about()}; delete it or "
-                    "give this run another folder"
-                )
-            # copies, as those of read_tensors
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
+                metadata = file.metadata() or {}
+                # copies, as those of read_tensors
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} is no readable checkpoint; delete it, and training begins anew") from error
+        if metadata.get("about") != self._about():
+            raise ValueError(
+                f"{path} is the checkpoint of {metadata.get('about')}, this run is {self._about()}; delete it or "
+                "give this run another folder"
+            )
+        try:
+            self._restore(tensors, metadata)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it, and training begins anew") from error
+
+    def _restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Go on from the contents of a checkpoint; errors of any kind where they do not belong together."""
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -264,10 +275,18 @@ class _RouterFit:
                 state.setdefault(int(number), {})[key] = value
             else:
                 parts[kind][rest] = value
+        kept = {number: {key: value.shape for key, value in of.items()} for number, of in state.items()}
+        shapes = [parameter.shape for parameter in self.network.parameters()]
+        if kept != {n: {"step": torch.Size(), "exp_avg": s, "exp_avg_sq": s} for n, s in enumerate(shapes)}:
+            raise ValueError("the optimiser's state is not that of the network")
+        copy.deepcopy(self.network).load_state_dict(parts["best"])
         self.network.load_state_dict(parts["network"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.best, self.best_loss = parts["best"], float(metadata["best_loss"])
-        self.history = json.loads(metadata["history"])
+        history = json.loads(metadata["history"])
+        if not all(math.isfinite(row["validation_loss"]) and row["epoch"] == n for n, row in enumerate(history)):
+            raise ValueError("the history is not that of epochs")
+        self.history = history
 
 
 @torch.no_grad()

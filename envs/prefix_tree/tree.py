@@ -6,29 +6,28 @@ would write, so far as that was asked. Where two models would write the same tok
 
 from __future__ import annotations
 
+import hashlib
 import json
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from envs.arrays import UNKNOWN, IntArray
 from envs.decoding.observation import LOGIT_FEATURES
 from envs.decoding.sampling import Sampling
 from envs.models.checks import gigabytes
 from envs.models.pool import ModelPool, models_manifest
-from envs.storage import check_manifest, write_tensors
+from envs.prefix_tree.tree_file import Arrays, read_tree
+from envs.storage import write_tensors
 from envs.tasks.task import Example, Task
 
 FORMAT = "1"
 GOING_ON, TERMINATED, TRUNCATED = 0, 1, 2
-Integer = TypeVar("Integer", np.int8, np.int32)
+Integer = TypeVar("Integer", np.int8, np.int32, np.int64)
 EVICTED_AT_ONCE = 0.1
 """Share of the nodes that is made free when there is no room left."""
 
@@ -60,9 +59,11 @@ class PrefixTree:
         depths: tokens of the response, (nodes,).
         ends: GOING_ON, TERMINATED or TRUNCATED, (nodes,).
         verdicts: of finished answers: 1 right, 0 wrong, UNKNOWN, (nodes,).
+        judged_for: digest of the example each verdict is for, (nodes,).
 
     Raises:
-        ValueError: the file was made by other models, another task or other settings, or it does not fit `memory`.
+        ValueError: the file was made by other models, another task or other settings, is damaged, or does not fit
+            `memory`.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PrefixTree:
             raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
         self.pool, self.task, self.max_new_tokens, self.memory = pool, task, max_new_tokens, memory
         models, width = len(pool), pool.slm.width + LOGIT_FEATURES
-        self.node_bytes = 4 * width + 2 * 4 * models + 3 * 4 + 2
+        self.node_bytes = 4 * width + 2 * 4 * models + 3 * 4 + 2 + 8
         self.capacity = memory // self.node_bytes
         if self.capacity < max_new_tokens + 1:
             raise ValueError(
@@ -109,6 +110,7 @@ class PrefixTree:
         self.prompt_numbers = column("prompt_numbers", np.int32)
         self.ends = column("ends", np.int8)
         self.verdicts = column("verdicts", np.int8)
+        self.judged_for = column("judged_for", np.int64)
         if saved is not None:
             self.size = count
             offsets = saved["prompt_offsets"]
@@ -147,10 +149,10 @@ class PrefixTree:
         mapped = len(self._mapped)
         if not mapped or (nodes >= mapped).all():
             return np.asarray(self._fresh[nodes - mapped])
-        rows = np.empty((len(nodes), self._mapped.shape[1]), dtype=np.float32)
+        features = np.empty((len(nodes), self._mapped.shape[1]), dtype=np.float32)
         old = nodes < mapped
-        rows[old], rows[~old] = self._mapped[nodes[old]], self._fresh[nodes[~old] - mapped]
-        return rows
+        features[old], features[~old] = self._mapped[nodes[old]], self._fresh[nodes[~old] - mapped]
+        return features
 
     def add_root(self, prompt: IntArray, features: npt.NDArray[np.float32], slm_token: int) -> int:
         """Place the state after a prompt: features (width,), and the token the SLM would write."""
@@ -208,10 +210,14 @@ class PrefixTree:
         return nodes
 
     def correct(self, node: int, example: Example) -> bool:
-        """Whether the answer that ends at `node` is right for `example`, judged once."""
-        if self.verdicts[node] == UNKNOWN:
+        """Whether the answer that ends at `node` is right for `example`, judged once.
+
+        Examples may share a prompt, and an example may be corrected: a verdict holds for the example it was made for.
+        """
+        judged_for = _digest(example)
+        if self.verdicts[node] == UNKNOWN or self.judged_for[node] != judged_for:
             text = self.pool.decode(self.written(self.path(node)))
-            self.verdicts[node] = self.task.is_correct(example, text)
+            self.verdicts[node], self.judged_for[node] = self.task.is_correct(example, text), judged_for
         return bool(self.verdicts[node])
 
     def descend(self, prompt: IntArray, tokens: IntArray) -> IntArray:
@@ -269,6 +275,7 @@ class PrefixTree:
             "prompt_numbers": of_prompt[self.prompt_numbers[kept]],
             "ends": self.ends[kept],
             "verdicts": self.verdicts[kept],
+            "judged_for": self.judged_for[kept],
             "roots": renumbered[[self._roots[number] for number in numbers]],
             "prompt_tokens": np.concatenate([np.zeros(0, dtype=np.int64), *prompts]),
             "prompt_offsets": np.cumsum([0, *(len(prompt) for prompt in prompts)]),
@@ -279,22 +286,17 @@ class PrefixTree:
             {"manifest": json.dumps(self.manifest)},
         )
 
-    def _open(self, path: Path) -> Mapping[str, npt.NDArray[Any]]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = json.loads(file.metadata()["manifest"])
-                check_manifest(path, found, self.manifest)
-                # tensors of a safetensors file are mapped: nothing is read until it is looked at
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no readable tree; give a file that PrefixTree.save has written") from error
-        count = len(tensors["tokens"])
+    def _open(self, path: Path) -> Arrays:
+        width = self.pool.slm.width + LOGIT_FEATURES
+        vocabulary = max(model.vocab_size for model in self.pool.models)
+        saved = read_tree(path, self.manifest, width, len(self.pool), vocabulary)
+        count = len(saved["tokens"])
         if count > self.capacity:
             raise ValueError(
                 f"{path} holds {count} states of {self.node_bytes} bytes, {gigabytes(count * self.node_bytes)}; the "
                 f"tree's memory is {gigabytes(self.memory)}: raise memory"
             )
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
+        return saved
 
     def _name_prompt(self, prompt: IntArray, root: int) -> None:
         number = self._next_prompt
@@ -309,6 +311,7 @@ class PrefixTree:
         old = nodes < mapped
         self._mapped[nodes[old]], self._fresh[nodes[~old] - mapped] = features[old], features[~old]
         self.tokens[nodes], self.children[nodes], self.verdicts[nodes] = UNKNOWN, UNKNOWN, UNKNOWN
+        self.judged_for[nodes] = 0
         self.tokens[nodes, 0] = slm_tokens
 
     def _place(self, count: int) -> IntArray:
@@ -369,6 +372,11 @@ class PrefixTree:
         self.children[parents] = np.where(np.isin(children, nodes), UNKNOWN, children)
         self._free = np.concatenate([self._free, nodes])
         self.evictions += 1
+
+
+def _digest(example: Example) -> int:
+    """A number for all that an example says, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(example).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def check_tree(

@@ -10,7 +10,7 @@ import torch
 from envs.arrays import UNKNOWN, FloatArray, IntArray
 from envs.costs import pass_entry, step_entries
 from envs.decoding.decoder import Decoder
-from envs.decoding.observation import LOGIT_FEATURES, Observation, Step
+from envs.decoding.observation import Observation, Step
 from envs.models.checks import gigabytes
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, PrefixTree
@@ -21,7 +21,10 @@ def observation_at(
     tree: PrefixTree, nodes: IntArray, since_llm: IntArray, episodes: IntArray | None = None
 ) -> Observation:
     """What may be seen at states of a tree, (n,); each an episode of its own where `episodes` is None."""
-    hidden, logits = torch.from_numpy(tree.features(nodes)).split([tree.pool.slm.width, LOGIT_FEATURES], dim=-1)
+    # copies: what torch allocates is aligned and contiguous, as in live decoding, and the last bits of a product
+    # depend on that; what lies in a file, or where NumPy put it, need not be
+    features, width = tree.features(nodes), tree.pool.slm.width
+    hidden, logits = torch.tensor(features[:, :width]), torch.tensor(features[:, width:])
     episodes = np.arange(len(nodes)) if episodes is None else episodes
     return Observation(hidden, None, tree.depths[nodes].astype(np.int64), episodes, since_llm, logits)
 

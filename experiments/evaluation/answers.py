@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from agents.common.policy import Policy, decision_profile
@@ -90,10 +91,25 @@ class Answers:
 
     @classmethod
     def load(cls, path: Path) -> Answers:
-        """Read what `save` wrote."""
-        arrays = load_file(path)
+        """Read what `save` wrote, into memory of its own.
+
+        Raises:
+            ValueError: the file is damaged; the error names it.
+        """
+        try:
+            # copies: arrays of a file lie where it has them, those that were measured where NumPy puts them
+            arrays = {name: array.copy() for name, array in load_file(path).items()}
+            plain = {name: arrays[name] for name in _PLAIN}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no readable answers; delete it, and they are made again") from error
         costs = {key.removeprefix("cost_"): array for key, array in arrays.items() if key.startswith("cost_")}
-        return cls(costs=costs, **{name: arrays[name] for name in _PLAIN})
+        measured = [plain["llm_tokens"], plain["tokens"], *costs.values()]
+        shapes = {array.shape for array in arrays.values()}
+        right = all(plain[name].dtype == bool for name in ("correct", "terminated"))
+        numbers = all(array.dtype == np.float64 and np.isfinite(array).all() for array in measured)
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1 or not (right and numbers and costs):
+            raise ValueError(f"{path} is damaged; delete it, and the answers are made again")
+        return cls(costs=costs, **plain)
 
 
 _PLAIN = ("correct", "terminated", "llm_tokens", "tokens")

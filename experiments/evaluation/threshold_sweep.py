@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.common.policy import Policy
+from agents.common.policy import Policy, check_scores
 from envs.arrays import IntArray
 from envs.decoding.observation import Observation
 from experiments.evaluation.answers import Answers
@@ -32,7 +32,10 @@ class ScoreRecorder(Policy):
             once = policy.per_response
             if once and not first.any():
                 continue  # it is asked once a response
-            scores = policy.score(observation).float().cpu()
+            scores = policy.score(observation)
+            if not self.scores[name]:  # its first decision: before minutes of work
+                check_scores(policy, scores, len(first))
+            scores = scores.float().cpu()
             self.scores[name].append(scores[first] if once else scores)
         return torch.ones(len(observation.positions))
 
