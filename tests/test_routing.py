@@ -11,7 +11,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpi
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs
-from envs.costs import Dollars, MemoryTraffic
+from envs.costs import Dollars, MemoryTraffic, Seconds
 from envs.decoding.sampling import Sampling
 from envs.environments.rewards import OutcomeReward, ShortcutReward, Transition
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
@@ -298,3 +298,27 @@ def test_bad_actions_seeds_and_weights_are_named(pool):
         RoutingVectorEnv(num_envs=0, pool=pool)
     with pytest.raises(ValueError, match="cost_weight"):
         OutcomeReward(cost_weight=float("nan"))
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
+def test_measured_costs_of_the_steps_sum_to_the_total_less_the_reading_of_the_prompt(pool, sampling):
+    settings = {"pool": pool, "cost": Seconds(), "sampling": sampling, "reward": OutcomeReward(1.0)}
+    (steps,) = play(RoutingEnv(**settings, max_new_tokens=12), 3, lambda step: step % 3 == 1)
+    costs = [step[-1]["cost_seconds"] for step in steps]
+    assert min(costs) > 0
+    assert sum(costs) == pytest.approx(steps[-1][-1]["total_cost_seconds"])
+    unit = Seconds().per_llm_token(pool.profiles)
+    assert sum(step[-1]["cost"] for step in steps[1:]) * unit == pytest.approx(sum(costs[1:]))
+    vector = RoutingVectorEnv(num_envs=3, **settings, max_new_tokens=6)
+    _, infos = vector.reset(seed=0)
+    sums, ended = infos["cost_seconds"].copy(), 0
+    for step in range(14):
+        *_, infos = vector.step(np.full(3, step % 2))
+        for row in range(3):
+            if "final_info" in infos and infos["_final_info"][row]:
+                ended += 1
+                final = infos["final_info"]
+                assert sums[row] + final["cost_seconds"][row] == pytest.approx(final["total_cost_seconds"][row])
+                sums[row] = 0
+            sums[row] += infos["cost_seconds"][row]
+    assert ended >= 6

@@ -62,7 +62,8 @@ class RoutingEpisodes(EpisodeRows):
             )
         costs = {cost.name: cost for cost in (*ALL_COSTS, self.cost)}.values()
         self._price = Price(self.pool.profiles, list(costs))
-        self._step_price = Price(self.pool.profiles, [cost for cost in costs if cost.reproducible])
+        charged = [cost for cost in costs if cost.reproducible or cost.name == self.cost.name]
+        self._step_price = Price(self.pool.profiles, charged)
         self._final_types: dict[str, type] = {"text": object, "correct": bool, "slm_tokens": int, "llm_tokens": int}
         self._final_types |= {f"total_cost_{cost.name}": float for cost in costs}
         self.examples: list[Example | None] = [None] * rows
@@ -85,6 +86,9 @@ class RoutingEpisodes(EpisodeRows):
             if self.reward.uses_reference:
                 self._references[row] = self.pool.encode_response(example.reference)
         self._on_reference[rows], self._terminated[rows] = self.reward.uses_reference, False
+        if not self.cost.reproducible:
+            self.session.observe(rows)  # the SLM reads now, so that the prompt's seconds are charged to no step
+            read = self.session.ledger[rows]
         info: Info = {
             "example": np.array([example.id for example in examples], dtype=object),
             "prompt_tokens": np.array([len(prompt) for prompt in prompts]),
@@ -94,14 +98,20 @@ class RoutingEpisodes(EpisodeRows):
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Let the models that `actions` name write a token in each row."""
         references = self._next_reference_tokens(rows)
+        before = self.session.ledger[rows]
         step = self.session.step(rows, actions)
         ended = step.terminated | step.truncated
         self._terminated[rows] = step.terminated
+        ledger = step.ledger
+        if not self.cost.reproducible:
+            if not step.terminated.all():
+                self.session.observe(rows[~step.terminated])  # the reading that the step caused is timed now
+            ledger = self.session.ledger[rows] - before
         finals = self._final_infos(rows[ended]) if ended.any() else {}
         correct = np.zeros(len(rows), dtype=bool)
         correct[ended] = finals.get("correct", False)
         self._on_reference[rows] &= step.tokens == references
-        costs = self.cost.of(step.ledger, self.pool.profiles) / self._cost_unit
+        costs = self.cost.of(ledger, self.pool.profiles) / self._cost_unit
         rewards = self.reward(
             Transition(
                 actions=actions,
@@ -115,7 +125,7 @@ class RoutingEpisodes(EpisodeRows):
             )
         )
         infos: Info = {"token": step.tokens, "model": np.array(actions), "cost": costs}
-        infos |= self._costs(self._step_price, step.ledger, "cost")
+        infos |= self._costs(self._step_price, ledger, "cost")
         return RowSteps(rewards, step.terminated, step.truncated, infos, finals)
 
     def observe(self, rows: IntArray) -> Observations:
@@ -183,7 +193,8 @@ class RoutingEnv(EpisodeEnv):
     `reward`, by default `OutcomeReward`: -cost_weight x cost at every step, + 1 at the end if the answer is right. The
     cost of a step is what its action made run (an LLM pass, with the tokens the LLM had missed) and the SLM's reading
     of the new token, in the unit of `cost`, over the cost of one LLM token on an empty cache. Reading the prompt is not
-    charged: it does not depend on any action.
+    charged: it does not depend on any action. A measured cost (`Seconds`) counts the reading of the new token with the
+    step that caused it, so that the costs of all steps are the episode's total less the reading of the prompt.
 
     ## Starting state
     A prompt of the task's `split`, drawn with the environment's generator, or `options={"example": Example}`.
@@ -195,7 +206,8 @@ class RoutingEnv(EpisodeEnv):
     At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`, `model`,
     `cost` (what the reward weighs), `cost_UNIT` for the units bytes, flops, llm_tokens and dollars. At the end also:
     `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these
-    units and measured seconds (which are left out of a step's info because they never repeat).
+    units and measured seconds (which are left out of a step's info because they never repeat, unless they are the
+    `cost`).
 
     ## Arguments
     All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, `task`, `cost`,
