@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
     from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
     from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
+    from envs.environments.vector import row_seeds
     from envs.models.loading import embedded_pool, load_pool
     from envs.models.pool import ModelPool
     from envs.prefix_tree.tree import PrefixTree
@@ -51,6 +52,7 @@ __all__ = [
     "TreeRoutingVectorEnv",
     "embedded_pool",
     "load_pool",
+    "row_seeds",
 ]
 
 _DEFINED_IN = {
@@ -61,6 +63,7 @@ _DEFINED_IN = {
     "envs.environments.shortcut_routing": ("ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
     "envs.environments.token_routing": ("RoutingEnv", "RoutingVectorEnv"),
     "envs.environments.tree_routing": ("TreeRoutingEnv", "TreeRoutingVectorEnv"),
+    "envs.environments.vector": ("row_seeds",),
     "envs.models.loading": ("embedded_pool", "load_pool"),
     "envs.models.pool": ("ModelPool",),
     "envs.prefix_tree.tree": ("PrefixTree",),

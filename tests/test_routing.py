@@ -17,6 +17,7 @@ from envs.environments.rewards import OutcomeReward, ShortcutReward, Transition
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
+from envs.environments.vector import row_seeds
 from envs.models.loading import embedded_pool
 from envs.tasks.arithmetic import ArithmeticTask
 
@@ -93,7 +94,7 @@ def test_vector_environment_goes_through_the_episodes_of_single_ones(pool, sampl
     observations, infos = vector.reset(seed=seed)
     singles = [RoutingEnv(**settings) for _ in range(count)]
     for row, single in enumerate(singles):
-        observation, info = single.reset(seed=seed + row)
+        observation, info = single.reset(seed=row_seeds(seed, count)[row])
         np.testing.assert_allclose(observation, observations[row], atol=1e-4)
         assert info["example"] == infos["example"][row]
     ended = 0
@@ -322,3 +323,26 @@ def test_measured_costs_of_the_steps_sum_to_the_total_less_the_reading_of_the_pr
                 sums[row] = 0
             sums[row] += infos["cost_seconds"][row]
     assert ended >= 6
+
+
+def test_neighbouring_seeds_share_no_rows_and_seeds_are_integers_of_any_kind(pool):
+    assert not set(row_seeds(0, 256)) & set(row_seeds(1, 256))
+    assert row_seeds(5, 3) == row_seeds(np.int64(5), 8)[:3]
+    assert len(set(row_seeds(5, 256))) == 256
+    vector = RoutingVectorEnv(num_envs=3, pool=pool, max_new_tokens=2)
+    first = vector.reset(seed=0)[1]["example"].tolist()
+    assert not set(first) & set(vector.reset(seed=1)[1]["example"].tolist())
+    assert vector.reset(seed=np.int64(0))[1]["example"].tolist() == first
+    single = RoutingEnv(pool=pool, max_new_tokens=2)
+    assert single.reset(seed=np.int64(3))[1]["example"] == single.reset(seed=3)[1]["example"]
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        vector.reset(seed=-1)
+
+
+def test_a_row_whose_seed_is_none_keeps_its_generator(pool):
+    vector, other = (RoutingVectorEnv(num_envs=2, pool=pool, max_new_tokens=2) for _ in range(2))
+    vector.reset(seed=[1, 2])
+    other.reset(seed=[1, 2])
+    renewed, going_on = vector.reset(seed=[7, None])[1]["example"], other.reset()[1]["example"]
+    assert renewed[1] == going_on[1]
+    assert renewed[0] == vector.reset(seed=[7, 0])[1]["example"][0] != going_on[0]

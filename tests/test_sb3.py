@@ -20,6 +20,7 @@ from agents.rl.sb3_policy import Sb3Policy
 from agents.rl.vec_env import VectorEnvBridge
 from agents.sb3 import ENVIRONMENTS, StableBaselines, train
 from envs.decoding.observation import Observation
+from envs.environments.vector import row_seeds
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
@@ -164,7 +165,7 @@ def test_rows_are_seeded_at_the_next_reset_alone():
     bridge.seed(7)
     bridge.reset()
     bridge.reset()
-    assert environment.seeds == [[7, 8, 9], None]
+    assert environment.seeds == [row_seeds(7, 3), None]
 
 
 def test_a_conditioned_bridge_charges_and_shows_each_episodes_weight():

@@ -21,6 +21,7 @@ from envs.decoding.references import References
 from envs.environments.rewards import ShortcutReward
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv
+from envs.environments.vector import row_seeds
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
@@ -98,7 +99,7 @@ def test_vector_environment_goes_through_the_episodes_of_single_ones(references,
     observations, infos = vector.reset(seed=seed)
     singles = [ShortcutRoutingEnv(**settings) for _ in range(count)]
     for row, single in enumerate(singles):
-        observation, info = single.reset(seed=seed + row)
+        observation, info = single.reset(seed=row_seeds(seed, count)[row])
         assert np.array_equal(observation, observations[row])
         assert all(infos[key][row] == value and infos[f"_{key}"][row] for key, value in info.items())
     ended = 0

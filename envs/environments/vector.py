@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -34,7 +35,7 @@ class EpisodeEnv(gym.Env[np.ndarray, int]):
         self.render_mode = render_mode
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[np.ndarray, Info]:
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else operator.index(seed))
         given = asked_for(options, self.episodes.option)
         info = self.episodes.start(self.episodes.all_rows, [self.np_random], [given])
         return self.episodes.observe(self.episodes.all_rows)[0], scalars(info)
@@ -54,8 +55,9 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """Rows of episodes as a vector environment.
 
     Autoreset mode: same step. A row that ends is given its next episode at once; the last observation and info stand
-    in `final_obs` and `final_info`, the infos of the new episode's reset in their place. Row i, seeded with `seed + i`
-    (or `seed[i]`), goes through the same episodes as a single environment seeded so and given the same actions.
+    in `final_obs` and `final_info`, the infos of the new episode's reset in their place. Row i, seeded with
+    `row_seeds(seed, num_envs)[i]` (or `seed[i]`), goes through the same episodes as a single environment seeded so and
+    given the same actions.
 
     Args:
         episodes: the rows.
@@ -123,16 +125,38 @@ def check_render_mode(render_mode: str | None, known: Sequence[str]) -> None:
         raise ValueError(f"unknown render_mode {render_mode!r}; choose {choice}")
 
 
+def row_seeds(seed: int, num_envs: int) -> list[int]:
+    """The seeds of the rows of a vector environment that is reset with `seed`: streams of their own for every seed.
+
+    A single environment that is reset with the seed of row i goes through the episodes of that row, and so does
+    `gymnasium.vector.SyncVectorEnv`, reset with the list. Spawned by `numpy.random.SeedSequence`: with `seed + i` two
+    neighbouring seeds would share all rows but one.
+
+    Raises:
+        ValueError: the seed is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, is {seed}")
+    children = np.random.SeedSequence(seed).spawn(num_envs)
+    # within 63 bits, so that they fit arrays of integers
+    return [int(child.generate_state(1, np.uint64)[0] >> np.uint64(1)) for child in children]
+
+
 def row_generators(
     seed: int | Sequence[int | None] | None, rows: int, before: list[np.random.Generator]
 ) -> list[np.random.Generator]:
-    """A generator for each row: from `seed + i` or `seed[i]`; without a seed those there were before, or new ones."""
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else seed
-    if seeds is None:
-        return before or [seeding.np_random()[0] for _ in range(rows)]
+    """A generator for each row: from `row_seeds` or `seed[i]`; the one there was before, or a new one, without."""
+    if seed is None:
+        seeds: Sequence[int | None] = [None] * rows
+    else:
+        seeds = row_seeds(int(seed), rows) if isinstance(seed, int | np.integer) else seed
     if len(seeds) != rows:
         raise ValueError(f"seed holds {len(seeds)} seeds for {rows} environments")
-    return [seeding.np_random(row_seed)[0] for row_seed in seeds]
+    kept = before or [seeding.np_random()[0] for _ in range(rows)]
+    return [
+        generator if row_seed is None else seeding.np_random(operator.index(row_seed))[0]
+        for generator, row_seed in zip(kept, seeds, strict=True)
+    ]
 
 
 def scalars(info: Info) -> Info:
