@@ -1,6 +1,6 @@
 """Environments: token-level LLM routing as a decision process.
 
-Importing this package registers `citer/TokenRouting-v0`, `citer/TreeRouting-v0` and `citer/ShortcutRouting-v0` with
+Importing this package registers `citer/TokenRouting-v1`, `citer/TreeRouting-v1` and `citer/ShortcutRouting-v1` with
 Gymnasium. The names below are imported when they are first asked for; nothing heavy is before.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
     from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
     from envs.environments.vector import row_seeds
+    from envs.models.checks import ModelOrderWarning
     from envs.models.loading import embedded_pool, load_pool
     from envs.models.pool import ModelPool
     from envs.prefix_tree.tree import PrefixTree
@@ -36,6 +37,7 @@ __all__ = [
     "LlmTokens",
     "MathTask",
     "MemoryTraffic",
+    "ModelOrderWarning",
     "ModelPool",
     "MultipleChoiceTask",
     "OutcomeReward",
@@ -64,6 +66,7 @@ _DEFINED_IN = {
     "envs.environments.token_routing": ("RoutingEnv", "RoutingVectorEnv"),
     "envs.environments.tree_routing": ("TreeRoutingEnv", "TreeRoutingVectorEnv"),
     "envs.environments.vector": ("row_seeds",),
+    "envs.models.checks": ("ModelOrderWarning",),
     "envs.models.loading": ("embedded_pool", "load_pool"),
     "envs.models.pool": ("ModelPool",),
     "envs.prefix_tree.tree": ("PrefixTree",),
@@ -94,7 +97,7 @@ for _name, _module, _single, _vector in (
     ("ShortcutRouting", "shortcut_routing", "ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
 ):
     register(
-        id=f"citer/{_name}-v0",
+        id=f"citer/{_name}-v1",
         entry_point=f"envs.environments.{_module}:{_single}",
         vector_entry_point=f"envs.environments.{_module}:{_vector}",
     )

@@ -19,9 +19,10 @@ from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.environments.vector import row_seeds
 from envs.models.loading import embedded_pool
+from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 
-ID = "citer/TokenRouting-v0"
+ID = "citer/TokenRouting-v1"
 
 
 @pytest.fixture(scope="module")
@@ -346,3 +347,27 @@ def test_a_row_whose_seed_is_none_keeps_its_generator(pool):
     renewed, going_on = vector.reset(seed=[7, None])[1]["example"], other.reset()[1]["example"]
     assert renewed[1] == going_on[1]
     assert renewed[0] == vector.reset(seed=[7, 0])[1]["example"][0] != going_on[0]
+
+
+def test_by_default_a_token_of_the_middle_model_is_cheaper_than_one_of_the_largest(pools):
+    environment = RoutingEnv(pool=pools["three"], max_new_tokens=8)
+    costs = []
+    for action in range(3):
+        environment.reset(seed=0)
+        costs.append(environment.step(action)[-1]["cost"])
+    _, middle, largest = pools["three"].profiles
+    assert costs == [0, pytest.approx(middle.parameters / largest.parameters), 1]
+    assert costs[1] < 1
+
+
+def test_a_pool_in_the_wrong_order_is_warned_of_and_the_warning_can_be_silenced(pool):
+    turned = ModelPool(pool.models[::-1])
+    for make in (RoutingEnv, TreeRoutingEnv):
+        with pytest.warns(envs.ModelOrderWarning, match="embedded/llm stands before embedded/slm and is larger"):
+            make(pool=turned, max_new_tokens=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RoutingEnv(pool=pool, max_new_tokens=4)
+        RoutingEnv(pool=ModelPool([pool.slm, pool.slm]), max_new_tokens=4)
+        warnings.simplefilter("ignore", envs.ModelOrderWarning)
+        RoutingEnv(pool=turned, max_new_tokens=4)

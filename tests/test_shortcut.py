@@ -26,7 +26,7 @@ from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
-ID = "citer/ShortcutRouting-v0"
+ID = "citer/ShortcutRouting-v1"
 START = 1_000_000
 
 

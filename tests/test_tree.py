@@ -28,8 +28,8 @@ from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
 
-ID = "citer/TreeRouting-v0"
-LIVE = "citer/TokenRouting-v0"
+ID = "citer/TreeRouting-v1"
+LIVE = "citer/TokenRouting-v1"
 MAX_NEW = 10
 SETTINGS = {"max_new_tokens": MAX_NEW, "reward": OutcomeReward(cost_weight=0.1)}
 

@@ -235,6 +235,7 @@ class ShortcutRoutingEnv(EpisodeEnv):
     All by keyword, all with defaults, which take seconds to read: those of `ShortcutSettings`.
 
     ## Version
+    v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`.
     v0: first version.
     """
 

@@ -215,6 +215,8 @@ class RoutingEnv(EpisodeEnv):
     (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
 
     ## Version
+    v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`; a measured cost
+    charges steps with the SLM's reading; by default a token of one of several LLMs costs by that model's size.
     v0: first version.
     """
 

@@ -35,7 +35,7 @@ class TreeSettings(RoutingSettings):
         if self.cost is not None and not self.cost.reproducible:
             raise ValueError(
                 f"cost {self.cost.name} is measured, and a replay tree runs no model twice; choose another cost, or "
-                "use citer/TokenRouting-v0"
+                "use citer/TokenRouting-v1"
             )
         if self.tree is not None and self.path is not None:
             raise ValueError(
@@ -71,6 +71,7 @@ class TreeRoutingEnv(RoutingEnv):
     None; and `memory` and `path` of a new one: see `TreeSettings`.
 
     ## Version
+    v1: seeds of rows and the default cost of several LLMs, as in `RoutingEnv`.
     v0: first version.
     """
 

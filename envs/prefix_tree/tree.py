@@ -365,7 +365,7 @@ def check_tree(
     if sampling is not None and not sampling.greedy:
         raise ValueError(
             f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
-            "states each time: leave sampling out, or use citer/TokenRouting-v0"
+            "states each time: leave sampling out, or use citer/TokenRouting-v1"
         )
     for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
         if here is not None and here is not there:
