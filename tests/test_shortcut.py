@@ -380,11 +380,11 @@ def test_arrays_that_do_not_belong_together_are_named(by_hand):
 
 def test_bad_actions_seeds_and_options_are_named(references):
     environment = ShortcutRoutingEnv(references=references)
-    with pytest.raises(ValueError, match="no episode; reset first"):
+    with pytest.raises(gym.error.ResetNeeded, match="call reset"):
         environment.step(0)
     steps = references.lengths[0]
     play(environment, [0] * steps, options={"index": 0})
-    with pytest.raises(ValueError, match="no episode; reset first"):
+    with pytest.raises(gym.error.ResetNeeded, match="call reset"):
         environment.step(0)
     environment.reset(seed=0)
     with pytest.raises(ValueError, match=r"actions must be 1 integers in 0\.\.1"):

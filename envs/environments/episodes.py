@@ -58,10 +58,10 @@ class EpisodeRows(ABC):
         ValueError: there are no rows.
     """
 
-    option: ClassVar[str]
-    """The option of `reset` that says what a single environment begins with."""
-    row_option: ClassVar[str]
-    """The option of a vector environment: a sequence with such a value, or None, for each row."""
+    options: ClassVar[tuple[str, ...]]
+    """Options of `reset`, one of which may say what a single environment begins with."""
+    row_options: ClassVar[tuple[str, ...]]
+    """Those of a vector environment: a sequence with such a value, or None, for each row."""
     observation_space: gym.spaces.Box
     action_space: gym.spaces.Discrete
 
@@ -119,13 +119,49 @@ def settings_of(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
     return kind(**given)
 
 
-def asked_for(options: Mapping[str, Any] | None, known: str) -> Any:
-    """The one option there is, None where it is not given.
+def chosen_start(options: Mapping[str, Any] | None, known: tuple[str, ...], *others: str) -> Any:
+    """What an episode was asked to begin with, by one of the `known` options; None where by none.
 
     Raises:
-        ValueError: others were given, which would be passed over.
+        ValueError: options are unknown, or two of them choose an episode.
     """
-    others = set(options or {}) - {known}
-    if others:
-        raise ValueError(f"unknown options {', '.join(sorted(others))}; an episode is chosen by {known!r}")
-    return (options or {}).get(known)
+    given = options or {}
+    unknown = set(given) - {*known, *others}
+    choice = " or ".join(repr(name) for name in known)
+    if unknown:
+        also = "".join(f", rows by {name!r}" for name in others)
+        raise ValueError(f"unknown options {', '.join(sorted(unknown))}; an episode is chosen by {choice}{also}")
+    chosen = [given[name] for name in known if given.get(name) is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"an episode is chosen by {choice}, not by both")
+    return chosen[0] if chosen else None
+
+
+def chosen_starts(options: Mapping[str, Any] | None, known: tuple[str, ...], rows: int) -> Sequence[Any]:
+    """What each row was asked to begin with, (rows,); None where nothing.
+
+    Raises:
+        ValueError: options are unknown, or hold another number of values than there are rows.
+    """
+    given = chosen_start(options, known, "reset_mask")
+    if given is None or not len(given):
+        return [None] * rows
+    if len(given) != rows:
+        name = next(name for name in known if (options or {}).get(name) is not None)
+        raise ValueError(f"options[{name!r}] holds {len(given)} {name} for {rows} environments")
+    return list(given)
+
+
+def reset_mask(options: Mapping[str, Any] | None, rows: int) -> BoolArray | None:
+    """Which rows to reset, (rows,); None for all.
+
+    Raises:
+        ValueError: it is no array of so many booleans, or none of them is true.
+    """
+    mask = (options or {}).get("reset_mask")
+    if mask is None:
+        return None
+    mask = np.asarray(mask)
+    if mask.shape != (rows,) or mask.dtype != np.bool_ or not mask.any():
+        raise ValueError(f"options['reset_mask'] must hold {rows} booleans, one of them true; it is {mask.tolist()}")
+    return mask

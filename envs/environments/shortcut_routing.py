@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.vector import AutoresetMode
 
 from envs.arrays import NO_ACTION, BoolArray, FloatArray, IntArray
 from envs.costs import CostModel, LlmTokens, step_entries
@@ -95,8 +96,8 @@ class ShortcutEpisodes(EpisodeRows):
         settings: what they are made with.
     """
 
-    option = "index"
-    row_option = "indices"
+    options = ("index",)
+    row_options = ("indices",)
 
     def __init__(self, rows: int, settings: ShortcutSettings) -> None:
         super().__init__(rows)
@@ -248,11 +249,20 @@ class ShortcutRoutingEnv(EpisodeEnv):
 class ShortcutRoutingVectorEnv(EpisodeVectorEnv):
     """`num_envs` shortcut environments stepped as arrays; see `ShortcutRoutingEnv` for all but what follows.
 
-    Same-step autoreset, and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be given:
-    `options={"indices": [...]}`, a number or None for each row.
+    Autoreset modes (same step unless asked), and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be
+    given: `options={"indices": [...]}`, a number or None for each row.
     """
 
     episodes: ShortcutEpisodes
 
-    def __init__(self, num_envs: int = 1, *, render_mode: str | None = None, **settings: Any) -> None:
-        super().__init__(ShortcutEpisodes(num_envs, settings_of(ShortcutSettings, settings)), render_mode)
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            ShortcutEpisodes(num_envs, settings_of(ShortcutSettings, settings)), render_mode, autoreset_mode
+        )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.vector import AutoresetMode
 
 from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import ALL_COSTS, LlmTokens, Price
@@ -37,8 +38,8 @@ class RoutingEpisodes(EpisodeRows):
         settings: what they are made with.
     """
 
-    option = "example"
-    row_option = "examples"
+    options = ("example",)
+    row_options = ("examples",)
 
     def __init__(self, rows: int, settings: RoutingSettings) -> None:
         super().__init__(rows)
@@ -230,12 +231,19 @@ class RoutingEnv(EpisodeEnv):
 class RoutingVectorEnv(EpisodeVectorEnv):
     """`num_envs` routing environments decoded together; see `RoutingEnv` for spaces, rewards, infos and arguments.
 
-    Same-step autoreset, and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be given:
-    `options={"examples": [...]}`, an example or None for each row.
+    Autoreset modes (same step unless asked), and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be
+    given: `options={"examples": [...]}`, an example or None for each row.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {**EpisodeVectorEnv.metadata, **RoutingEnv.metadata}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = RoutingEnv.metadata  # type: ignore[misc]
     episodes: RoutingEpisodes
 
-    def __init__(self, num_envs: int = 1, *, render_mode: str | None = None, **settings: Any) -> None:
-        super().__init__(RoutingEpisodes(num_envs, settings_of(RoutingSettings, settings)), render_mode)
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **settings: Any,
+    ) -> None:
+        super().__init__(RoutingEpisodes(num_envs, settings_of(RoutingSettings, settings)), render_mode, autoreset_mode)

@@ -83,6 +83,7 @@ class TreeRoutingEnv(RoutingEnv):
 class TreeRoutingVectorEnv(RoutingVectorEnv):
     """`num_envs` walks through one prefix tree; see `TreeRoutingEnv` and `RoutingVectorEnv`."""
 
-    def __init__(self, num_envs: int = 1, *, render_mode: str | None = None, **settings: Any) -> None:
+    def __init__(self, num_envs: int = 1, **settings: Any) -> None:
+        shell = {name: settings.pop(name) for name in ("render_mode", "autoreset_mode") if name in settings}
         self.tree = tree_of(settings)
-        super().__init__(num_envs, render_mode=render_mode, **with_tree(settings, self.tree))
+        super().__init__(num_envs, **shell, **with_tree(settings, self.tree))

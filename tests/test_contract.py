@@ -1,0 +1,147 @@
+import gc
+import weakref
+from dataclasses import replace
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from envs.decoding.references import References
+from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
+from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
+from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
+from envs.environments.vector import row_seeds
+from envs.tasks.arithmetic import ArithmeticTask
+from envs.tasks.task import FirstExamples
+
+ROWS = 3
+KINDS = {
+    "token": (RoutingEnv, RoutingVectorEnv),
+    "tree": (TreeRoutingEnv, TreeRoutingVectorEnv),
+    "shortcut": (ShortcutRoutingEnv, ShortcutRoutingVectorEnv),
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_pool, pool):
+    few = FirstExamples(ArithmeticTask("easy"), 12)
+    live = {"pool": tiny_pool, "task": Short(few), "max_new_tokens": 14}
+    references = References.read(pool, few.examples("train", 6), max_new_tokens=128)
+    return {"token": live, "tree": live, "shortcut": {"references": references}}
+
+
+class Short(FirstExamples):
+    """Problems of a few letters, so that tiny models with few positions hold them."""
+
+    def __init__(self, task):
+        super().__init__(task, task.count)
+
+    def example(self, split, index):
+        whole = super().example(split, index)
+        return replace(whole, prompt=whole.prompt[-40:])
+
+
+def same(ours, theirs):
+    """The values of infos that have a mask, of one row after the other."""
+    assert {key for key in ours if not key.startswith("_")} == {key for key in theirs if not key.startswith("_")}
+    for key, value in theirs.items():
+        if key.startswith("_"):
+            np.testing.assert_array_equal(ours[key], value, err_msg=key)
+        elif isinstance(value, dict):
+            same(ours[key], value)
+        elif "seconds" not in key:
+            for row in np.flatnonzero(theirs[f"_{key}"]):
+                if key == "final_obs" or isinstance(value[row], float):
+                    np.testing.assert_allclose(ours[key][row], value[row], atol=1e-4, rtol=1e-6, err_msg=key)
+                else:
+                    assert ours[key][row] == value[row], key
+
+
+def compare(ours, theirs):
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-4)
+    for mine, other in zip(ours[1:-1], theirs[1:-1], strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-6)
+    same(ours[-1], theirs[-1])
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "same_step", AutoresetMode.DISABLED])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vector_environment_is_gymnasiums_over_single_ones_in_every_mode(settings, kind, mode):
+    single, vector = KINDS[kind]
+    rows = vector(ROWS, autoreset_mode=mode, **settings[kind])
+    chosen = rows.metadata["autoreset_mode"]
+    singles = SyncVectorEnv([partial(single, **settings[kind])] * ROWS, autoreset_mode=chosen)
+    assert "autoreset_mode" not in vector.metadata
+    compare(rows.reset(seed=5), singles.reset(seed=row_seeds(5, ROWS)))
+    rng, ends = np.random.default_rng(0), 0
+    for _ in range(100):
+        actions = rng.integers(0, 2, ROWS)
+        ours, theirs = rows.step(actions), singles.step(actions)
+        compare(ours, theirs)
+        over = ours[2] | ours[3]
+        ends += over.sum()
+        if over.any() and chosen is AutoresetMode.DISABLED:
+            with pytest.raises(gym.error.ResetNeeded, match="call reset"):
+                rows.step(actions)
+            compare(rows.reset(options={"reset_mask": over}), singles.reset(options={"reset_mask": over}))
+    assert ends > ROWS
+
+
+def test_autoreset_modes_are_named(settings):
+    with pytest.raises(ValueError, match="unknown autoreset_mode 'later'; choose one of NextStep, SameStep, Disabled"):
+        RoutingVectorEnv(2, autoreset_mode="later", **settings["token"])
+    environment = gym.make_vec(
+        "citer/TokenRouting-v1", num_envs=2, autoreset_mode=AutoresetMode.NEXT_STEP, **settings["token"]
+    )
+    assert environment.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    environment.reset(seed=0)
+    assert environment.step(np.array([0, 1]))[0].shape == environment.observation_space.shape
+
+
+def test_a_mask_resets_its_rows_with_their_seeds_and_leaves_the_others(settings):
+    environment = ShortcutRoutingVectorEnv(ROWS, **settings["shortcut"])
+    with pytest.raises(gym.error.ResetNeeded, match="call reset for all rows first"):
+        environment.reset(options={"reset_mask": np.array([True, False, False])})
+    environment.reset(seed=0)
+    before = environment.step(np.zeros(ROWS, dtype=int))[0]
+    mask = np.array([False, True, False])
+    after, infos = environment.reset(seed=[None, 9, 9], options={"reset_mask": mask, "indices": [None, 4, None]})
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    assert infos["index"][1] == 4
+    assert infos["_index"].tolist() == mask.tolist()
+    for wrong in (np.array([0, 1, 0]), np.zeros(ROWS, dtype=bool), np.ones(2, dtype=bool)):
+        with pytest.raises(ValueError, match=r"options\['reset_mask'\] must hold 3 booleans, one of them true"):
+            environment.reset(options={"reset_mask": wrong})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_an_episode_asks_for_a_reset(settings, kind):
+    environment = KINDS[kind][0](**settings[kind])
+    with pytest.raises(gym.error.ResetNeeded, match="call reset before the next step"):
+        environment.step(0)
+    environment.reset(seed=0)
+    while not any(environment.step(0)[2:4]):
+        pass
+    with pytest.raises(gym.error.ResetNeeded, match="call reset before the next step"):
+        environment.step(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_environment_gives_back_its_memory_and_says_that_it_is_closed(settings, kind):
+    for environment in (KINDS[kind][0](**settings[kind]), KINDS[kind][1](2, **settings[kind])):
+        environment.reset(seed=0)
+        environment.step(np.ones(environment.action_space.shape, dtype=int))
+        held = [weakref.ref(environment.episodes)]
+        if kind == "token":
+            session = environment.episodes.session
+            held += [weakref.ref(layer.keys) for cache in session._caches for layer in cache.layers]
+            del session
+        environment.close()
+        environment.close()
+        gc.collect()
+        assert [ref() for ref in held] == [None] * len(held)
+        for call in (environment.reset, partial(environment.step, 0), environment.render):
+            with pytest.raises(gym.error.ClosedEnvironmentError, match="closed and has given back its memory"):
+                call()
