@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from envs.costs import MemoryTraffic
 from envs.decoding.references import References
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
@@ -145,3 +148,66 @@ def test_a_closed_environment_gives_back_its_memory_and_says_that_it_is_closed(s
         for call in (environment.reset, partial(environment.step, 0), environment.render):
             with pytest.raises(gym.error.ClosedEnvironmentError, match="closed and has given back its memory"):
                 call()
+
+
+NAMED = {"models": ["embedded/slm", "embedded/llm"], "task": "arithmetic-easy", "cost": "bytes"}
+LENGTHS = {
+    "TokenRouting": {"max_new_tokens": 6},
+    "TreeRouting": {"max_new_tokens": 6},
+    "ShortcutRouting": {"examples": 3},
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_an_environment_made_by_names_is_made_again_from_its_spec_as_json(name):
+    arguments = NAMED | LENGTHS[name] | ({} if name == "ShortcutRouting" else {"reward": "outcome"})
+    first = gym.make(f"citer/{name}-v1", **arguments)
+    again = gym.make(gym.envs.registration.EnvSpec.from_json(first.spec.to_json()))
+    assert again.spec == first.spec
+    assert first.unwrapped.episodes.cost == MemoryTraffic()
+    for action, seed in ((None, 4), (1, None), (0, None)):
+        ours, theirs = (e.reset(seed=seed) if action is None else e.step(action) for e in (first, again))
+        assert np.array_equal(ours[0], theirs[0])
+        assert ours[1:] == theirs[1:]
+    assert gym.make_vec(f"citer/{name}-v1", num_envs=2, **arguments).spec.to_json()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"task": "algebra"}, ValueError, "unknown task 'algebra'; choose one of arithmetic, arithmetic-easy"),
+        ({"cost": "byte"}, ValueError, "unknown cost 'byte'; choose one of bytes, flops, llm_tokens, seconds, dollars"),
+        (
+            {"pool": "embedded"},
+            TypeError,
+            r"pool must be a ModelPool, or give models=\[names\]; it is 'embedded', a str",
+        ),
+        ({"task": 3}, TypeError, "task must be a Task or one of arithmetic, .*; it is 3, a int"),
+        ({"models": "embedded/slm"}, TypeError, "models must hold names of models, SLM first, is 'embedded/slm'"),
+        ({"models": ["embedded/slm", "no/where/at/all"]}, ValueError, "unknown model 'no/where/at/all'"),
+        ({"max_new_tokens": "12"}, TypeError, "max_new_tokens must be an Integral; it is '12', a str"),
+        ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an Integral; it is True, a bool"),
+    ],
+)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_wrong_arguments_are_named_when_the_environment_is_built(name, arguments, error, message):
+    with pytest.raises(error, match=message):
+        gym.make(f"citer/{name}-v1", **arguments)
+
+
+def test_a_pool_beside_names_and_an_unknown_reward_are_refused(tiny_pool):
+    with pytest.raises(ValueError, match="models are named beside a pool"):
+        RoutingEnv(pool=tiny_pool, models=["embedded/slm", "embedded/llm"])
+    with pytest.raises(ValueError, match="unknown reward 'result'; choose one of outcome, shortcut"):
+        RoutingEnv(reward="result")
+
+
+def test_ids_of_the_first_version_are_named_with_their_successors():
+    with pytest.raises(gym.error.DeprecatedEnv, match="citer/TokenRouting-v1"):
+        gym.make("citer/TokenRouting-v0")
+
+
+def test_the_module_before_an_id_spares_the_import():
+    code = "import gymnasium; print(gymnasium.make('envs:citer/TokenRouting-v1').spec.id)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100)
+    assert printed.stdout == "citer/TokenRouting-v1\n"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +15,6 @@ from envs.arrays import BoolArray, FloatArray, IntArray
 
 Info = dict[str, Any]
 Observations = npt.NDArray[np.float32]
-Settings = TypeVar("Settings")
 
 # Far beyond what a normalised hidden state takes; finite, since an unbounded box cannot be sampled sensibly.
 HIDDEN_BOUND = 1e6
@@ -104,19 +103,6 @@ class EpisodeRows(ABC):
 def observation_box(width: int) -> gym.spaces.Box:
     """The space of observations of `width` numbers."""
     return gym.spaces.Box(-HIDDEN_BOUND, HIDDEN_BOUND, (width,), np.float32)
-
-
-def settings_of(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """A dataclass of settings out of keywords.
-
-    Raises:
-        TypeError: keywords it has not; the error names them and those there are.
-    """
-    known = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise TypeError(f"unknown settings {', '.join(unknown)}; {kind.__name__} has {', '.join(known)}")
-    return kind(**given)
 
 
 def chosen_start(options: Mapping[str, Any] | None, known: tuple[str, ...], *others: str) -> Any:

@@ -18,7 +18,8 @@ from envs.decoding.decoder import checked_actions
 from envs.decoding.observation import HISTORY_FEATURES, Features, check_features, feature_width, history_features
 from envs.decoding.preference_rule import Case3
 from envs.decoding.references import References
-from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box, settings_of
+from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
+from envs.environments.names import settings_of
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
@@ -233,7 +234,8 @@ class ShortcutRoutingEnv(EpisodeEnv):
     `total_cost` (that of all steps).
 
     ## Arguments
-    All by keyword, all with defaults, which take seconds to read: those of `ShortcutSettings`.
+    All by keyword, all with defaults, which take seconds to read: those of `ShortcutSettings`, and names for models,
+    task and cost as in `RoutingEnv`.
 
     ## Version
     v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`.

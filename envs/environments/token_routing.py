@@ -16,7 +16,8 @@ from envs.costs import ALL_COSTS, LlmTokens, Price
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import feature_width
 from envs.decoding.session import Session
-from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box, settings_of
+from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
+from envs.environments.names import settings_of
 from envs.environments.render import ansi
 from envs.environments.rewards import OutcomeReward, Transition
 from envs.environments.settings import RoutingSettings
@@ -211,8 +212,10 @@ class RoutingEnv(EpisodeEnv):
     `cost`).
 
     ## Arguments
-    All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, `task`, `cost`,
-    `reward`, `split`, `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`), and `render_mode`: `ansi`
+    All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, or `models`:
+    names to load; `task`, `cost` and `reward`: objects, or names such as `arithmetic`, `bytes`, `outcome`; `split`,
+    `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`). With names alone the environment's spec is plain JSON.
+    `render_mode` is `ansi`
     (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
 
     ## Version

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.environments.episodes import settings_of
+from envs.environments.names import resolved, settings_of
 from envs.environments.settings import RoutingSettings
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.models.loading import embedded_pool
@@ -28,7 +28,7 @@ class TreeSettings(RoutingSettings):
     """
 
     memory: int = 2**30
-    path: Path | None = None
+    path: Path | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,8 @@ def tree_of(settings: Mapping[str, Any]) -> PrefixTree:
     if chosen.tree is not None:
         return chosen.tree
     pool, task = (chosen.pool or embedded_pool()).check_choice(), chosen.task or ArithmeticTask()
-    return PrefixTree(pool, task, chosen.max_new_tokens, chosen.memory, chosen.path)
+    path = None if chosen.path is None else Path(chosen.path)
+    return PrefixTree(pool, task, chosen.max_new_tokens, chosen.memory, path)
 
 
 def with_tree(settings: Mapping[str, Any], tree: PrefixTree) -> dict[str, Any]:
@@ -76,6 +77,7 @@ class TreeRoutingEnv(RoutingEnv):
     """
 
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
+        settings = resolved(settings)
         self.tree = tree_of(settings)
         super().__init__(render_mode=render_mode, **with_tree(settings, self.tree))
 
@@ -85,5 +87,6 @@ class TreeRoutingVectorEnv(RoutingVectorEnv):
 
     def __init__(self, num_envs: int = 1, **settings: Any) -> None:
         shell = {name: settings.pop(name) for name in ("render_mode", "autoreset_mode") if name in settings}
+        settings = resolved(settings)
         self.tree = tree_of(settings)
         super().__init__(num_envs, **shell, **with_tree(settings, self.tree))
