@@ -1,7 +1,8 @@
 """Environments: token-level LLM routing as a decision process.
 
 Importing this package registers `citer/TokenRouting-v1`, `citer/TreeRouting-v1` and `citer/ShortcutRouting-v1` with
-Gymnasium; `gym.make("envs:citer/TokenRouting-v1")` imports it by itself. The names below are imported when they are first asked for; nothing heavy is before.
+Gymnasium; `gym.make("envs:citer/TokenRouting-v1")` imports it by itself. The names below are imported when they are
+first asked for; nothing heavy is before.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from envs.costs import MemoryTraffic
 from envs.decoding.references import References
+from envs.environments.picture import COLOURS, HEIGHT, WIDTH, picture, wrapped
+from envs.environments.render import PROMPT
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
@@ -211,3 +213,44 @@ def test_the_module_before_an_id_spares_the_import():
     code = "import gymnasium; print(gymnasium.make('envs:citer/TokenRouting-v1').spec.id)"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100)
     assert printed.stdout == "citer/TokenRouting-v1\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_are_of_one_size_and_show_who_wrote(settings, kind):
+    single, vector = KINDS[kind]
+    environment = single(render_mode="rgb_array", **settings[kind])
+    assert "rgb_array" in environment.metadata["render_modes"]
+    environment.reset(seed=0)
+    frames = [environment.render()]
+    for action in (0, 1, 1):
+        environment.step(action)
+        frames.append(environment.render())
+    assert {(frame.shape, frame.dtype) for frame in frames} == {((HEIGHT, WIDTH, 3), np.dtype(np.uint8))}
+    red = [int((np.abs(frame.astype(int) - COLOURS[1]).sum(-1) < 30).sum()) for frame in frames]
+    assert red[0] == red[1] == 0 < red[2]
+    assert (frames[0] != frames[1]).any()
+    rows = vector(2, render_mode="rgb_array", **settings[kind])
+    rows.reset(seed=row_seeds(0, 2))
+    assert [frame.shape for frame in rows.render()] == [(HEIGHT, WIDTH, 3)] * 2
+    assert RoutingEnv(**settings["token"]).render() is None
+
+
+def test_text_that_is_too_long_for_a_picture_loses_its_beginning():
+    assert wrapped([(PROMPT, "ab\nc"), (1, "def")], columns=3) == [
+        [(PROMPT, "a"), (PROMPT, "b")],
+        [(PROMPT, "c"), (1, "d"), (1, "e")],
+        [(1, "f")],
+    ]
+    end = "\n".join(map(str, range(40)))
+    np.testing.assert_array_equal(picture([(0, end)]), picture([(0, "x\n" * 50 + end)]))
+    assert (picture([(0, end)]) != picture([(0, end[:-1])])).any()
+
+
+def test_record_video_takes_the_frames(settings, tmp_path):
+    pytest.importorskip("moviepy")
+    environment = gym.wrappers.RecordVideo(RoutingEnv(render_mode="rgb_array", **settings["token"]), str(tmp_path))
+    environment.reset(seed=0)
+    while not any(environment.step(1)[2:4]):
+        pass
+    environment.close()
+    assert list(tmp_path.glob("*.mp4"))

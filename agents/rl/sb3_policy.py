@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -208,7 +209,7 @@ class Sb3Policy(SavedPolicy):
         features: str,
         conditioned: CostWeights | None = None,
     ) -> Sb3Policy:
-        """The policy of an algorithm of Stable-Baselines3."""
+        """The policy of an algorithm of Stable-Baselines3, with a copy of its network: `trained` can go on learning."""
         from agents.rl.inputs import Standardised
 
         arguments = {
@@ -219,9 +220,8 @@ class Sb3Policy(SavedPolicy):
         extractor = trained.policy_kwargs.get("features_extractor_class")
         if extractor not in (None, Standardised):
             raise ValueError(f"a policy with the features extractor {extractor.__name__} cannot be wrapped")
-        return cls(
-            trained.policy, algorithm, models_manifest(pool), features, arguments, extractor is not None, conditioned
-        )
+        network, models = deepcopy(trained.policy), models_manifest(pool)
+        return cls(network, algorithm, models, features, arguments, extractor is not None, conditioned)
 
 
 def empty_network(

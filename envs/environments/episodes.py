@@ -50,6 +50,7 @@ class EpisodeRows(ABC):
         rows: episodes at a time.
 
     Attributes:
+        rendered: whether somebody will ask for `stretches`; set before the first episode.
         observation_space: of one row; set by the subclass.
         action_space: of one row; set by the subclass.
 
@@ -67,7 +68,7 @@ class EpisodeRows(ABC):
     def __init__(self, rows: int) -> None:
         if rows < 1:
             raise ValueError(f"num_envs must be at least 1, is {rows}")
-        self.rows = rows
+        self.rows, self.rendered = rows, False
         self.all_rows: IntArray = np.arange(rows)
 
     @abstractmethod
@@ -91,9 +92,9 @@ class EpisodeRows(ABC):
     def observe(self, rows: IntArray) -> Observations:
         """What is seen of `rows`, (n, width); zeros where an episode has terminated."""
 
-    def render(self, row: int) -> str:
-        """A row as text, in environments that have a render mode."""
-        raise NotImplementedError(f"{type(self).__name__} renders nothing")
+    @abstractmethod
+    def stretches(self, row: int) -> list[tuple[int, str]]:
+        """A row as text, in stretches by one writer, (model, text); `PROMPT` stands for what no model wrote."""
 
     def selection(self, rows: IntArray) -> IntArray | slice:
         """What indexes arrays over all rows at `rows`."""

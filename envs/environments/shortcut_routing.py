@@ -20,6 +20,7 @@ from envs.decoding.preference_rule import Case3
 from envs.decoding.references import References
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
 from envs.environments.names import settings_of
+from envs.environments.render import PROMPT
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
@@ -122,9 +123,11 @@ class ShortcutEpisodes(EpisodeRows):
         self.observation_space = observation_box(width)
         self.action_space = gym.spaces.Discrete(models)
         self._in_flight: BoolArray = np.zeros(rows, dtype=bool)
+        self._begun: BoolArray = np.zeros(rows, dtype=bool)
         self._example, self._positions, self._since_llm, self._llm_tokens, self._met = np.zeros((5, rows), np.int64)
         self._read: IntArray = np.zeros((rows, models), dtype=np.int64)
         self._costs: FloatArray = np.zeros(rows)
+        self._choices = np.zeros((rows, references.lengths.max()), dtype=np.int8)  # filled where rendered
 
     def start(self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[int | None]) -> Info:
         """Begin a walk in each row, along the reference of the index given or of one drawn uniformly."""
@@ -133,7 +136,7 @@ class ShortcutEpisodes(EpisodeRows):
             int(rng.integers(count)) if index is None else check_index(index, count)
             for index, rng in zip(given, generators, strict=True)
         ]
-        self._in_flight[rows], self._example[rows] = True, numbers
+        self._in_flight[rows], self._begun[rows], self._example[rows] = True, True, numbers
         for counts in (self._positions, self._since_llm, self._llm_tokens, self._met, self._costs):
             counts[rows] = 0
         # the SLM has read the prompt; the LLM reads it when it is first chosen
@@ -160,6 +163,8 @@ class ShortcutEpisodes(EpisodeRows):
         self._met[chosen] += earned > 0
         self._llm_tokens[chosen] += actions
         self._since_llm[chosen] = np.where(actions > 0, 0, self._since_llm[chosen] + 1)
+        if self.rendered:
+            self._choices[rows, positions] = actions
         self._positions[chosen] += 1
         over = rows[ended]
         self._in_flight[over] = False
@@ -171,6 +176,15 @@ class ShortcutEpisodes(EpisodeRows):
         }
         rewards = earned - self.cost_weight * costs
         return RowSteps(rewards, ended, np.zeros(len(rows), dtype=bool), {"cost": costs}, finals)
+
+    def stretches(self, row: int) -> list[tuple[int, str]]:
+        """The prompt, the reference, and a square for every choice so far, by the model chosen."""
+        if not self._begun[row]:
+            return []
+        example = self.references.examples[self._example[row]]
+        choices = self._choices[row, : self._positions[row]].tolist()
+        whole = f"{example.prompt}\n{example.reference}\n\n"
+        return [(PROMPT, whole), *((choice, "\N{BLACK SQUARE}") for choice in choices)]
 
     def observe(self, rows: IntArray) -> Observations:
         """The SLM's state before the next token of each row, (n, width); zeros where the reference has ended."""
@@ -235,7 +249,8 @@ class ShortcutRoutingEnv(EpisodeEnv):
 
     ## Arguments
     All by keyword, all with defaults, which take seconds to read: those of `ShortcutSettings`, and names for models,
-    task and cost as in `RoutingEnv`.
+    task and cost as in `RoutingEnv`. `render_mode` is `ansi` or `rgb_array`: the prompt, the reference, and a square
+    for every choice so far in the colour of its model.
 
     ## Version
     v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +18,7 @@ from envs.decoding.observation import feature_width
 from envs.decoding.session import Session
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
 from envs.environments.names import settings_of
-from envs.environments.render import ansi
+from envs.environments.render import PROMPT, runs
 from envs.environments.rewards import OutcomeReward, Transition
 from envs.environments.settings import RoutingSettings
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
@@ -138,12 +138,12 @@ class RoutingEpisodes(EpisodeRows):
             seen[terminated] = 0.0
         return np.asarray(seen)
 
-    def render(self, row: int) -> str:
-        """The prompt and the response so far, each token coloured by its writer."""
+    def stretches(self, row: int) -> list[tuple[int, str]]:
+        """The prompt and the response so far, by the models that wrote it."""
         example = self.examples[row]
         if example is None:
-            return ""
-        return example.prompt + ansi(self.pool, self.session.response(row), self.session.writers(row))
+            return []
+        return [(PROMPT, example.prompt), *runs(self.pool, self.session.response(row), self.session.writers(row))]
 
     def _next_reference_tokens(self, rows: IntArray) -> IntArray:
         tokens = np.full(len(rows), UNKNOWN)
@@ -214,9 +214,9 @@ class RoutingEnv(EpisodeEnv):
     ## Arguments
     All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, or `models`:
     names to load; `task`, `cost` and `reward`: objects, or names such as `arithmetic`, `bytes`, `outcome`; `split`,
-    `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`). With names alone the environment's spec is plain JSON.
-    `render_mode` is `ansi`
-    (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
+    `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`). With names alone the spec is plain JSON.
+    `render_mode` is `ansi` (`render()` returns the prompt and the answer as text, each token coloured by its writer),
+    `rgb_array` (the same as a picture, uint8, (360, 640, 3)) or None.
 
     ## Version
     v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`; a measured cost
@@ -224,7 +224,6 @@ class RoutingEnv(EpisodeEnv):
     v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 10}  # type: ignore[misc]
     episodes: RoutingEpisodes
 
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
@@ -238,7 +237,6 @@ class RoutingVectorEnv(EpisodeVectorEnv):
     given: `options={"examples": [...]}`, an example or None for each row.
     """
 
-    metadata: ClassVar[dict[str, Any]] = RoutingEnv.metadata  # type: ignore[misc]
     episodes: RoutingEpisodes
 
     def __init__(

@@ -17,6 +17,11 @@ from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.decoding.decoder import checked_actions
 from envs.environments.episodes import EpisodeRows, Info, chosen_start, chosen_starts, reset_mask
 from envs.environments.infos import all_masked, masked, part, scalars
+from envs.environments.picture import picture
+from envs.environments.render import ansi
+
+Frame = str | npt.NDArray[np.uint8]
+RENDERING = {"render_modes": ["ansi", "rgb_array"], "render_fps": 10}
 
 
 class EpisodeEnv(gym.Env[np.ndarray, int]):
@@ -33,12 +38,13 @@ class EpisodeEnv(gym.Env[np.ndarray, int]):
         gymnasium.error.ClosedEnvironmentError: a call after `close`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = RENDERING  # type: ignore[misc]
     episodes: EpisodeRows
 
     def __init__(self, episodes: EpisodeRows, render_mode: str | None = None) -> None:
         check_render_mode(render_mode, self.metadata["render_modes"])
         self.episodes = episodes
+        episodes.rendered = render_mode is not None
         self.observation_space = episodes.observation_space
         self.action_space = episodes.action_space  # type: ignore[assignment]
         self.render_mode = render_mode
@@ -61,9 +67,9 @@ class EpisodeEnv(gym.Env[np.ndarray, int]):
         info = step.infos | step.finals if self._over[0] else step.infos
         return observation, float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), scalars(info)
 
-    def render(self) -> str | None:
+    def render(self) -> Frame | None:
         check_open(self)
-        return None if self.render_mode is None else self.episodes.render(0)
+        return None if self.render_mode is None else frame(self.episodes, 0, self.render_mode)
 
     def close(self) -> None:
         """Give back the memory of the episodes; a prefix tree stays with whoever holds it."""
@@ -95,7 +101,7 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         gymnasium.error.ClosedEnvironmentError: a call after `close`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = RENDERING  # type: ignore[misc]
     episodes: EpisodeRows
 
     def __init__(
@@ -108,6 +114,7 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.autoreset_mode = autoreset_mode_of(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
         self.num_envs, self.episodes = episodes.rows, episodes
+        episodes.rendered = render_mode is not None
         self.single_observation_space = episodes.observation_space
         self.single_action_space = episodes.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -185,15 +192,21 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._over[rows] = False
         return info
 
-    def render(self) -> tuple[str, ...] | None:
+    def render(self) -> tuple[Frame, ...] | None:
         check_open(self)
         if self.render_mode is None:
             return None
-        return tuple(self.episodes.render(row) for row in range(self.num_envs))
+        return tuple(frame(self.episodes, row, self.render_mode) for row in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Give back the memory of the episodes; a prefix tree stays with whoever holds it."""
         vars(self).pop("episodes", None)
+
+
+def frame(episodes: EpisodeRows, row: int, render_mode: str) -> Frame:
+    """A row as text with colours, or as a picture."""
+    stretches = episodes.stretches(row)
+    return ansi(stretches) if render_mode == "ansi" else picture(stretches)
 
 
 def check_open(environment: EpisodeEnv | EpisodeVectorEnv) -> None:
