@@ -254,3 +254,77 @@ def test_record_video_takes_the_frames(settings, tmp_path):
         pass
     environment.close()
     assert list(tmp_path.glob("*.mp4"))
+
+
+@pytest.fixture
+def mixed(tiny_pool):
+    """A task of four prompts, the third too long beside 20 new tokens in 128 positions."""
+
+    class Mixed(FirstExamples):
+        def example(self, split, index):
+            return replace(super().example(split, index), prompt="abc " * (30 if index == 2 else 3 + index))
+
+    return {"pool": tiny_pool, "task": Mixed(ArithmeticTask("easy"), 4), "max_new_tokens": 20}
+
+
+@pytest.mark.parametrize("kind", ["token", "tree"])
+def test_a_prompt_that_is_too_long_is_an_error_at_once_or_skipped_or_cut(mixed, kind):
+    single, vector = KINDS[kind]
+    with pytest.raises(ValueError, match="1 of 4 train examples have prompts longer than the 108 tokens"):
+        single(**mixed)
+    skipping = vector(4, on_too_long="skip", **mixed)
+    drawn = {name for seed in range(8) for name in skipping.reset(seed=seed)[1]["example"]}
+    assert sorted(int(name[-1]) for name in drawn) == [0, 1, 3]
+    with pytest.raises(ValueError, match="prompt of 120 tokens"):
+        skipping.reset(options={"indices": [2, 0, 0, 0]})
+    cutting = single(on_too_long="truncate", **mixed)
+    assert cutting.reset(options={"index": 2})[1]["prompt_tokens"] == 108
+    end = mixed["pool"].encode("abc " * 30)[-108:]
+    np.testing.assert_array_equal(cutting.episodes.session._tokens[0, :108], end)
+    assert cutting.step(1)[1] <= 0
+    with pytest.raises(ValueError, match="unknown on_too_long 'cut'; choose one of error, skip, truncate"):
+        single(on_too_long="cut", **mixed)
+    with pytest.raises(ValueError, match="3 of 3 train examples have prompts longer than the 2 tokens"):
+        single(on_too_long="skip", **mixed | {"max_new_tokens": 126, "task": FirstExamples(ArithmeticTask(), 3)})
+
+
+def test_an_empty_split_is_named(tiny_pool):
+    class Empty(FirstExamples):
+        def size(self, split):
+            return 0 if split == "test" else 4
+
+    with pytest.raises(ValueError, match="task arithmetic has no test examples; choose another split"):
+        RoutingEnv(pool=tiny_pool, task=Empty(ArithmeticTask(), 4), split="test", max_new_tokens=9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequential_order_comes_by_each_example_once_a_pass(settings, kind):
+    rows = KINDS[kind][1](ROWS, order="sequential", autoreset_mode="SameStep", **settings[kind])
+    count = 6 if kind == "shortcut" else 12
+    for _ in range(2):  # a reset with a seed begins anew
+        _, infos = rows.reset(seed=1)
+        started = infos["example"].tolist()
+        assert [int(name.rsplit("/")[-1]) for name in started] == [0, 1, 2]
+        while len(started) < 2 * count:
+            infos = rows.step(np.zeros(ROWS, dtype=int))[-1]
+            started += infos["example"][infos["_example"]].tolist() if "example" in infos else []
+        for begin in (0, count):
+            assert len(set(started[begin : begin + count])) == count
+    single = KINDS[kind][0](order="sequential", **settings[kind])
+    names = [single.reset(seed=0 if number == 0 else None)[1]["example"] for number in range(count)]
+    assert names == started[:count]
+    assert single.reset(options={"index": 4})[1]["example"] == names[4]
+    with pytest.raises(ValueError, match=rf"0\.\.{count - 1}"):
+        single.reset(options={"index": count})
+    with pytest.raises(ValueError, match="unknown order 'sorted'; choose one of random, sequential"):
+        KINDS[kind][0](order="sorted", **settings[kind])
+
+
+@pytest.mark.parametrize("kind", ["token", "tree"])
+def test_the_infos_say_what_the_slm_would_have_written(settings, kind):
+    single, other = (KINDS[kind][0](**settings[kind]) for _ in range(2))
+    single.reset(seed=3)
+    other.reset(seed=3)
+    assert single.step(0)[-1]["slm_token"] == (info := other.step(1)[-1])["slm_token"]
+    assert single.step(0)[-1]["slm_token"] in range(len(settings[kind]["pool"].tokenizer))
+    assert info["model"] == 1

@@ -189,7 +189,7 @@ def test_render_colours_the_tokens_of_the_llm_alone(pool):
 
 def test_record_episode_statistics_count_what_happened(pool):
     environment = RecordEpisodeStatistics(RoutingEnv(pool=pool))
-    (steps,) = play(environment, 2, lambda step: 1)
+    (steps,) = play(environment, row_seeds(2, 2)[0], lambda step: 1)
     assert steps[-1][-1]["episode"]["l"] == len(steps) - 1
     vector = VectorRecordEpisodeStatistics(RoutingVectorEnv(num_envs=2, pool=pool))
     vector.reset(seed=2)
@@ -264,7 +264,7 @@ def test_unknown_settings_are_named_and_those_there_are(kind):
 
 def test_unknown_options_are_refused_rather_than_passed_over(pool):
     single, vector = RoutingEnv(pool=pool), RoutingVectorEnv(num_envs=2, pool=pool)
-    with pytest.raises(ValueError, match="unknown options exmple, index; an episode is chosen by 'example'"):
+    with pytest.raises(ValueError, match="unknown options exmple; an episode is chosen by 'example' or 'index'"):
         single.reset(options={"exmple": None, "index": 3})
     with pytest.raises(ValueError, match="unknown options example; an episode is chosen by 'examples'"):
         vector.reset(options={"example": ArithmeticTask().example("test", 0)})

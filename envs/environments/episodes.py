@@ -88,6 +88,9 @@ class EpisodeRows(ABC):
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Take the actions, (n,), in `rows`, (n,), whose episodes have not ended."""
 
+    def begin_anew(self) -> None:  # noqa: B027
+        """What a reset of all rows with a seed begins anew beside the rows: passes over examples."""
+
     @abstractmethod
     def observe(self, rows: IntArray) -> Observations:
         """What is seen of `rows`, (n, width); zeros where an episode has terminated."""

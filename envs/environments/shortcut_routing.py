@@ -20,6 +20,7 @@ from envs.decoding.preference_rule import Case3
 from envs.decoding.references import References
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
 from envs.environments.names import settings_of
+from envs.environments.prompts import Order, Pass, check_choices
 from envs.environments.render import PROMPT
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
@@ -45,6 +46,7 @@ class ShortcutSettings:
         case_3: `slm`, `llm`, `agreement` (the SLM iff both models would write the same token), `drop` (nothing is
             earned) or `outcome`: the SLM where the answer finished from its token was right, the LLM where it was
             wrong, nothing earned where it was not rolled out.
+        order: `random`, or `sequential`: a pass over the references, and the next, which all rows share.
         outcomes: 1 right, 0 wrong, -1 not rolled out, (tokens,); those of the references where None.
         references: in place of the pool, the task, and what else says which solutions are read: ready ones, which many
             environments may share.
@@ -64,12 +66,14 @@ class ShortcutSettings:
     max_new_tokens: int = 128
     features: Features = "hidden"
     case_3: Case3 = "llm"
+    order: Order = "random"
     outcomes: npt.NDArray[Any] | None = None
     references: References | None = None
 
     def __post_init__(self) -> None:
         check_split(self.split)
         check_features(self.features)
+        check_choices(order=(self.order, Order))
         if not (math.isfinite(self.cost_weight) and self.cost_weight >= 0):
             raise ValueError(f"cost_weight must be a finite number >= 0, is {self.cost_weight}")
         if self.cost is not None and not self.cost.reproducible:
@@ -105,6 +109,7 @@ class ShortcutEpisodes(EpisodeRows):
         super().__init__(rows)
         self.settings, self.cost, self.cost_weight = settings, settings.cost or LlmTokens(), settings.cost_weight
         self.references = references = settings.read_references()
+        self.numbers = Pass(len(references), settings.order)
         models = len(references.profiles)
         unit = self.cost.per_llm_token(references.profiles)
         if unit <= 0:
@@ -133,7 +138,7 @@ class ShortcutEpisodes(EpisodeRows):
         """Begin a walk in each row, along the reference of the index given or of one drawn uniformly."""
         count = len(self.references)
         numbers = [
-            int(rng.integers(count)) if index is None else check_index(index, count)
+            self.numbers.draw(rng) if index is None else check_index(index, count)
             for index, rng in zip(given, generators, strict=True)
         ]
         self._in_flight[rows], self._begun[rows], self._example[rows] = True, True, numbers
@@ -143,6 +148,9 @@ class ShortcutEpisodes(EpisodeRows):
         prompts = self.references.prompt_lengths[numbers]
         self._read[rows, 0], self._read[rows, 1:] = prompts, 0
         return {"example": self._ids[numbers], "index": np.array(numbers), "prompt_tokens": prompts}
+
+    def begin_anew(self) -> None:
+        self.numbers.position = 0
 
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Walk one token on, whatever the actions, which are judged and charged."""

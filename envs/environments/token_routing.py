@@ -18,6 +18,7 @@ from envs.decoding.observation import feature_width
 from envs.decoding.session import Session
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
 from envs.environments.names import settings_of
+from envs.environments.prompts import PromptSource
 from envs.environments.render import PROMPT, runs
 from envs.environments.rewards import OutcomeReward, Transition
 from envs.environments.settings import RoutingSettings
@@ -39,8 +40,8 @@ class RoutingEpisodes(EpisodeRows):
         settings: what they are made with.
     """
 
-    options = ("example",)
-    row_options = ("examples",)
+    options = ("example", "index")
+    row_options = ("examples", "indices")
 
     def __init__(self, rows: int, settings: RoutingSettings) -> None:
         super().__init__(rows)
@@ -55,7 +56,14 @@ class RoutingEpisodes(EpisodeRows):
             self.session = Session(self.pool, rows, settings.max_new_tokens, settings.capacity, settings.sampling)
         else:
             self.session = TreeSession(tree, rows, settings.capacity)
-        self._encode = lru_cache(ENCODED_PROMPTS)(self.pool.encode)
+        self.source = PromptSource(
+            self.task,
+            settings.split,
+            lru_cache(ENCODED_PROMPTS)(self.pool.encode),
+            self.session.capacity - settings.max_new_tokens,
+            settings.on_too_long,
+            settings.order,
+        )
         self.cost = settings.cost or LlmTokens()
         self._cost_unit = self.cost.per_llm_token(self.pool.profiles)
         if self._cost_unit <= 0:
@@ -75,13 +83,12 @@ class RoutingEpisodes(EpisodeRows):
         self.observation_space = observation_box(feature_width(settings.features, self.pool.slm.width))
         self.action_space = gym.spaces.Discrete(len(self.pool))
 
-    def start(self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[Example | None]) -> Info:
-        """Begin a response in each row, to the example given or to one drawn from the split."""
-        examples = [
-            example or self.task.sample(self.settings.split, rng)
-            for example, rng in zip(given, generators, strict=True)
-        ]
-        prompts = [self._encode(example.prompt) for example in examples]
+    def start(
+        self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[Example | int | None]
+    ) -> Info:
+        """Begin a response in each row, to the example given, that number of the split, or the next one drawn."""
+        chosen = [self.source.choose(asked, rng) for asked, rng in zip(given, generators, strict=True)]
+        examples, prompts = [example for example, _ in chosen], [prompt for _, prompt in chosen]
         read = self.session.start(rows, prompts, generators=generators)
         for row, example in zip(rows, examples, strict=True):
             self.examples[row] = example
@@ -96,6 +103,9 @@ class RoutingEpisodes(EpisodeRows):
             "prompt_tokens": np.array([len(prompt) for prompt in prompts]),
         }
         return info | self._costs(self._step_price, read, "cost")
+
+    def begin_anew(self) -> None:
+        self.source.numbers.position = 0
 
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Let the models that `actions` name write a token in each row."""
@@ -126,7 +136,9 @@ class RoutingEpisodes(EpisodeRows):
                 correct=correct,
             )
         )
-        infos: Info = {"token": step.tokens, "model": np.array(actions), "cost": costs}
+        infos: Info = {
+            "token": step.tokens, "slm_token": step.slm_tokens, "model": np.array(actions), "cost": costs
+        }  # fmt: skip
         infos |= self._costs(self._step_price, ledger, "cost")
         return RowSteps(rewards, step.terminated, step.truncated, infos, finals)
 
@@ -199,22 +211,26 @@ class RoutingEnv(EpisodeEnv):
     step that caused it, so that the costs of all steps are the episode's total less the reading of the prompt.
 
     ## Starting state
-    A prompt of the task's `split`, drawn with the environment's generator, or `options={"example": Example}`.
+    A prompt of the task's `split`, drawn with the environment's generator; with `order="sequential"` the next one of a
+    pass over the split, which a reset with a seed begins anew. Or `options={"example": Example}`, or number n of the
+    split, `options={"index": n}`. Prompts that leave no room for `max_new_tokens` are an error, when the environment is
+    built where the split is finite; with `on_too_long` they are skipped, or cut at their left.
 
     ## Episode end
     `terminated`: an end-of-sequence token was written. `truncated`: `max_new_tokens` were written without. Never both.
 
     ## Info
-    At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`, `model`,
-    `cost` (what the reward weighs), `cost_UNIT` for the units bytes, flops, llm_tokens and dollars. At the end also:
-    `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these
-    units and measured seconds (which are left out of a step's info because they never repeat, unless they are the
-    `cost`).
+    At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`,
+    `slm_token` (what the SLM would have written, greedily), `model`, `cost` (what the reward weighs), `cost_UNIT` for
+    the units bytes, flops, llm_tokens and dollars. At the end also: `text`, `correct`, `slm_tokens`, `llm_tokens`, and
+    `total_cost_UNIT` of the episode, prompt included, for these units and measured seconds (which are left out of a
+    step's info because they never repeat, unless they are the `cost`).
 
     ## Arguments
     All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, or `models`:
     names to load; `task`, `cost` and `reward`: objects, or names such as `arithmetic`, `bytes`, `outcome`; `split`,
-    `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`). With names alone the spec is plain JSON.
+    `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`, `on_too_long`, `order`). With names alone the spec is
+    plain JSON.
     `render_mode` is `ansi` (`render()` returns the prompt and the answer as text, each token coloured by its writer),
     `rgb_array` (the same as a picture, uint8, (360, 640, 3)) or None.
 
@@ -234,7 +250,8 @@ class RoutingVectorEnv(EpisodeVectorEnv):
     """`num_envs` routing environments decoded together; see `RoutingEnv` for spaces, rewards, infos and arguments.
 
     Autoreset modes (same step unless asked), and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be
-    given: `options={"examples": [...]}`, an example or None for each row.
+    given: `options={"examples": [...]}` or `{"indices": [...]}`, an example, its number, or None for each row. With
+    `order="sequential"` the rows share one pass over the split: each example is answered once a pass.
     """
 
     episodes: RoutingEpisodes

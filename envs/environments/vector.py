@@ -54,6 +54,8 @@ class EpisodeEnv(gym.Env[np.ndarray, int]):
         check_open(self)
         super().reset(seed=None if seed is None else operator.index(seed))
         given = chosen_start(options, self.episodes.options)
+        if seed is not None:
+            self.episodes.begin_anew()
         info = self.episodes.start(self.episodes.all_rows, [self.np_random], [given])
         self._over[:] = False
         return self.episodes.observe(self.episodes.all_rows)[0], scalars(info)
@@ -132,6 +134,8 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         generators = row_generators(seed, self.num_envs, self._generators)
         if mask is None:
             rows, self._generators = self.episodes.all_rows, generators
+            if seed is not None:
+                self.episodes.begin_anew()
         else:
             if not self._generators:
                 raise gym.error.ResetNeeded("reset_mask leaves rows without an episode; call reset for all rows first")
