@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -220,8 +219,18 @@ class Sb3Policy(SavedPolicy):
         extractor = trained.policy_kwargs.get("features_extractor_class")
         if extractor not in (None, Standardised):
             raise ValueError(f"a policy with the features extractor {extractor.__name__} cannot be wrapped")
-        network, models = deepcopy(trained.policy), models_manifest(pool)
-        return cls(network, algorithm, models, features, arguments, extractor is not None, conditioned)
+        standardised = extractor is not None
+        # made anew: a network keeps its last distribution, and with it a graph that cannot be copied
+        network = empty_network(
+            algorithm,
+            width=cast(gym.spaces.Box, trained.observation_space).shape[0],
+            actions=int(cast(gym.spaces.Discrete, trained.action_space).n),
+            arguments=arguments,
+            standardised=standardised,
+        )
+        network.load_state_dict(trained.policy.state_dict())
+        network.to(trained.device)
+        return cls(network, algorithm, models_manifest(pool), features, arguments, standardised, conditioned)
 
 
 def empty_network(
