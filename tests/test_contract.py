@@ -1,4 +1,7 @@
+import copy
+import copyreg
 import gc
+import pickle
 import subprocess
 import sys
 import weakref
@@ -12,12 +15,14 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from envs.costs import MemoryTraffic
 from envs.decoding.references import References
+from envs.decoding.sampling import Sampling
 from envs.environments.picture import COLOURS, HEIGHT, WIDTH, picture, wrapped
 from envs.environments.render import PROMPT
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.environments.vector import row_seeds
+from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import FirstExamples
 
@@ -328,3 +333,97 @@ def test_the_infos_say_what_the_slm_would_have_written(settings, kind):
     assert single.step(0)[-1]["slm_token"] == (info := other.step(1)[-1])["slm_token"]
     assert single.step(0)[-1]["slm_token"] in range(len(settings[kind]["pool"].tokenizer))
     assert info["model"] == 1
+
+
+AT_HAND: dict[int, ModelPool] = {}
+
+
+def at_hand(number):
+    return AT_HAND[number]
+
+
+@pytest.fixture
+def travelling(monkeypatch, tiny_pool, pool):
+    """Pools travel by number, for tests whose pools no other process could load."""
+    AT_HAND.update({id(known): known for known in (tiny_pool, pool)})
+    monkeypatch.setitem(copyreg.dispatch_table, ModelPool, lambda pool: (at_hand, (id(pool),)))
+
+
+def numbers_alone(state):
+    if isinstance(state, dict):
+        return all(numbers_alone(value) for value in state.values())
+    return all(map(numbers_alone, state)) if isinstance(state, list) else state.dtype.kind in "biuf"
+
+
+def replayed(environment, actions):
+    """What steps gave, each with its observation; a reset behind every end."""
+    steps = []
+    for action in actions:
+        observation, reward, terminated, truncated, info = environment.step(action)
+        info = {key: value for key, value in info.items() if "seconds" not in key}
+        steps.append((observation, reward, terminated, truncated, info))
+        if np.ndim(terminated) == 0 and (terminated or truncated):
+            steps.append((environment.reset()[0], 0.0, False, False, {}))
+    return steps
+
+
+def same_steps(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine[0], other[0], atol=1e-4)
+        for a, b in zip(mine[1:4], other[1:4], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-9)
+        if np.ndim(mine[1]):
+            same(mine[4], other[4])
+        else:
+            assert mine[4] == pytest.approx(other[4]) if "text" not in mine[4] else mine[4].keys() == other[4].keys()
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_restored_and_replayed_gives_the_same_steps(settings, kind, sampling):
+    more = {"sampling": sampling} if kind == "token" else {}
+    environment, other = (KINDS[kind][0](**settings[kind] | more) for _ in range(2))
+    with pytest.raises(gym.error.ResetNeeded, match="call reset first"):
+        environment.get_state()
+    environment.reset(seed=2)
+    actions = np.random.default_rng(3).integers(0, 2, 40).tolist()
+    replayed(environment, actions[:5])
+    state = environment.get_state()
+    assert numbers_alone(state)
+    first = replayed(environment, actions[5:])
+    environment.set_state(state)
+    same_steps(replayed(environment, actions[5:]), first)
+    other.set_state(state)
+    same_steps(replayed(other, actions[5:]), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_take_the_states_of_other_rows(settings, kind):
+    rows = KINDS[kind][1](ROWS, **settings[kind])
+    rows.reset(seed=4)
+    actions = np.random.default_rng(1).integers(0, 2, (30, ROWS))
+    replayed(rows, actions[:4])
+    state = rows.get_state(np.array([0, 2]))
+    rows.set_state(state, np.array([2, 1]))
+    for step in replayed(rows, np.repeat(actions[4:, :1], ROWS, axis=1)):
+        np.testing.assert_allclose(step[0][2], step[0][0], atol=1e-4)
+        assert step[1][2] == pytest.approx(step[1][0])
+    with pytest.raises(ValueError, match="the state is of 2 rows, to be restored in 3"):
+        rows.set_state(state)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("travelling")
+def test_copies_and_pickles_go_on_as_the_environment_does(settings, kind, vector):
+    made = KINDS[kind][1](2, **settings[kind]) if vector else KINDS[kind][0](**settings[kind])
+    fresh = pickle.loads(pickle.dumps(made))
+    same_steps([(*fresh.reset(seed=1)[:1], 0, 0, 0, {})], [(*made.reset(seed=1)[:1], 0, 0, 0, {})])
+    actions = np.random.default_rng(2).integers(0, 2, (40, 2))
+    actions = list(actions) if vector else actions[:, 0].tolist()
+    replayed(made, actions[:4])
+    copied, sent = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
+    assert copied.observation_space == sent.observation_space == made.observation_space
+    expected = replayed(made, actions[4:])
+    same_steps(replayed(copied, actions[4:]), expected)
+    same_steps(replayed(sent, actions[4:]), expected)

@@ -12,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.environments.prompts import Pass
 
 Info = dict[str, Any]
+State = dict[str, Any]
+"""Numbers alone: arrays, lists of arrays, and dictionaries of such."""
 Observations = npt.NDArray[np.float32]
 
 # Far beyond what a normalised hidden state takes; finite, since an unbounded box cannot be sampled sensibly.
@@ -62,6 +65,8 @@ class EpisodeRows(ABC):
     """Options of `reset`, one of which may say what a single environment begins with."""
     row_options: ClassVar[tuple[str, ...]]
     """Those of a vector environment: a sequence with such a value, or None, for each row."""
+    numbers: Pass
+    """Of the examples that are drawn; a reset with a seed begins its pass anew."""
     observation_space: gym.spaces.Box
     action_space: gym.spaces.Discrete
 
@@ -88,12 +93,21 @@ class EpisodeRows(ABC):
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Take the actions, (n,), in `rows`, (n,), whose episodes have not ended."""
 
-    def begin_anew(self) -> None:  # noqa: B027
-        """What a reset of all rows with a seed begins anew beside the rows: passes over examples."""
-
     @abstractmethod
     def observe(self, rows: IntArray) -> Observations:
         """What is seen of `rows`, (n, width); zeros where an episode has terminated."""
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """Keywords with which the same environment is built again."""
+
+    @abstractmethod
+    def state(self, rows: IntArray) -> State:
+        """Where `rows`, (n,), stand, in numbers."""
+
+    @abstractmethod
+    def restore(self, rows: IntArray, state: State, generators: Sequence[np.random.Generator]) -> None:
+        """Let `rows`, (n,), stand where others stood when `state` was taken; `generators` as in `start`."""
 
     @abstractmethod
     def stretches(self, row: int) -> list[tuple[int, str]]:
@@ -155,3 +169,33 @@ def reset_mask(options: Mapping[str, Any] | None, rows: int) -> BoolArray | None
     if mask.shape != (rows,) or mask.dtype != np.bool_ or not mask.any():
         raise ValueError(f"options['reset_mask'] must hold {rows} booleans, one of them true; it is {mask.tolist()}")
     return mask
+
+
+def generator_numbers(generator: np.random.Generator) -> npt.NDArray[np.uint64]:
+    """The state of a PCG64 generator, (6,).
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    kept = generator.bit_generator.state
+    if kept["bit_generator"] != "PCG64":
+        raise TypeError(
+            f"states are kept of PCG64 generators, as Gymnasium makes them; this is {kept['bit_generator']}"
+        )
+    low = 2**64 - 1
+    wide = [kept["state"]["state"], kept["state"]["inc"]]
+    halves = [half for number in wide for half in (number >> 64, number & low)]
+    return np.array([*halves, kept["has_uint32"], kept["uinteger"]], dtype=np.uint64)
+
+
+def generator_of(numbers: npt.NDArray[np.uint64]) -> np.random.Generator:
+    """A generator that draws on as the one whose numbers these are, (6,)."""
+    a, b, c, d, has_uint32, uinteger = (int(number) for number in numbers)
+    bits = np.random.PCG64()
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": a << 64 | b, "inc": c << 64 | d},
+        "has_uint32": has_uint32,
+        "uinteger": uinteger,
+    }
+    return np.random.Generator(bits)

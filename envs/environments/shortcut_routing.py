@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gymnasium as gym
@@ -18,7 +18,7 @@ from envs.decoding.decoder import checked_actions
 from envs.decoding.observation import HISTORY_FEATURES, Features, check_features, feature_width, history_features
 from envs.decoding.preference_rule import Case3
 from envs.decoding.references import References
-from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
+from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, State, observation_box
 from envs.environments.names import settings_of
 from envs.environments.prompts import Order, Pass, check_choices
 from envs.environments.render import PROMPT
@@ -94,6 +94,11 @@ class ShortcutSettings:
         return References.read((self.pool or embedded_pool()).check_choice(), examples, self.max_new_tokens)
 
 
+ROW_STATE = (
+    "in_flight", "begun", "example", "positions", "since_llm", "llm_tokens", "met", "read", "costs", "choices"
+)  # fmt: skip
+
+
 class ShortcutEpisodes(EpisodeRows):
     """Rows that walk along references, in arrays: no Python for a row but for what it draws.
 
@@ -149,9 +154,6 @@ class ShortcutEpisodes(EpisodeRows):
         self._read[rows, 0], self._read[rows, 1:] = prompts, 0
         return {"example": self._ids[numbers], "index": np.array(numbers), "prompt_tokens": prompts}
 
-    def begin_anew(self) -> None:
-        self.numbers.position = 0
-
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Walk one token on, whatever the actions, which are judged and charged."""
         chosen, references = self.selection(rows), self.references
@@ -184,6 +186,17 @@ class ShortcutEpisodes(EpisodeRows):
         }
         rewards = earned - self.cost_weight * costs
         return RowSteps(rewards, ended, np.zeros(len(rows), dtype=bool), {"cost": costs}, finals)
+
+    def arguments(self) -> dict[str, Any]:
+        kept = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        return kept | {"references": self.references, "pool": None, "task": None}
+
+    def state(self, rows: IntArray) -> State:
+        return {name: getattr(self, f"_{name}")[rows] for name in ROW_STATE}
+
+    def restore(self, rows: IntArray, state: State, generators: Sequence[np.random.Generator]) -> None:
+        for name in ROW_STATE:
+            getattr(self, f"_{name}")[rows] = state[name]
 
     def stretches(self, row: int) -> list[tuple[int, str]]:
         """The prompt, the reference, and a square for every choice so far, by the model chosen."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +18,7 @@ from envs.costs import ALL_COSTS, LlmTokens, Price
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import feature_width
 from envs.decoding.session import Session
-from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box
+from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, State, observation_box
 from envs.environments.names import settings_of
 from envs.environments.prompts import PromptSource
 from envs.environments.render import PROMPT, runs
@@ -64,6 +66,7 @@ class RoutingEpisodes(EpisodeRows):
             settings.on_too_long,
             settings.order,
         )
+        self.numbers = self.source.numbers
         self.cost = settings.cost or LlmTokens()
         self._cost_unit = self.cost.per_llm_token(self.pool.profiles)
         if self._cost_unit <= 0:
@@ -103,9 +106,6 @@ class RoutingEpisodes(EpisodeRows):
             "prompt_tokens": np.array([len(prompt) for prompt in prompts]),
         }
         return info | self._costs(self._step_price, read, "cost")
-
-    def begin_anew(self) -> None:
-        self.source.numbers.position = 0
 
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Let the models that `actions` name write a token in each row."""
@@ -149,6 +149,29 @@ class RoutingEpisodes(EpisodeRows):
         if terminated.any():
             seen[terminated] = 0.0
         return np.asarray(seen)
+
+    def arguments(self) -> dict[str, Any]:
+        kept = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        # a tree has its own pool and task, which must not be told from it when copies are made
+        return kept if self.settings.tree is None else kept | {"pool": None, "task": None}
+
+    def state(self, rows: IntArray) -> State:
+        texts = [json.dumps(None if (e := self.examples[row]) is None else asdict(e)).encode() for row in rows]
+        return {
+            "decoder": self.session.state(rows),
+            "examples": [np.frombuffer(text, dtype=np.uint8) for text in texts],
+            "terminated": self._terminated[rows],
+            "on_reference": self._on_reference[rows],
+        }
+
+    def restore(self, rows: IntArray, state: State, generators: Sequence[np.random.Generator]) -> None:
+        self.session.restore(rows, state["decoder"], generators)
+        self._terminated[rows], self._on_reference[rows] = state["terminated"], state["on_reference"]
+        for row, text in zip(rows, state["examples"], strict=True):
+            kept = json.loads(text.tobytes())
+            self.examples[row] = example = None if kept is None else Example(**kept)
+            if self.reward.uses_reference and example is not None:
+                self._references[row] = self.pool.encode_response(example.reference)
 
     def stretches(self, row: int) -> list[tuple[int, str]]:
         """The prompt and the response so far, by the models that wrote it."""
@@ -233,6 +256,11 @@ class RoutingEnv(EpisodeEnv):
     plain JSON.
     `render_mode` is `ansi` (`render()` returns the prompt and the answer as text, each token coloured by its writer),
     `rgb_array` (the same as a picture, uint8, (360, 640, 3)) or None.
+
+    ## Copies and states
+    `get_state()` and `set_state(state)` keep and restore where an episode stands, here or in another environment made
+    with the same arguments; deep copies and pickles hold that state, and models read again what they had read. After
+    either, the same actions lead to the same steps.
 
     ## Version
     v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`; a measured cost

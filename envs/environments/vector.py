@@ -15,7 +15,16 @@ from gymnasium.vector.utils import batch_space
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.decoding.decoder import checked_actions
-from envs.environments.episodes import EpisodeRows, Info, chosen_start, chosen_starts, reset_mask
+from envs.environments.episodes import (
+    EpisodeRows,
+    Info,
+    State,
+    chosen_start,
+    chosen_starts,
+    generator_numbers,
+    generator_of,
+    reset_mask,
+)
 from envs.environments.infos import all_masked, masked, part, scalars
 from envs.environments.picture import picture
 from envs.environments.render import ansi
@@ -48,16 +57,17 @@ class EpisodeEnv(gym.Env[np.ndarray, int]):
         self.observation_space = episodes.observation_space
         self.action_space = episodes.action_space  # type: ignore[assignment]
         self.render_mode = render_mode
-        self._over = np.ones(1, dtype=bool)
+        self._over: BoolArray = np.ones(1, dtype=bool)
+        self._begun = False
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[np.ndarray, Info]:
         check_open(self)
         super().reset(seed=None if seed is None else operator.index(seed))
         given = chosen_start(options, self.episodes.options)
         if seed is not None:
-            self.episodes.begin_anew()
+            self.episodes.numbers.position = 0
         info = self.episodes.start(self.episodes.all_rows, [self.np_random], [given])
-        self._over[:] = False
+        self._over, self._begun = np.zeros(1, dtype=bool), True
         return self.episodes.observe(self.episodes.all_rows)[0], scalars(info)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, Info]:
@@ -68,6 +78,37 @@ class EpisodeEnv(gym.Env[np.ndarray, int]):
         observation = self.episodes.observe(self.episodes.all_rows)[0]
         info = step.infos | step.finals if self._over[0] else step.infos
         return observation, float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), scalars(info)
+
+    def get_state(self) -> State:
+        """Where the episode stands, in numbers: tokens, costs, the generator; for `set_state`.
+
+        Raises:
+            gymnasium.error.ResetNeeded: there was no reset.
+        """
+        check_open(self)
+        if not self._begun:
+            raise gym.error.ResetNeeded("there is no episode whose state could be kept; call reset first")
+        return {
+            "episodes": self.episodes.state(self.episodes.all_rows),
+            "position": np.array(self.episodes.numbers.position),
+            "over": self._over.copy(),
+            "generators": generator_numbers(self.np_random)[None],
+        }
+
+    def set_state(self, state: State) -> None:
+        """Go on from a state that `get_state` gave, of this environment or of one made with the same arguments.
+
+        Restored, the same actions lead to the same steps as they did from there.
+        """
+        check_open(self)
+        self.np_random = generator_of(state["generators"][0])
+        self.episodes.restore(self.episodes.all_rows, state["episodes"], [self.np_random])
+        self.episodes.numbers.position = int(state["position"])
+        self._over, self._begun = state["over"].copy(), True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How an environment is copied, and travels to another process: as what it was made with, and its state."""
+        return rebuilt, recipe(self, render_mode=self.render_mode)
 
     def render(self) -> Frame | None:
         check_open(self)
@@ -135,7 +176,7 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if mask is None:
             rows, self._generators = self.episodes.all_rows, generators
             if seed is not None:
-                self.episodes.begin_anew()
+                self.episodes.numbers.position = 0
         else:
             if not self._generators:
                 raise gym.error.ResetNeeded("reset_mask leaves rows without an episode; call reset for all rows first")
@@ -196,6 +237,48 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._over[rows] = False
         return info
 
+    def get_state(self, rows: IntArray | None = None) -> State:
+        """Where rows, (n,), all of them where None, stand, in numbers; see `EpisodeEnv.get_state`."""
+        check_open(self)
+        if not self._generators:
+            raise gym.error.ResetNeeded("there are no episodes whose states could be kept; call reset first")
+        rows = self.episodes.all_rows if rows is None else np.asarray(rows, dtype=np.int64)
+        return {
+            "episodes": self.episodes.state(rows),
+            "position": np.array(self.episodes.numbers.position),
+            "over": self._over[rows],
+            "generators": np.stack([generator_numbers(self._generators[row]) for row in rows]),
+        }
+
+    def set_state(self, state: State, rows: IntArray | None = None) -> None:
+        """Let rows, (n,), all of them where None, stand where the n rows of a state stood; see `EpisodeEnv.set_state`.
+
+        The pass over the examples, which rows share, is taken from the state where all rows are restored.
+
+        Raises:
+            ValueError: the state is of another number of rows.
+        """
+        check_open(self)
+        whole = rows is None
+        rows = self.episodes.all_rows if rows is None else np.asarray(rows, dtype=np.int64)
+        if len(state["over"]) != len(rows):
+            raise ValueError(f"the state is of {len(state['over'])} rows, to be restored in {len(rows)}")
+        if not whole and not self._generators:
+            raise gym.error.ResetNeeded("other rows have no episode; call reset first")
+        generators = [generator_of(numbers) for numbers in state["generators"]]
+        self._generators = self._generators or generators
+        for row, generator in zip(rows, generators, strict=True):
+            self._generators[row] = generator
+        self.episodes.restore(rows, state["episodes"], generators)
+        self._over[rows] = state["over"]
+        if whole:
+            self.episodes.numbers.position = int(state["position"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How an environment is copied, and travels to another process; see `EpisodeEnv`."""
+        shell = {"num_envs": self.num_envs, "autoreset_mode": self.autoreset_mode.value}
+        return rebuilt, recipe(self, render_mode=self.render_mode, **shell)
+
     def render(self) -> tuple[Frame, ...] | None:
         check_open(self)
         if self.render_mode is None:
@@ -205,6 +288,26 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def close_extras(self, **kwargs: Any) -> None:
         """Give back the memory of the episodes; a prefix tree stays with whoever holds it."""
         vars(self).pop("episodes", None)
+
+
+def recipe(environment: EpisodeEnv | EpisodeVectorEnv, **shell: Any) -> tuple[Any, ...]:
+    """What `rebuilt` makes a copy of an environment of: class, keywords, state, and what Gymnasium has set on it."""
+    check_open(environment)
+    begun = environment._begun if isinstance(environment, EpisodeEnv) else bool(environment._generators)
+    state = environment.get_state() if begun else None
+    kept = {name: vars(environment)[name] for name in ("spec", "_np_random_seed") if name in vars(environment)}
+    return type(environment), shell | environment.episodes.arguments(), state, kept
+
+
+def rebuilt(
+    kind: type[EpisodeEnv | EpisodeVectorEnv], arguments: dict[str, Any], state: State | None, kept: dict[str, Any]
+) -> EpisodeEnv | EpisodeVectorEnv:
+    """An environment out of its `recipe`."""
+    environment: EpisodeEnv | EpisodeVectorEnv = kind(**arguments)
+    if state is not None:
+        environment.set_state(state)
+    vars(environment).update(kept)
+    return environment
 
 
 def frame(episodes: EpisodeRows, row: int, render_mode: str) -> Frame:

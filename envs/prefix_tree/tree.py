@@ -119,6 +119,10 @@ class PrefixTree:
         """The tree itself: Gymnasium copies the arguments an environment was made with."""
         return self
 
+    def __reduce__(self) -> tuple[type[PrefixTree], tuple[object, ...]]:
+        """How a tree travels to another process: as an empty one of the same settings, that decodes the same states."""
+        return type(self), (self.pool, self.task, self.max_new_tokens, self.memory)
+
     def __len__(self) -> int:
         """Nodes in use."""
         return self.size - len(self._free)
