@@ -259,7 +259,7 @@ class RoutingEnv(EpisodeEnv):
 
     ## Copies and states
     `get_state()` and `set_state(state)` keep and restore where an episode stands, here or in another environment made
-    with the same arguments; deep copies and pickles hold that state, and models read again what they had read. After
+    with the same arguments; copies, in this process or another, hold that state, and models read again what they had read. After
     either, the same actions lead to the same steps.
 
     ## Version
