@@ -259,8 +259,8 @@ class RoutingEnv(EpisodeEnv):
 
     ## Copies and states
     `get_state()` and `set_state(state)` keep and restore where an episode stands, here or in another environment made
-    with the same arguments; copies, in this process or another, hold that state, and models read again what they had read. After
-    either, the same actions lead to the same steps.
+    with the same arguments; copies, in this process or another, hold that state, and models read
+    again what they had read. After either, the same actions lead to the same steps.
 
     ## Version
     v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`; a measured cost
