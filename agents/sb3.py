@@ -233,7 +233,7 @@ def train(
     Args:
         environment: may be any; rewards, spaces and rows are its own.
         settings: how to train.
-        seed: of the environment's rows (row i: seed + i), the network and its batches.
+        seed: of the environment's rows (those of `envs.row_seeds`), the network and its batches.
         track: receives rows of what Stable-Baselines3 logs.
         device: of the network.
 

@@ -1,7 +1,8 @@
 """Environments: token-level LLM routing as a decision process.
 
-Importing this package registers `citer/TokenRouting-v0`, `citer/TreeRouting-v0` and `citer/ShortcutRouting-v0` with
-Gymnasium. The names below are imported when they are first asked for; nothing heavy is before.
+Importing this package registers `citer/TokenRouting-v1`, `citer/TreeRouting-v1` and `citer/ShortcutRouting-v1` with
+Gymnasium; `gym.make("envs:citer/TokenRouting-v1")` imports it by itself. The names below are imported when they are
+first asked for; nothing heavy is before.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
     from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
     from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
+    from envs.environments.vector import row_seeds
+    from envs.models.checks import ModelOrderWarning
     from envs.models.loading import embedded_pool, load_pool
     from envs.models.pool import ModelPool
     from envs.prefix_tree.tree import PrefixTree
@@ -35,6 +38,7 @@ __all__ = [
     "LlmTokens",
     "MathTask",
     "MemoryTraffic",
+    "ModelOrderWarning",
     "ModelPool",
     "MultipleChoiceTask",
     "OutcomeReward",
@@ -51,6 +55,7 @@ __all__ = [
     "TreeRoutingVectorEnv",
     "embedded_pool",
     "load_pool",
+    "row_seeds",
 ]
 
 _DEFINED_IN = {
@@ -61,6 +66,8 @@ _DEFINED_IN = {
     "envs.environments.shortcut_routing": ("ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
     "envs.environments.token_routing": ("RoutingEnv", "RoutingVectorEnv"),
     "envs.environments.tree_routing": ("TreeRoutingEnv", "TreeRoutingVectorEnv"),
+    "envs.environments.vector": ("row_seeds",),
+    "envs.models.checks": ("ModelOrderWarning",),
     "envs.models.loading": ("embedded_pool", "load_pool"),
     "envs.models.pool": ("ModelPool",),
     "envs.prefix_tree.tree": ("PrefixTree",),
@@ -91,7 +98,7 @@ for _name, _module, _single, _vector in (
     ("ShortcutRouting", "shortcut_routing", "ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
 ):
     register(
-        id=f"citer/{_name}-v0",
+        id=f"citer/{_name}-v1",
         entry_point=f"envs.environments.{_module}:{_single}",
         vector_entry_point=f"envs.environments.{_module}:{_vector}",
     )

@@ -118,6 +118,11 @@ class ModelProfile:
     weight_bytes: int | None = None
     head_inputs: int = 1
 
+    @property
+    def parameters(self) -> int:
+        """Parameters behind a token, the embedding table left out."""
+        return self.body_parameters + self.head_parameters
+
 
 class CostModel(ABC):
     """A linear price on the ledger."""
@@ -189,13 +194,17 @@ class Flops(CostModel):
 
 @dataclass(frozen=True)
 class LlmTokens(CostModel):
-    """Tokens written by a model other than the SLM. Over LLM-only decoding: about their share."""
+    """Tokens written by a model other than the SLM. Over LLM-only decoding: about their share.
+
+    With three models or more a token weighs as its model does: that model's parameters over those of the largest one.
+    """
 
     name: ClassVar[str] = "llm_tokens"
 
     def rates(self, models: Sequence[ModelProfile]) -> FloatArray:
         rates = np.zeros((len(models), COLUMNS))
-        rates[1:, WRITTEN] = 1
+        sizes = np.array([model.parameters for model in models[1:]])
+        rates[1:, WRITTEN] = sizes / sizes.max() if len(models) > 2 else 1
         return rates
 
 

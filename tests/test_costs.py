@@ -80,7 +80,7 @@ def test_every_model_beside_the_slm_writes_llm_tokens():
     middle = ModelProfile("middle", 2_000, 500, 2, 30, 15)
     ledger = np.zeros((3, 6))
     ledger[:, WRITTEN] = [4, 2, 1]
-    assert LlmTokens().of(ledger, [SLM, middle, LLM]) == 3
+    assert LlmTokens().of(ledger, [SLM, middle, LLM]) == 2 * 0.25 + 1
 
 
 def test_a_price_gives_every_cost_at_once():
@@ -114,3 +114,11 @@ def test_prices_that_do_not_fit_the_pool_are_refused(cost, named):
 def test_two_costs_of_one_name_are_refused():
     with pytest.raises(ValueError, match="cost models share a name: bytes, dollars, dollars"):
         Price(POOL, [MemoryTraffic(), Dollars(), Dollars([1, 1], [2, 2])])
+
+
+def test_with_three_models_an_llm_token_weighs_as_its_model_does():
+    middle = ModelProfile("middle", 2_000, 500, bytes_per_parameter=2, kv_bytes_per_token=10, attention_width=5)
+    rates = LlmTokens().rates([SLM, middle, LLM])
+    assert rates[:, WRITTEN].tolist() == [0, 0.25, 1]
+    assert LlmTokens().per_llm_token([SLM, middle, LLM]) == 1
+    assert LlmTokens().rates([LLM, SLM])[:, WRITTEN].tolist() == [0, 1], "one LLM: its token is the unit"

@@ -112,7 +112,7 @@ def test_one_model_is_loaded_and_answers_but_is_nothing_to_route_among(pool, tas
     alone = ModelPool([model])
     for name in ("TokenRouting", "TreeRouting", "ShortcutRouting"):
         with pytest.raises(ValueError, match="a pool needs at least two models, the SLM first; it has embedded/slm"):
-            gym.make(f"citer/{name}-v0", pool=alone, task=task)
+            gym.make(f"citer/{name}-v1", pool=alone, task=task)
     with pytest.raises(ValueError, match="embedded/slm is not of the pool"):
         decode_alone(model, task, task.examples("test", 1), pool=embedded_pool())
     with pytest.raises(ValueError, match="it has none"):

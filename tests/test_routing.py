@@ -11,16 +11,18 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpi
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import envs
-from envs.costs import Dollars, MemoryTraffic
+from envs.costs import Dollars, MemoryTraffic, Seconds
 from envs.decoding.sampling import Sampling
 from envs.environments.rewards import OutcomeReward, ShortcutReward, Transition
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
+from envs.environments.vector import row_seeds
 from envs.models.loading import embedded_pool
+from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 
-ID = "citer/TokenRouting-v0"
+ID = "citer/TokenRouting-v1"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_vector_environment_goes_through_the_episodes_of_single_ones(pool, sampl
     observations, infos = vector.reset(seed=seed)
     singles = [RoutingEnv(**settings) for _ in range(count)]
     for row, single in enumerate(singles):
-        observation, info = single.reset(seed=seed + row)
+        observation, info = single.reset(seed=row_seeds(seed, count)[row])
         np.testing.assert_allclose(observation, observations[row], atol=1e-4)
         assert info["example"] == infos["example"][row]
     ended = 0
@@ -187,7 +189,7 @@ def test_render_colours_the_tokens_of_the_llm_alone(pool):
 
 def test_record_episode_statistics_count_what_happened(pool):
     environment = RecordEpisodeStatistics(RoutingEnv(pool=pool))
-    (steps,) = play(environment, 2, lambda step: 1)
+    (steps,) = play(environment, row_seeds(2, 2)[0], lambda step: 1)
     assert steps[-1][-1]["episode"]["l"] == len(steps) - 1
     vector = VectorRecordEpisodeStatistics(RoutingVectorEnv(num_envs=2, pool=pool))
     vector.reset(seed=2)
@@ -262,7 +264,7 @@ def test_unknown_settings_are_named_and_those_there_are(kind):
 
 def test_unknown_options_are_refused_rather_than_passed_over(pool):
     single, vector = RoutingEnv(pool=pool), RoutingVectorEnv(num_envs=2, pool=pool)
-    with pytest.raises(ValueError, match="unknown options exmple, index; an episode is chosen by 'example'"):
+    with pytest.raises(ValueError, match="unknown options exmple; an episode is chosen by 'example' or 'index'"):
         single.reset(options={"exmple": None, "index": 3})
     with pytest.raises(ValueError, match="unknown options example; an episode is chosen by 'examples'"):
         vector.reset(options={"example": ArithmeticTask().example("test", 0)})
@@ -298,3 +300,74 @@ def test_bad_actions_seeds_and_weights_are_named(pool):
         RoutingVectorEnv(num_envs=0, pool=pool)
     with pytest.raises(ValueError, match="cost_weight"):
         OutcomeReward(cost_weight=float("nan"))
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
+def test_measured_costs_of_the_steps_sum_to_the_total_less_the_reading_of_the_prompt(pool, sampling):
+    settings = {"pool": pool, "cost": Seconds(), "sampling": sampling, "reward": OutcomeReward(1.0)}
+    (steps,) = play(RoutingEnv(**settings, max_new_tokens=12), 3, lambda step: step % 3 == 1)
+    costs = [step[-1]["cost_seconds"] for step in steps]
+    assert min(costs) > 0
+    assert sum(costs) == pytest.approx(steps[-1][-1]["total_cost_seconds"])
+    unit = Seconds().per_llm_token(pool.profiles)
+    assert sum(step[-1]["cost"] for step in steps[1:]) * unit == pytest.approx(sum(costs[1:]))
+    vector = RoutingVectorEnv(num_envs=3, **settings, max_new_tokens=6)
+    _, infos = vector.reset(seed=0)
+    sums, ended = infos["cost_seconds"].copy(), 0
+    for step in range(14):
+        *_, infos = vector.step(np.full(3, step % 2))
+        for row in range(3):
+            if "final_info" in infos and infos["_final_info"][row]:
+                ended += 1
+                final = infos["final_info"]
+                assert sums[row] + final["cost_seconds"][row] == pytest.approx(final["total_cost_seconds"][row])
+                sums[row] = 0
+            sums[row] += infos["cost_seconds"][row]
+    assert ended >= 6
+
+
+def test_neighbouring_seeds_share_no_rows_and_seeds_are_integers_of_any_kind(pool):
+    assert not set(row_seeds(0, 256)) & set(row_seeds(1, 256))
+    assert row_seeds(5, 3) == row_seeds(np.int64(5), 8)[:3]
+    assert len(set(row_seeds(5, 256))) == 256
+    vector = RoutingVectorEnv(num_envs=3, pool=pool, max_new_tokens=2)
+    first = vector.reset(seed=0)[1]["example"].tolist()
+    assert not set(first) & set(vector.reset(seed=1)[1]["example"].tolist())
+    assert vector.reset(seed=np.int64(0))[1]["example"].tolist() == first
+    single = RoutingEnv(pool=pool, max_new_tokens=2)
+    assert single.reset(seed=np.int64(3))[1]["example"] == single.reset(seed=3)[1]["example"]
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        vector.reset(seed=-1)
+
+
+def test_a_row_whose_seed_is_none_keeps_its_generator(pool):
+    vector, other = (RoutingVectorEnv(num_envs=2, pool=pool, max_new_tokens=2) for _ in range(2))
+    vector.reset(seed=[1, 2])
+    other.reset(seed=[1, 2])
+    renewed, going_on = vector.reset(seed=[7, None])[1]["example"], other.reset()[1]["example"]
+    assert renewed[1] == going_on[1]
+    assert renewed[0] == vector.reset(seed=[7, 0])[1]["example"][0] != going_on[0]
+
+
+def test_by_default_a_token_of_the_middle_model_is_cheaper_than_one_of_the_largest(pools):
+    environment = RoutingEnv(pool=pools["three"], max_new_tokens=8)
+    costs = []
+    for action in range(3):
+        environment.reset(seed=0)
+        costs.append(environment.step(action)[-1]["cost"])
+    _, middle, largest = pools["three"].profiles
+    assert costs == [0, pytest.approx(middle.parameters / largest.parameters), 1]
+    assert costs[1] < 1
+
+
+def test_a_pool_in_the_wrong_order_is_warned_of_and_the_warning_can_be_silenced(pool):
+    turned = ModelPool(pool.models[::-1])
+    for make in (RoutingEnv, TreeRoutingEnv):
+        with pytest.warns(envs.ModelOrderWarning, match="embedded/llm stands before embedded/slm and is larger"):
+            make(pool=turned, max_new_tokens=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RoutingEnv(pool=pool, max_new_tokens=4)
+        RoutingEnv(pool=ModelPool([pool.slm, pool.slm]), max_new_tokens=4)
+        warnings.simplefilter("ignore", envs.ModelOrderWarning)
+        RoutingEnv(pool=turned, max_new_tokens=4)

@@ -22,6 +22,7 @@ from agents.rl.vec_env import VectorEnvBridge
 from agents.sb3 import ENVIRONMENTS, StableBaselines, train
 from envs.costs import PASSES, Flops, MemoryTraffic
 from envs.decoding.observation import Observation
+from envs.environments.vector import row_seeds
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
@@ -166,7 +167,7 @@ def test_rows_are_seeded_at_the_next_reset_alone():
     bridge.seed(7)
     bridge.reset()
     bridge.reset()
-    assert environment.seeds == [[7, 8, 9], None]
+    assert environment.seeds == [row_seeds(7, 3), None]
 
 
 def test_a_conditioned_bridge_charges_and_shows_each_episodes_weight():
@@ -554,3 +555,30 @@ def test_every_environment_is_made_from_the_learners_examples(environment, pool)
     for _ in range(3):
         seen, _, _, _ = bridge.step(np.array([0, 1, 0, 1]))
     assert seen.shape == (4, pool.slm.width + 11 + 1)
+
+
+def test_the_usual_doors_of_stable_baselines_open():
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    agent = PPO("MlpPolicy", "citer/TokenRouting-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu", seed=0)
+    assert agent.learn(8).num_timesteps == 8
+    for name in ("TokenRouting", "TreeRouting"):
+        vector = make_vec_env(f"citer/{name}-v1", 4, env_kwargs={"max_new_tokens": 4})
+        assert vector.reset().shape == (4, *agent.observation_space.shape)
+        assert len(vector.get_images()) == 4
+    shortcut = make_vec_env("citer/ShortcutRouting-v1", 2, env_kwargs={"examples": 3})
+    assert PPO("MlpPolicy", shortcut, n_steps=8, batch_size=16, device="cpu").learn(16).num_timesteps == 16
+
+
+def test_a_policy_leaves_the_algorithm_it_was_made_of_free_to_learn(tiny_pool):
+    from stable_baselines3 import PPO
+
+    environment = TwoStates(4)
+    agent = PPO("MlpPolicy", VectorEnvBridge(environment), n_steps=8, batch_size=32, device="cpu", seed=0)
+    policy = Sb3Policy.of(agent, "ppo", tiny_pool, "hidden")
+    kept = {name: tensor.clone() for name, tensor in policy.network.state_dict().items()}
+    agent.learn(32)
+    assert all(parameter.requires_grad for parameter in agent.policy.parameters())
+    assert all(torch.equal(tensor, policy.network.state_dict()[name]) for name, tensor in kept.items())
+    assert any((tensor != agent.policy.state_dict()[name]).any() for name, tensor in kept.items())

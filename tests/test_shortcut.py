@@ -21,11 +21,12 @@ from envs.decoding.references import References
 from envs.environments.rewards import ShortcutReward
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv
+from envs.environments.vector import row_seeds
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 
-ID = "citer/ShortcutRouting-v0"
+ID = "citer/ShortcutRouting-v1"
 START = 1_000_000
 
 
@@ -98,7 +99,7 @@ def test_vector_environment_goes_through_the_episodes_of_single_ones(references,
     observations, infos = vector.reset(seed=seed)
     singles = [ShortcutRoutingEnv(**settings) for _ in range(count)]
     for row, single in enumerate(singles):
-        observation, info = single.reset(seed=seed + row)
+        observation, info = single.reset(seed=row_seeds(seed, count)[row])
         assert np.array_equal(observation, observations[row])
         assert all(infos[key][row] == value and infos[f"_{key}"][row] for key, value in info.items())
     ended = 0
@@ -379,11 +380,11 @@ def test_arrays_that_do_not_belong_together_are_named(by_hand):
 
 def test_bad_actions_seeds_and_options_are_named(references):
     environment = ShortcutRoutingEnv(references=references)
-    with pytest.raises(ValueError, match="no episode; reset first"):
+    with pytest.raises(gym.error.ResetNeeded, match="call reset"):
         environment.step(0)
     steps = references.lengths[0]
     play(environment, [0] * steps, options={"index": 0})
-    with pytest.raises(ValueError, match="no episode; reset first"):
+    with pytest.raises(gym.error.ResetNeeded, match="call reset"):
         environment.step(0)
     environment.reset(seed=0)
     with pytest.raises(ValueError, match=r"actions must be 1 integers in 0\.\.1"):

@@ -213,7 +213,7 @@ class Sb3Policy(SavedPolicy):
         features: str,
         conditioned: CostWeights | None = None,
     ) -> Sb3Policy:
-        """The policy of an algorithm of Stable-Baselines3."""
+        """The policy of an algorithm of Stable-Baselines3, with a copy of its network: `trained` can go on learning."""
         from agents.rl.inputs import Standardised
 
         arguments = {
@@ -224,9 +224,18 @@ class Sb3Policy(SavedPolicy):
         extractor = trained.policy_kwargs.get("features_extractor_class")
         if extractor not in (None, Standardised):
             raise ValueError(f"a policy with the features extractor {extractor.__name__} cannot be wrapped")
-        return cls(
-            trained.policy, algorithm, models_manifest(pool), features, arguments, extractor is not None, conditioned
+        standardised = extractor is not None
+        # made anew: a network keeps its last distribution, and with it a graph that cannot be copied
+        network = empty_network(
+            algorithm,
+            width=cast(gym.spaces.Box, trained.observation_space).shape[0],
+            actions=int(cast(gym.spaces.Discrete, trained.action_space).n),
+            arguments=arguments,
+            standardised=standardised,
         )
+        network.load_state_dict(trained.policy.state_dict())
+        network.to(trained.device)
+        return cls(network, algorithm, models_manifest(pool), features, arguments, standardised, conditioned)
 
 
 def empty_network(

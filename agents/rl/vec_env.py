@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from agents.rl.cost_weights import CostWeights
 from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.environments.vector import row_seeds
 
 Info = dict[str, Any]
 FloatRows = npt.NDArray[np.float32]
@@ -68,6 +69,12 @@ class VectorEnvBridge(VecEnv):
         self._generators = [np.random.default_rng() for _ in range(rows)] if weights is not None else []
         self._examples: npt.NDArray[Any] = np.full(rows, None)
         self._made, self._threads = time.perf_counter(), torch.get_num_threads()
+
+    def seed(self, seed: int | None = None) -> list[int | None]:
+        """Seed the rows at the next reset, as the environment itself would from one number."""
+        drawn = int(np.random.default_rng().integers(2**32)) if seed is None else seed
+        self._seeds = list(row_seeds(drawn, self.num_envs))
+        return self._seeds
 
     def reset(self) -> FloatRows:
         seeds = None if self._seeds[0] is None else list(self._seeds)

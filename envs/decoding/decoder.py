@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,12 @@ from envs.decoding.observation import Observation, Step
 from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
+
+BOOKS = (
+    "ledger", "_tokens", "_writers", "_prompt_lengths", "_lengths", "_since_llm", "_episodes", "_active", "_followed",
+    "_observed",
+)  # fmt: skip
+"""What is kept of all rows, whatever the decoder."""
 
 
 class Decoder(ABC):
@@ -98,6 +105,25 @@ class Decoder(ABC):
         """Take rows out of flight."""
 
     @abstractmethod
+    def state(self, rows: IntArray) -> dict[str, npt.NDArray[Any]]:
+        """Where `rows`, (n,), stand, in numbers: arrays of n, from which `restore` goes on in a decoder like this."""
+
+    @abstractmethod
+    def restore(
+        self,
+        rows: IntArray,
+        state: Mapping[str, npt.NDArray[Any]],
+        generators: Sequence[np.random.Generator] | None = None,
+    ) -> None:
+        """Let `rows`, (n,), stand where others stood when `state` was taken; models read again what they had read.
+
+        Nothing is entered in the ledger for that: what a row took stands in its state.
+
+        Raises:
+            ValueError: the state is of other numbers of rows, models or tokens.
+        """
+
+    @abstractmethod
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""
 
@@ -151,6 +177,19 @@ class Decoder(ABC):
         self._writers[rows, self._lengths[rows]] = actions
         self._lengths[rows] += 1
         self._since_llm[rows] = np.where(actions > 0, 0, self._since_llm[rows] + 1)
+
+    def _books_of(self, rows: IntArray, *more: str) -> dict[str, npt.NDArray[Any]]:
+        return {name.strip("_"): getattr(self, name)[rows] for name in (*BOOKS, *more)}
+
+    def _set_books(self, rows: IntArray, state: Mapping[str, npt.NDArray[Any]], *more: str) -> None:
+        for name in (*BOOKS, *more):
+            book, kept = getattr(self, name), state[name.strip("_")]
+            if kept.shape != (len(rows), *book.shape[1:]):
+                raise ValueError(
+                    f"the state's {name.strip('_')} have shape {kept.shape}, here {(len(rows), *book.shape[1:])}; "
+                    "restore it in an environment of the same models and capacity, in as many rows"
+                )
+            book[rows] = kept
 
     def _checked(self, rows: IntArray) -> IntArray:
         """Rows as integers, (n,); refused where there are none, or they are not distinct rows."""

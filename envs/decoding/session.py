@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -239,6 +241,35 @@ class Session(Decoder):
         return Observation(
             self._hidden[index], self._logits[index], positions, self._episodes[rows], self._since_llm[rows]
         )
+
+    def state(self, rows: IntArray) -> dict[str, npt.NDArray[Any]]:
+        """Where `rows`, (n,), stand, in numbers; see `Decoder.state`."""
+        read = np.stack([cache.lengths[rows] for cache in self._caches], axis=-1)
+        return self._books_of(rows, "_limits", "_slm_tokens", "_unread") | {"read": read}
+
+    def restore(
+        self,
+        rows: IntArray,
+        state: Mapping[str, npt.NDArray[Any]],
+        generators: Sequence[np.random.Generator] | None = None,
+    ) -> None:
+        """Let `rows`, (n,), stand where others stood; see `Decoder.restore`."""
+        rows = self._checked(rows)
+        self._set_books(rows, state, "_limits", "_slm_tokens", "_unread")
+        for number, row in enumerate(rows):
+            self._generators[row] = None if generators is None else generators[number]
+        for model, cache in enumerate(self._caches):
+            cache.free(rows)
+            counts = state["read"][:, model]
+            readers = rows[counts > 0]
+            if not len(readers):
+                continue
+            chunks = [self._tokens[row, :count] for row, count in zip(readers, counts[counts > 0], strict=True)]
+            hidden, logits = self.pool.models[model].feed(cache, readers, chunks)
+            if model == 0:
+                index = torch.from_numpy(readers).to(self._hidden.device)
+                self._hidden[index] = hidden.to(self._hidden)
+                self._logits[index] = logits[:, : self.pool.vocab_size].to(self._logits)
 
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
 from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.environments.prompts import Pass
 
 Info = dict[str, Any]
+State = dict[str, Any]
+"""Numbers alone: arrays, lists of arrays, and dictionaries of such."""
 Observations = npt.NDArray[np.float32]
-Settings = TypeVar("Settings")
 
 # Far beyond what a normalised hidden state takes; finite, since an unbounded box cannot be sampled sensibly.
 HIDDEN_BOUND = 1e6
@@ -51,6 +53,7 @@ class EpisodeRows(ABC):
         rows: episodes at a time.
 
     Attributes:
+        rendered: whether somebody will ask for `stretches`; set before the first episode.
         observation_space: of one row; set by the subclass.
         action_space: of one row; set by the subclass.
 
@@ -58,17 +61,19 @@ class EpisodeRows(ABC):
         ValueError: there are no rows.
     """
 
-    option: ClassVar[str]
-    """The option of `reset` that says what a single environment begins with."""
-    row_option: ClassVar[str]
-    """The option of a vector environment: a sequence with such a value, or None, for each row."""
+    options: ClassVar[tuple[str, ...]]
+    """Options of `reset`, one of which may say what a single environment begins with."""
+    row_options: ClassVar[tuple[str, ...]]
+    """Those of a vector environment: a sequence with such a value, or None, for each row."""
+    numbers: Pass
+    """Of the examples that are drawn; a reset with a seed begins its pass anew."""
     observation_space: gym.spaces.Box
     action_space: gym.spaces.Discrete
 
     def __init__(self, rows: int) -> None:
         if rows < 1:
             raise ValueError(f"num_envs must be at least 1, is {rows}")
-        self.rows = rows
+        self.rows, self.rendered = rows, False
         self.all_rows: IntArray = np.arange(rows)
 
     @abstractmethod
@@ -92,9 +97,21 @@ class EpisodeRows(ABC):
     def observe(self, rows: IntArray) -> Observations:
         """What is seen of `rows`, (n, width); zeros where an episode has terminated."""
 
-    def render(self, row: int) -> str:
-        """A row as text, in environments that have a render mode."""
-        raise NotImplementedError(f"{type(self).__name__} renders nothing")
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """Keywords with which the same environment is built again."""
+
+    @abstractmethod
+    def state(self, rows: IntArray) -> State:
+        """Where `rows`, (n,), stand, in numbers."""
+
+    @abstractmethod
+    def restore(self, rows: IntArray, state: State, generators: Sequence[np.random.Generator]) -> None:
+        """Let `rows`, (n,), stand where others stood when `state` was taken; `generators` as in `start`."""
+
+    @abstractmethod
+    def stretches(self, row: int) -> list[tuple[int, str]]:
+        """A row as text, in stretches by one writer, (model, text); `PROMPT` stands for what no model wrote."""
 
     def selection(self, rows: IntArray) -> IntArray | slice:
         """What indexes arrays over all rows at `rows`."""
@@ -106,26 +123,79 @@ def observation_box(width: int) -> gym.spaces.Box:
     return gym.spaces.Box(-HIDDEN_BOUND, HIDDEN_BOUND, (width,), np.float32)
 
 
-def settings_of(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """A dataclass of settings out of keywords.
+def chosen_start(options: Mapping[str, Any] | None, known: tuple[str, ...], *others: str) -> Any:
+    """What an episode was asked to begin with, by one of the `known` options; None where by none.
 
     Raises:
-        TypeError: keywords it has not; the error names them and those there are.
+        ValueError: options are unknown, or two of them choose an episode.
     """
-    known = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
-    unknown = [name for name in given if name not in known]
+    given = options or {}
+    unknown = set(given) - {*known, *others}
+    choice = " or ".join(repr(name) for name in known)
     if unknown:
-        raise TypeError(f"unknown settings {', '.join(unknown)}; {kind.__name__} has {', '.join(known)}")
-    return kind(**given)
+        also = "".join(f", rows by {name!r}" for name in others)
+        raise ValueError(f"unknown options {', '.join(sorted(unknown))}; an episode is chosen by {choice}{also}")
+    chosen = [given[name] for name in known if given.get(name) is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"an episode is chosen by {choice}, not by both")
+    return chosen[0] if chosen else None
 
 
-def asked_for(options: Mapping[str, Any] | None, known: str) -> Any:
-    """The one option there is, None where it is not given.
+def chosen_starts(options: Mapping[str, Any] | None, known: tuple[str, ...], rows: int) -> Sequence[Any]:
+    """What each row was asked to begin with, (rows,); None where nothing.
 
     Raises:
-        ValueError: others were given, which would be passed over.
+        ValueError: options are unknown, or hold another number of values than there are rows.
     """
-    others = set(options or {}) - {known}
-    if others:
-        raise ValueError(f"unknown options {', '.join(sorted(others))}; an episode is chosen by {known!r}")
-    return (options or {}).get(known)
+    given = chosen_start(options, known, "reset_mask")
+    if given is None or not len(given):
+        return [None] * rows
+    if len(given) != rows:
+        name = next(name for name in known if (options or {}).get(name) is not None)
+        raise ValueError(f"options[{name!r}] holds {len(given)} {name} for {rows} environments")
+    return list(given)
+
+
+def reset_mask(options: Mapping[str, Any] | None, rows: int) -> BoolArray | None:
+    """Which rows to reset, (rows,); None for all.
+
+    Raises:
+        ValueError: it is no array of so many booleans, or none of them is true.
+    """
+    mask = (options or {}).get("reset_mask")
+    if mask is None:
+        return None
+    mask = np.asarray(mask)
+    if mask.shape != (rows,) or mask.dtype != np.bool_ or not mask.any():
+        raise ValueError(f"options['reset_mask'] must hold {rows} booleans, one of them true; it is {mask.tolist()}")
+    return mask
+
+
+def generator_numbers(generator: np.random.Generator) -> npt.NDArray[np.uint64]:
+    """The state of a PCG64 generator, (6,).
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    kept = generator.bit_generator.state
+    if kept["bit_generator"] != "PCG64":
+        raise TypeError(
+            f"states are kept of PCG64 generators, as Gymnasium makes them; this is {kept['bit_generator']}"
+        )
+    low = 2**64 - 1
+    wide = [kept["state"]["state"], kept["state"]["inc"]]
+    halves = [half for number in wide for half in (number >> 64, number & low)]
+    return np.array([*halves, kept["has_uint32"], kept["uinteger"]], dtype=np.uint64)
+
+
+def generator_of(numbers: npt.NDArray[np.uint64]) -> np.random.Generator:
+    """A generator that draws on as the one whose numbers these are, (6,)."""
+    a, b, c, d, has_uint32, uinteger = (int(number) for number in numbers)
+    bits = np.random.PCG64()
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": a << 64 | b, "inc": c << 64 | d},
+        "has_uint32": has_uint32,
+        "uinteger": uinteger,
+    }
+    return np.random.Generator(bits)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ from envs.arrays import IntArray
 if TYPE_CHECKING:
     from envs.models.pool import ModelPool
 
-
+Colour = TypeVar("Colour")
+PROMPT = -1
+"""The writer of what no model wrote."""
 # The SLM writes in the terminal's own colour; model k in the k-th of these.
 ANSI_COLOURS = ("\033[0m", "\033[1;31m", "\033[1;34m", "\033[1;35m", "\033[1;33m", "\033[1;36m")
 HTML_COLOURS = ("transparent", "#ffb3a7", "#a7c7ff", "#e3b3ff", "#ffe08a", "#a7f0e0")
@@ -32,22 +34,24 @@ def runs(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> It
         written = text
 
 
-def ansi(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> str:
-    """The response for a terminal; tokens of other models than the SLM are coloured."""
+def ansi(stretches: Iterable[tuple[int, str]]) -> str:
+    """Stretches of text with their writers for a terminal; those of other models than the SLM are coloured."""
     return "".join(
-        text if writer == 0 else f"{_of(ANSI_COLOURS, writer)}{text}{ANSI_COLOURS[0]}"
-        for writer, text in runs(pool, tokens, writers)
+        text if writer <= 0 else f"{colour_of(ANSI_COLOURS, writer)}{text}{ANSI_COLOURS[0]}"
+        for writer, text in stretches
     )
 
 
 def html(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> str:
     """The response as HTML; tokens of other models than the SLM are marked."""
     return "".join(
-        escape(text) if writer == 0 else f'<mark style="background:{_of(HTML_COLOURS, writer)}">{escape(text)}</mark>'
+        escape(text)
+        if writer == 0
+        else f'<mark style="background:{colour_of(HTML_COLOURS, writer)}">{escape(text)}</mark>'
         for writer, text in runs(pool, tokens, writers)
     )
 
 
-def _of(colours: tuple[str, ...], writer: int) -> str:
-    """The colour of a model other than the SLM."""
-    return colours[1 + (writer - 1) % (len(colours) - 1)]
+def colour_of(colours: tuple[Colour, ...], writer: int) -> Colour:
+    """The colour of a writer: the first for the SLM, the others in turn for the models behind it."""
+    return colours[1 + (writer - 1) % (len(colours) - 1)] if writer > 0 else colours[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from envs.costs import CostModel
 from envs.decoding.observation import Features, check_features
 from envs.decoding.sampling import Sampling
+from envs.environments.prompts import Order, TooLong, check_choices
 from envs.environments.rewards import Reward
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
@@ -27,10 +28,13 @@ class RoutingSettings:
         capacity: the longest sequence, prompt included; the pool's where None.
         sampling: how tokens are drawn; greedy where None.
         features: what is observed: `hidden`, `hidden_logits` or `hidden_logits_history` (`envs.decoding.observation`).
+        on_too_long: what becomes of a prompt that leaves no room for `max_new_tokens`: `error`, when the environment is
+            built where the split is finite; `skip`, another example in its place; `truncate`, its last tokens.
+        order: `random`, or `sequential`: a pass over the split, and the next, which all rows share.
         tree: a prefix tree to walk instead of decoding; see `envs.environments.tree_routing`.
 
     Raises:
-        ValueError: an unknown split or features.
+        ValueError: an unknown split, features, order or treatment of long prompts.
     """
 
     pool: ModelPool | None = None
@@ -42,8 +46,11 @@ class RoutingSettings:
     capacity: int | None = None
     sampling: Sampling | None = None
     features: Features = "hidden"
+    on_too_long: TooLong = "error"
+    order: Order = "random"
     tree: PrefixTree | None = None
 
     def __post_init__(self) -> None:
         check_split(self.split)
         check_features(self.features)
+        check_choices(on_too_long=(self.on_too_long, TooLong), order=(self.order, Order))

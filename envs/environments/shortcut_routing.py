@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.vector import AutoresetMode
 
 from envs.arrays import NO_ACTION, BoolArray, FloatArray, IntArray
 from envs.costs import CostModel, LlmTokens, step_entries
@@ -17,7 +18,10 @@ from envs.decoding.decoder import checked_actions
 from envs.decoding.observation import HISTORY_FEATURES, Features, check_features, feature_width, history_features
 from envs.decoding.preference_rule import Case3
 from envs.decoding.references import References
-from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box, settings_of
+from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, State, observation_box
+from envs.environments.names import settings_of
+from envs.environments.prompts import Order, Pass, check_choices
+from envs.environments.render import PROMPT
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
@@ -42,6 +46,7 @@ class ShortcutSettings:
         case_3: `slm`, `llm`, `agreement` (the SLM iff both models would write the same token), `drop` (nothing is
             earned) or `outcome`: the SLM where the answer finished from its token was right, the LLM where it was
             wrong, nothing earned where it was not rolled out.
+        order: `random`, or `sequential`: a pass over the references, and the next, which all rows share.
         outcomes: 1 right, 0 wrong, -1 not rolled out, (tokens,); those of the references where None.
         references: in place of the pool, the task, and what else says which solutions are read: ready ones, which many
             environments may share.
@@ -61,12 +66,14 @@ class ShortcutSettings:
     max_new_tokens: int = 128
     features: Features = "hidden"
     case_3: Case3 = "llm"
+    order: Order = "random"
     outcomes: npt.NDArray[Any] | None = None
     references: References | None = None
 
     def __post_init__(self) -> None:
         check_split(self.split)
         check_features(self.features)
+        check_choices(order=(self.order, Order))
         if not (math.isfinite(self.cost_weight) and self.cost_weight >= 0):
             raise ValueError(f"cost_weight must be a finite number >= 0, is {self.cost_weight}")
         if self.cost is not None and not self.cost.reproducible:
@@ -87,6 +94,11 @@ class ShortcutSettings:
         return References.read((self.pool or embedded_pool()).check_choice(), examples, self.max_new_tokens)
 
 
+ROW_STATE = (
+    "in_flight", "begun", "example", "positions", "since_llm", "llm_tokens", "met", "read", "costs", "choices"
+)  # fmt: skip
+
+
 class ShortcutEpisodes(EpisodeRows):
     """Rows that walk along references, in arrays: no Python for a row but for what it draws.
 
@@ -95,13 +107,14 @@ class ShortcutEpisodes(EpisodeRows):
         settings: what they are made with.
     """
 
-    option = "index"
-    row_option = "indices"
+    options = ("index",)
+    row_options = ("indices",)
 
     def __init__(self, rows: int, settings: ShortcutSettings) -> None:
         super().__init__(rows)
         self.settings, self.cost, self.cost_weight = settings, settings.cost or LlmTokens(), settings.cost_weight
         self.references = references = settings.read_references()
+        self.numbers = Pass(len(references), settings.order)
         models = len(references.profiles)
         unit = self.cost.per_llm_token(references.profiles)
         if unit <= 0:
@@ -120,18 +133,20 @@ class ShortcutEpisodes(EpisodeRows):
         self.observation_space = observation_box(width)
         self.action_space = gym.spaces.Discrete(models)
         self._in_flight: BoolArray = np.zeros(rows, dtype=bool)
+        self._begun: BoolArray = np.zeros(rows, dtype=bool)
         self._example, self._positions, self._since_llm, self._llm_tokens, self._met = np.zeros((5, rows), np.int64)
         self._read: IntArray = np.zeros((rows, models), dtype=np.int64)
         self._costs: FloatArray = np.zeros(rows)
+        self._choices = np.zeros((rows, references.lengths.max()), dtype=np.int8)  # filled where rendered
 
     def start(self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[int | None]) -> Info:
         """Begin a walk in each row, along the reference of the index given or of one drawn uniformly."""
         count = len(self.references)
         numbers = [
-            int(rng.integers(count)) if index is None else check_index(index, count)
+            self.numbers.draw(rng) if index is None else check_index(index, count)
             for index, rng in zip(given, generators, strict=True)
         ]
-        self._in_flight[rows], self._example[rows] = True, numbers
+        self._in_flight[rows], self._begun[rows], self._example[rows] = True, True, numbers
         for counts in (self._positions, self._since_llm, self._llm_tokens, self._met, self._costs):
             counts[rows] = 0
         # the SLM has read the prompt; the LLM reads it when it is first chosen
@@ -158,6 +173,8 @@ class ShortcutEpisodes(EpisodeRows):
         self._met[chosen] += earned > 0
         self._llm_tokens[chosen] += actions
         self._since_llm[chosen] = np.where(actions > 0, 0, self._since_llm[chosen] + 1)
+        if self.rendered:
+            self._choices[rows, positions] = actions
         self._positions[chosen] += 1
         over = rows[ended]
         self._in_flight[over] = False
@@ -169,6 +186,26 @@ class ShortcutEpisodes(EpisodeRows):
         }
         rewards = earned - self.cost_weight * costs
         return RowSteps(rewards, ended, np.zeros(len(rows), dtype=bool), {"cost": costs}, finals)
+
+    def arguments(self) -> dict[str, Any]:
+        kept = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        return kept | {"references": self.references, "pool": None, "task": None}
+
+    def state(self, rows: IntArray) -> State:
+        return {name: getattr(self, f"_{name}")[rows] for name in ROW_STATE}
+
+    def restore(self, rows: IntArray, state: State, generators: Sequence[np.random.Generator]) -> None:
+        for name in ROW_STATE:
+            getattr(self, f"_{name}")[rows] = state[name]
+
+    def stretches(self, row: int) -> list[tuple[int, str]]:
+        """The prompt, the reference, and a square for every choice so far, by the model chosen."""
+        if not self._begun[row]:
+            return []
+        example = self.references.examples[self._example[row]]
+        choices = self._choices[row, : self._positions[row]].tolist()
+        whole = f"{example.prompt}\n{example.reference}\n\n"
+        return [(PROMPT, whole), *((choice, "\N{BLACK SQUARE}") for choice in choices)]
 
     def observe(self, rows: IntArray) -> Observations:
         """The SLM's state before the next token of each row, (n, width); zeros where the reference has ended."""
@@ -232,9 +269,12 @@ class ShortcutRoutingEnv(EpisodeEnv):
     `total_cost` (that of all steps).
 
     ## Arguments
-    All by keyword, all with defaults, which take seconds to read: those of `ShortcutSettings`.
+    All by keyword, all with defaults, which take seconds to read: those of `ShortcutSettings`, and names for models,
+    task and cost as in `RoutingEnv`. `render_mode` is `ansi` or `rgb_array`: the prompt, the reference, and a square
+    for every choice so far in the colour of its model.
 
     ## Version
+    v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`.
     v0: first version.
     """
 
@@ -247,11 +287,20 @@ class ShortcutRoutingEnv(EpisodeEnv):
 class ShortcutRoutingVectorEnv(EpisodeVectorEnv):
     """`num_envs` shortcut environments stepped as arrays; see `ShortcutRoutingEnv` for all but what follows.
 
-    Same-step autoreset, and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be given:
-    `options={"indices": [...]}`, a number or None for each row.
+    Autoreset modes (same step unless asked), and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be
+    given: `options={"indices": [...]}`, a number or None for each row.
     """
 
     episodes: ShortcutEpisodes
 
-    def __init__(self, num_envs: int = 1, *, render_mode: str | None = None, **settings: Any) -> None:
-        super().__init__(ShortcutEpisodes(num_envs, settings_of(ShortcutSettings, settings)), render_mode)
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            ShortcutEpisodes(num_envs, settings_of(ShortcutSettings, settings)), render_mode, autoreset_mode
+        )

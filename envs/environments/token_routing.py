@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.vector import AutoresetMode
 
 from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import ALL_COSTS, LlmTokens, Price
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import feature_width
 from envs.decoding.session import Session
-from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, observation_box, settings_of
-from envs.environments.render import ansi
+from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, State, observation_box
+from envs.environments.names import settings_of
+from envs.environments.prompts import PromptSource
+from envs.environments.render import PROMPT, runs
 from envs.environments.rewards import OutcomeReward, Transition
 from envs.environments.settings import RoutingSettings
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
@@ -37,8 +42,8 @@ class RoutingEpisodes(EpisodeRows):
         settings: what they are made with.
     """
 
-    option = "example"
-    row_option = "examples"
+    options = ("example", "index")
+    row_options = ("examples", "indices")
 
     def __init__(self, rows: int, settings: RoutingSettings) -> None:
         super().__init__(rows)
@@ -53,7 +58,15 @@ class RoutingEpisodes(EpisodeRows):
             self.session = Session(self.pool, rows, settings.max_new_tokens, settings.capacity, settings.sampling)
         else:
             self.session = TreeSession(tree, rows, settings.capacity)
-        self._encode = lru_cache(ENCODED_PROMPTS)(self.pool.encode)
+        self.source = PromptSource(
+            self.task,
+            settings.split,
+            lru_cache(ENCODED_PROMPTS)(self.pool.encode),
+            self.session.capacity - settings.max_new_tokens,
+            settings.on_too_long,
+            settings.order,
+        )
+        self.numbers = self.source.numbers
         self.cost = settings.cost or LlmTokens()
         self._cost_unit = self.cost.per_llm_token(self.pool.profiles)
         if self._cost_unit <= 0:
@@ -62,7 +75,8 @@ class RoutingEpisodes(EpisodeRows):
             )
         costs = {cost.name: cost for cost in (*ALL_COSTS, self.cost)}.values()
         self._price = Price(self.pool.profiles, list(costs))
-        self._step_price = Price(self.pool.profiles, [cost for cost in costs if cost.reproducible])
+        charged = [cost for cost in costs if cost.reproducible or cost.name == self.cost.name]
+        self._step_price = Price(self.pool.profiles, charged)
         self._final_types: dict[str, type] = {"text": object, "correct": bool, "slm_tokens": int, "llm_tokens": int}
         self._final_types |= {f"total_cost_{cost.name}": float for cost in costs}
         self.examples: list[Example | None] = [None] * rows
@@ -72,19 +86,21 @@ class RoutingEpisodes(EpisodeRows):
         self.observation_space = observation_box(feature_width(settings.features, self.pool.slm.width))
         self.action_space = gym.spaces.Discrete(len(self.pool))
 
-    def start(self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[Example | None]) -> Info:
-        """Begin a response in each row, to the example given or to one drawn from the split."""
-        examples = [
-            example or self.task.sample(self.settings.split, rng)
-            for example, rng in zip(given, generators, strict=True)
-        ]
-        prompts = [self._encode(example.prompt) for example in examples]
+    def start(
+        self, rows: IntArray, generators: Sequence[np.random.Generator], given: Sequence[Example | int | None]
+    ) -> Info:
+        """Begin a response in each row, to the example given, that number of the split, or the next one drawn."""
+        chosen = [self.source.choose(asked, rng) for asked, rng in zip(given, generators, strict=True)]
+        examples, prompts = [example for example, _ in chosen], [prompt for _, prompt in chosen]
         read = self.session.start(rows, prompts, generators=generators)
         for row, example in zip(rows, examples, strict=True):
             self.examples[row] = example
             if self.reward.uses_reference:
                 self._references[row] = self.pool.encode_response(example.reference)
         self._on_reference[rows], self._terminated[rows] = self.reward.uses_reference, False
+        if not self.cost.reproducible:
+            self.session.observe(rows)  # the SLM reads now, so that the prompt's seconds are charged to no step
+            read = self.session.ledger[rows]
         info: Info = {
             "example": np.array([example.id for example in examples], dtype=object),
             "prompt_tokens": np.array([len(prompt) for prompt in prompts]),
@@ -94,14 +110,20 @@ class RoutingEpisodes(EpisodeRows):
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Let the models that `actions` name write a token in each row."""
         references = self._next_reference_tokens(rows)
+        before = self.session.ledger[rows]
         step = self.session.step(rows, actions)
         ended = step.terminated | step.truncated
         self._terminated[rows] = step.terminated
+        ledger = step.ledger
+        if not self.cost.reproducible:
+            if not step.terminated.all():
+                self.session.observe(rows[~step.terminated])  # the reading that the step caused is timed now
+            ledger = self.session.ledger[rows] - before
         finals = self._final_infos(rows[ended]) if ended.any() else {}
         correct = np.zeros(len(rows), dtype=bool)
         correct[ended] = finals.get("correct", False)
         self._on_reference[rows] &= step.tokens == references
-        costs = self.cost.of(step.ledger, self.pool.profiles) / self._cost_unit
+        costs = self.cost.of(ledger, self.pool.profiles) / self._cost_unit
         rewards = self.reward(
             Transition(
                 actions=actions,
@@ -114,8 +136,10 @@ class RoutingEpisodes(EpisodeRows):
                 correct=correct,
             )
         )
-        infos: Info = {"token": step.tokens, "model": np.array(actions), "cost": costs}
-        infos |= self._costs(self._step_price, step.ledger, "cost")
+        infos: Info = {
+            "token": step.tokens, "slm_token": step.slm_tokens, "model": np.array(actions), "cost": costs
+        }  # fmt: skip
+        infos |= self._costs(self._step_price, ledger, "cost")
         return RowSteps(rewards, step.terminated, step.truncated, infos, finals)
 
     def observe(self, rows: IntArray) -> Observations:
@@ -126,12 +150,35 @@ class RoutingEpisodes(EpisodeRows):
             seen[terminated] = 0.0
         return np.asarray(seen)
 
-    def render(self, row: int) -> str:
-        """The prompt and the response so far, each token coloured by its writer."""
+    def arguments(self) -> dict[str, Any]:
+        kept = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        # a tree has its own pool and task, which must not be told from it when copies are made
+        return kept if self.settings.tree is None else kept | {"pool": None, "task": None}
+
+    def state(self, rows: IntArray) -> State:
+        texts = [json.dumps(None if (e := self.examples[row]) is None else asdict(e)).encode() for row in rows]
+        return {
+            "decoder": self.session.state(rows),
+            "examples": [np.frombuffer(text, dtype=np.uint8) for text in texts],
+            "terminated": self._terminated[rows],
+            "on_reference": self._on_reference[rows],
+        }
+
+    def restore(self, rows: IntArray, state: State, generators: Sequence[np.random.Generator]) -> None:
+        self.session.restore(rows, state["decoder"], generators)
+        self._terminated[rows], self._on_reference[rows] = state["terminated"], state["on_reference"]
+        for row, text in zip(rows, state["examples"], strict=True):
+            kept = json.loads(text.tobytes())
+            self.examples[row] = example = None if kept is None else Example(**kept)
+            if self.reward.uses_reference and example is not None:
+                self._references[row] = self.pool.encode_response(example.reference)
+
+    def stretches(self, row: int) -> list[tuple[int, str]]:
+        """The prompt and the response so far, by the models that wrote it."""
         example = self.examples[row]
         if example is None:
-            return ""
-        return example.prompt + ansi(self.pool, self.session.response(row), self.session.writers(row))
+            return []
+        return [(PROMPT, example.prompt), *runs(self.pool, self.session.response(row), self.session.writers(row))]
 
     def _next_reference_tokens(self, rows: IntArray) -> IntArray:
         tokens = np.full(len(rows), UNKNOWN)
@@ -183,30 +230,44 @@ class RoutingEnv(EpisodeEnv):
     `reward`, by default `OutcomeReward`: -cost_weight x cost at every step, + 1 at the end if the answer is right. The
     cost of a step is what its action made run (an LLM pass, with the tokens the LLM had missed) and the SLM's reading
     of the new token, in the unit of `cost`, over the cost of one LLM token on an empty cache. Reading the prompt is not
-    charged: it does not depend on any action.
+    charged: it does not depend on any action. A measured cost (`Seconds`) counts the reading of the new token with the
+    step that caused it, so that the costs of all steps are the episode's total less the reading of the prompt.
 
     ## Starting state
-    A prompt of the task's `split`, drawn with the environment's generator, or `options={"example": Example}`.
+    A prompt of the task's `split`, drawn with the environment's generator; with `order="sequential"` the next one of a
+    pass over the split, which a reset with a seed begins anew. Or `options={"example": Example}`, or number n of the
+    split, `options={"index": n}`. Prompts that leave no room for `max_new_tokens` are an error, when the environment is
+    built where the split is finite; with `on_too_long` they are skipped, or cut at their left.
 
     ## Episode end
     `terminated`: an end-of-sequence token was written. `truncated`: `max_new_tokens` were written without. Never both.
 
     ## Info
-    At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`, `model`,
-    `cost` (what the reward weighs), `cost_UNIT` for the units bytes, flops, llm_tokens and dollars. At the end also:
-    `text`, `correct`, `slm_tokens`, `llm_tokens`, and `total_cost_UNIT` of the episode, prompt included, for these
-    units and measured seconds (which are left out of a step's info because they never repeat).
+    At reset: `example` (its id), `prompt_tokens`, `cost_UNIT` of reading the prompt. At every step: `token`,
+    `slm_token` (what the SLM would have written, greedily), `model`, `cost` (what the reward weighs), `cost_UNIT` for
+    the units bytes, flops, llm_tokens and dollars. At the end also: `text`, `correct`, `slm_tokens`, `llm_tokens`, and
+    `total_cost_UNIT` of the episode, prompt included, for these units and measured seconds (which are left out of a
+    step's info because they never repeat, unless they are the `cost`).
 
     ## Arguments
-    All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, `task`, `cost`,
-    `reward`, `split`, `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`), and `render_mode`: `ansi`
-    (`render()` returns the prompt and the answer, each token coloured by its writer) or None.
+    All by keyword, all with defaults: those of `envs.environments.settings.RoutingSettings` (`pool`, or `models`:
+    names to load; `task`, `cost` and `reward`: objects, or names such as `arithmetic`, `bytes`, `outcome`; `split`,
+    `max_new_tokens`, `capacity`, `sampling`, `features`, `tree`, `on_too_long`, `order`). With names alone the spec is
+    plain JSON.
+    `render_mode` is `ansi` (`render()` returns the prompt and the answer as text, each token coloured by its writer),
+    `rgb_array` (the same as a picture, uint8, (360, 640, 3)) or None.
+
+    ## Copies and states
+    `get_state()` and `set_state(state)` keep and restore where an episode stands, here or in another environment made
+    with the same arguments; copies, in this process or another, hold that state, and models read
+    again what they had read. After either, the same actions lead to the same steps.
 
     ## Version
+    v1: rows of a vector environment have seeds spawned from one (`row_seeds`), no longer `seed + i`; a measured cost
+    charges steps with the SLM's reading; by default a token of one of several LLMs costs by that model's size.
     v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 10}  # type: ignore[misc]
     episodes: RoutingEpisodes
 
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
@@ -216,12 +277,19 @@ class RoutingEnv(EpisodeEnv):
 class RoutingVectorEnv(EpisodeVectorEnv):
     """`num_envs` routing environments decoded together; see `RoutingEnv` for spaces, rewards, infos and arguments.
 
-    Same-step autoreset, and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be given:
-    `options={"examples": [...]}`, an example or None for each row.
+    Autoreset modes (same step unless asked), and seeds of rows: see `EpisodeVectorEnv`. The first episodes may be
+    given: `options={"examples": [...]}` or `{"indices": [...]}`, an example, its number, or None for each row. With
+    `order="sequential"` the rows share one pass over the split: each example is answered once a pass.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {**EpisodeVectorEnv.metadata, **RoutingEnv.metadata}  # type: ignore[misc]
     episodes: RoutingEpisodes
 
-    def __init__(self, num_envs: int = 1, *, render_mode: str | None = None, **settings: Any) -> None:
-        super().__init__(RoutingEpisodes(num_envs, settings_of(RoutingSettings, settings)), render_mode)
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **settings: Any,
+    ) -> None:
+        super().__init__(RoutingEpisodes(num_envs, settings_of(RoutingSettings, settings)), render_mode, autoreset_mode)

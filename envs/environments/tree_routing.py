@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.environments.episodes import settings_of
+from envs.environments.names import resolved, settings_of
 from envs.environments.settings import RoutingSettings
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.models.loading import embedded_pool
@@ -28,14 +28,14 @@ class TreeSettings(RoutingSettings):
     """
 
     memory: int = 2**30
-    path: Path | None = None
+    path: Path | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cost is not None and not self.cost.reproducible:
             raise ValueError(
                 f"cost {self.cost.name} is measured, and a replay tree runs no model twice; choose another cost, or "
-                "use citer/TokenRouting-v0"
+                "use citer/TokenRouting-v1"
             )
         if self.tree is not None and self.path is not None:
             raise ValueError(
@@ -50,7 +50,8 @@ def tree_of(settings: Mapping[str, Any]) -> PrefixTree:
     if chosen.tree is not None:
         return chosen.tree
     pool, task = (chosen.pool or embedded_pool()).check_choice(), chosen.task or ArithmeticTask()
-    return PrefixTree(pool, task, chosen.max_new_tokens, chosen.memory, chosen.path)
+    path = None if chosen.path is None else Path(chosen.path)
+    return PrefixTree(pool, task, chosen.max_new_tokens, chosen.memory, path)
 
 
 def with_tree(settings: Mapping[str, Any], tree: PrefixTree) -> dict[str, Any]:
@@ -71,10 +72,12 @@ class TreeRoutingEnv(RoutingEnv):
     None; and `memory` and `path` of a new one: see `TreeSettings`.
 
     ## Version
+    v1: seeds of rows and the default cost of several LLMs, as in `RoutingEnv`.
     v0: first version.
     """
 
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
+        settings = resolved(settings)
         self.tree = tree_of(settings)
         super().__init__(render_mode=render_mode, **with_tree(settings, self.tree))
 
@@ -82,6 +85,8 @@ class TreeRoutingEnv(RoutingEnv):
 class TreeRoutingVectorEnv(RoutingVectorEnv):
     """`num_envs` walks through one prefix tree; see `TreeRoutingEnv` and `RoutingVectorEnv`."""
 
-    def __init__(self, num_envs: int = 1, *, render_mode: str | None = None, **settings: Any) -> None:
+    def __init__(self, num_envs: int = 1, **settings: Any) -> None:
+        shell = {name: settings.pop(name) for name in ("render_mode", "autoreset_mode") if name in settings}
+        settings = resolved(settings)
         self.tree = tree_of(settings)
-        super().__init__(num_envs, render_mode=render_mode, **with_tree(settings, self.tree))
+        super().__init__(num_envs, **shell, **with_tree(settings, self.tree))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import psutil
 import torch
+
+from envs.costs import ModelProfile
 
 
 def text_config(config: Any) -> Any:
@@ -103,4 +108,21 @@ def check_same_vocabulary(slm: Named, llm: Named) -> None:
         if a != b:
             raise ValueError(
                 f"special tokens differ: {special} is {a} for {slm.name}, {b} for {llm.name}; make them one"
+            )
+
+
+class ModelOrderWarning(UserWarning):
+    """A pool whose models do not stand cheapest first."""
+
+
+def warn_of_order(models: Sequence[ModelProfile]) -> None:
+    """Warn where a model is larger than the one behind it: action 0 would be a larger model than the SLM."""
+    for model, behind in pairwise(models):
+        if model.parameters > behind.parameters:
+            warnings.warn(
+                f"{model.name} stands before {behind.name} and is larger ({model.parameters:,} parameters, "
+                f"{behind.parameters:,}); a pool goes from the SLM to the largest model: change the order, or where it "
+                "is meant, warnings.simplefilter('ignore', envs.ModelOrderWarning)",
+                ModelOrderWarning,
+                stacklevel=2,
             )

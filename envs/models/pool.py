@@ -13,7 +13,7 @@ from torch import Tensor
 
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
-from envs.models.checks import check_fits, check_same_vocabulary
+from envs.models.checks import check_fits, check_same_vocabulary, warn_of_order
 from envs.models.kv_cache import SlotCache
 from envs.models.language_model import LanguageModel
 
@@ -85,13 +85,14 @@ class ModelPool:
         return len(self.models)
 
     def check_choice(self) -> ModelPool:
-        """The pool itself, for those that route in it.
+        """The pool itself, for those that route in it; `ModelOrderWarning` where a model is larger than the next one.
 
         Raises:
             ValueError: it has fewer than two models.
         """
         if len(self.models) < 2:
             raise ValueError(f"a pool needs at least two models, the SLM first; it has {', '.join(self.names)}")
+        warn_of_order(self.profiles)
         return self
 
     @property

@@ -121,6 +121,10 @@ class PrefixTree:
         """The tree itself: Gymnasium copies the arguments an environment was made with."""
         return self
 
+    def __reduce__(self) -> tuple[type[PrefixTree], tuple[object, ...]]:
+        """How a tree travels to another process: as an empty one of the same settings, that decodes the same states."""
+        return type(self), (self.pool, self.task, self.max_new_tokens, self.memory)
+
     def __len__(self) -> int:
         """Nodes in use."""
         return self.size - len(self._free)
@@ -386,7 +390,7 @@ def check_tree(
     if sampling is not None and not sampling.greedy:
         raise ValueError(
             f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
-            "states each time: leave sampling out, or use citer/TokenRouting-v0"
+            "states each time: leave sampling out, or use citer/TokenRouting-v1"
         )
     for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
         if here is not None and here is not there:

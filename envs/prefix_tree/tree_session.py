@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from envs.arrays import UNKNOWN, FloatArray, IntArray
@@ -118,6 +120,34 @@ class TreeSession(Decoder):
     def nodes(self, row: int) -> IntArray:
         """The states of a row from the prompt on, (n + 1,)."""
         return self.tree.path(int(self._nodes[row]))
+
+    def state(self, rows: IntArray) -> dict[str, npt.NDArray[Any]]:
+        """Where `rows`, (n,), stand, in numbers; see `Decoder.state`."""
+        return self._books_of(rows, "_read")
+
+    def restore(
+        self,
+        rows: IntArray,
+        state: Mapping[str, npt.NDArray[Any]],
+        generators: Sequence[np.random.Generator] | None = None,
+    ) -> None:
+        """Let `rows`, (n,), stand where others stood, walking there again; see `Decoder.restore`."""
+        rows = self._checked(rows)
+        self._set_books(rows, state, "_read")
+        for row in rows:
+            self._prompts[row], self._nodes[row] = None, UNKNOWN
+        begun = rows[self._prompt_lengths[rows] > 0]
+        if not len(begun):
+            return
+        prompts = [self._tokens[row, : self._prompt_lengths[row]].copy() for row in begun]
+        for row, prompt in zip(begun, prompts, strict=True):
+            self._prompts[row] = prompt
+        self._nodes[begun] = self.explorer.roots(begun, prompts, pinned=False)
+        written = self._lengths[begun] - self._prompt_lengths[begun]
+        for position in range(int(written.max())):
+            walking = begun[written > position]
+            actions = self._writers[walking, self._prompt_lengths[walking] + position].astype(np.int64)
+            self._nodes[walking] = self.explorer.step(walking, self._nodes[walking], actions)
 
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether a finished row answers `example`, judged once."""
