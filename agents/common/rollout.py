@@ -22,8 +22,8 @@ from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
-from envs.prefix_tree.tree import PrefixTree, check_tree
-from envs.prefix_tree.tree_session import TreeSession
+from envs.prefix_tree.tree import PrefixTree
+from envs.prefix_tree.tree_session import TreeSession, check_tree
 from envs.tasks.task import Example, Task
 
 UNDECIDED = -1

@@ -26,8 +26,7 @@ from envs.environments.rewards import OutcomeReward, Transition
 from envs.environments.settings import RoutingSettings
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
-from envs.prefix_tree.tree import check_tree
-from envs.prefix_tree.tree_session import TreeSession
+from envs.prefix_tree.tree_session import TreeSession, check_tree
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 

@@ -18,7 +18,6 @@ import torch
 
 from envs.arrays import UNKNOWN, IntArray
 from envs.decoding.observation import LOGIT_FEATURES
-from envs.decoding.sampling import Sampling
 from envs.models.checks import gigabytes
 from envs.models.pool import ModelPool, models_manifest
 from envs.prefix_tree.tree_file import Arrays, read_tree
@@ -381,22 +380,3 @@ class PrefixTree:
 def _digest(example: Example) -> int:
     """A number for all that an example says, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(example).encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def check_tree(
-    tree: PrefixTree, pool: ModelPool | None, task: Task | None, max_new_tokens: int, sampling: Sampling | None
-) -> None:
-    """Refuse a tree for a run on other models, another task or other settings, or that samples."""
-    if sampling is not None and not sampling.greedy:
-        raise ValueError(
-            f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
-            "states each time: leave sampling out, or use citer/TokenRouting-v1"
-        )
-    for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
-        if here is not None and here is not there:
-            raise ValueError(f"the tree was made for another {name}; give the tree's, or none")
-    if tree.max_new_tokens != max_new_tokens:
-        raise ValueError(
-            f"the tree ends responses after {tree.max_new_tokens} tokens, this run after {max_new_tokens}; give "
-            "both the same max_new_tokens"
-        )

@@ -13,7 +13,9 @@ from envs.arrays import UNKNOWN, FloatArray, IntArray
 from envs.costs import pass_entry, step_entries
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import Observation, Step
+from envs.decoding.sampling import Sampling
 from envs.models.checks import gigabytes
+from envs.models.pool import ModelPool
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, PrefixTree
 from envs.tasks.task import Example, Task
@@ -152,3 +154,22 @@ class TreeSession(Decoder):
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether a finished row answers `example`, judged once."""
         return self.tree.correct(int(self._nodes[row]), example)
+
+
+def check_tree(
+    tree: PrefixTree, pool: ModelPool | None, task: Task | None, max_new_tokens: int, sampling: Sampling | None
+) -> None:
+    """Refuse a tree for a run on other models, another task or other settings, or that samples."""
+    if sampling is not None and not sampling.greedy:
+        raise ValueError(
+            f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
+            "states each time: leave sampling out, or use citer/TokenRouting-v1"
+        )
+    for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
+        if here is not None and here is not there:
+            raise ValueError(f"the tree was made for another {name}; give the tree's, or none")
+    if tree.max_new_tokens != max_new_tokens:
+        raise ValueError(
+            f"the tree ends responses after {tree.max_new_tokens} tokens, this run after {max_new_tokens}; give "
+            "both the same max_new_tokens"
+        )

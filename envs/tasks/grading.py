@@ -12,10 +12,15 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
+import psutil
+
 WORKER = Path(__file__).with_name("grading_worker.py")
+PATIENCE = 12.0
+"""So many times its seconds a comparison may take by the clock: where other work takes the cores, it gets few."""
 
 
 class GradingError(RuntimeError):
@@ -29,10 +34,12 @@ class GradingPool:
     Workers end with the process that started them, however it ends.
 
     Args:
-        seconds: how long a comparison may take; its worker is killed then.
+        seconds: processor time a comparison may take, so that no verdict depends on what else runs; its worker is
+            killed then, or after PATIENCE times as much by the clock.
         workers: how many processes at most; further threads wait.
         start_seconds: how long a worker may take to start.
-        command: what starts a worker, for tests; its last argument is the time after which it is to end itself.
+        command: what starts a worker, for tests; its last arguments are the processor time, and the time by the clock,
+            after which it is to end itself.
 
     Raises:
         ValueError: a limit that is not positive.
@@ -52,7 +59,7 @@ class GradingPool:
             )
         self.seconds, self.workers, self.start_seconds = seconds, workers, start_seconds
         # -P: else the folder of the worker would come first, and this one has a `math`
-        self.command = command or (sys.executable, "-P", str(WORKER), str(seconds + 1))
+        self.command = command or (sys.executable, "-P", str(WORKER), str(seconds + 1), str(PATIENCE * seconds + 1))
         self._alive: set[_Worker] = set()
         self._reset()
         self._ended = threading.Event()
@@ -77,7 +84,7 @@ class GradingPool:
                     worker = self._idle.pop() if self._idle else None
                 worker = worker or self._start()
                 try:
-                    reply, expired = worker.ask(request, self.seconds)
+                    reply, expired = worker.ask(request, self.seconds, PATIENCE * self.seconds)
                 except BaseException:  # interrupted: its reply to this request must not become that to another
                     self._discard(worker)
                     raise
@@ -108,7 +115,7 @@ class GradingPool:
         try:
             if self._ended.is_set():  # a daemon thread goes on while the interpreter ends
                 raise GradingError("no answer is graded any more: the interpreter ends")
-            reply, expired = worker.ask(b"", self.start_seconds)
+            reply, expired = worker.ask(b"", self.start_seconds, self.start_seconds)
         except BaseException:
             self._discard(worker)
             raise
@@ -151,19 +158,30 @@ class _Worker:
             env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of SymPy's sets, hence the verdicts
         )
 
-    def ask(self, request: bytes, seconds: float) -> tuple[bytes, bool]:
-        """The line it replies with, empty if it died; and whether it was killed because `seconds` had passed."""
+    def ask(self, request: bytes, seconds: float, patience: float) -> tuple[bytes, bool]:
+        """The line it replies with, empty if it died; and whether it was killed for taking too long.
+
+        Args:
+            request: a line; nothing is asked where empty.
+            seconds: processor time it may take.
+            patience: seconds by the clock it may take.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        expired = threading.Event()
+        expired, answered = threading.Event(), threading.Event()
+        begun, spent = time.monotonic(), self._spent()
 
-        def expire() -> None:
-            expired.set()
-            self._process.kill()
+        def watch() -> None:
+            while True:
+                left = min(seconds - (self._spent() - spent), patience - (time.monotonic() - begun))
+                if left <= 0:
+                    expired.set()
+                    self._process.kill()
+                    return
+                if answered.wait(left):
+                    return
 
-        timer = threading.Timer(seconds, expire)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=watch, daemon=True).start()
         try:
             if request:
                 self._process.stdin.write(request)
@@ -171,8 +189,16 @@ class _Worker:
         except OSError:  # a broken pipe
             reply = b""
         finally:
-            timer.cancel()
+            answered.set()
         return reply, expired.is_set()
+
+    def _spent(self) -> float:
+        """Processor time it has taken so far, in seconds; as much as there is where it is gone."""
+        try:
+            user, system = psutil.Process(self._process.pid).cpu_times()[:2]
+        except psutil.Error:
+            return float("inf")
+        return float(user + system)
 
     def kill(self) -> None:
         self._process.kill()

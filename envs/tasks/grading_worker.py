@@ -10,15 +10,17 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import math
 import os
 import signal
 import sys
+import time
 
 MEMORY = 2**31  # bytes: a number with too many digits is a MemoryError here, before it is one for the machine
 
 
-def main(seconds: float) -> None:
-    """Answers requests until the input ends; dies if one takes longer than `seconds`."""
+def main(seconds: float, patience: float) -> None:
+    """Answers requests until the input ends; dies if one takes `seconds` of processor time, or `patience` of any."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no reply
@@ -39,12 +41,25 @@ def main(seconds: float) -> None:
         for line in sys.stdin:
             # The process that asked kills this one in time. Should it be gone itself, this thread of the interpreter's
             # needs neither Python's lock nor the end of a multiplication.
-            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(patience, exit=True, file=nowhere)
+            _limit_processor_time(time.process_time() + seconds)
             gold, answer = (parse(f"\\boxed{{{side}}}", parsing_timeout=None) for side in json.loads(line))
             verdict = bool(verify(gold, answer, timeout_seconds=None))
             faulthandler.cancel_dump_traceback_later()
+            _limit_processor_time(math.inf)
             print(json.dumps(verdict), file=replies, flush=True)
 
 
+def _limit_processor_time(seconds: float) -> None:
+    """Let the system end this process once it has used so many seconds in all."""
+    if sys.platform != "win32":
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        soft = resource.RLIM_INFINITY if math.isinf(seconds) else math.ceil(seconds)
+        if hard == resource.RLIM_INFINITY or 0 <= soft < hard:
+            resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main(float(sys.argv[1]), float(sys.argv[2]))

@@ -58,7 +58,9 @@ def random_pool(config: DictConfig) -> ModelPool:
         size = sum(p.numel() for p in network.parameters())
         print(f"{name}: {size / 1e6:.1f} M parameters")
         models.append(LanguageModel(name, network, tokenizer))
-    return ModelPool(models)
+    pool = ModelPool(models)
+    pool.profiles  # noqa: B018 (sizes are read once, by a pass of their own that is none of a decoding)
+    return pool
 
 
 def random_prompts(count: int, config: DictConfig) -> list[IntArray]:
