@@ -1,5 +1,4 @@
 import copy
-import copyreg
 import gc
 import pickle
 import subprocess
@@ -22,7 +21,6 @@ from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRouti
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.environments.vector import row_seeds
-from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import FirstExamples
 
@@ -335,20 +333,6 @@ def test_the_infos_say_what_the_slm_would_have_written(settings, kind):
     assert info["model"] == 1
 
 
-AT_HAND: dict[int, ModelPool] = {}
-
-
-def at_hand(number):
-    return AT_HAND[number]
-
-
-@pytest.fixture
-def travelling(monkeypatch, tiny_pool, pool):
-    """Pools travel by number, for tests whose pools no other process could load."""
-    AT_HAND.update({id(known): known for known in (tiny_pool, pool)})
-    monkeypatch.setitem(copyreg.dispatch_table, ModelPool, lambda pool: (at_hand, (id(pool),)))
-
-
 def numbers_alone(state):
     if isinstance(state, dict):
         return all(numbers_alone(value) for value in state.values())
@@ -414,7 +398,6 @@ def test_rows_take_the_states_of_other_rows(settings, kind):
 
 @pytest.mark.parametrize("vector", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.usefixtures("travelling")
 def test_copies_and_pickles_go_on_as_the_environment_does(settings, kind, vector):
     made = KINDS[kind][1](2, **settings[kind]) if vector else KINDS[kind][0](**settings[kind])
     fresh = pickle.loads(pickle.dumps(made))

@@ -363,6 +363,7 @@ OPTIONS = st.none() | st.sampled_from(
     [
         {},
         {"example": None},
+        {"example": "first"},
         {"exmple": 1},
         {"index": 0},
         {"index": 10**9},

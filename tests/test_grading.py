@@ -184,7 +184,7 @@ def test_a_worker_that_cannot_start_is_an_error(start: tuple[str, ...], message:
 def test_a_worker_says_why_it_cannot_work(tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
     run = subprocess.run(
-        [sys.executable, "-P", str(ROOT / "envs" / "tasks" / "grading_worker.py"), "1"],
+        [sys.executable, "-P", str(ROOT / "envs" / "tasks" / "grading_worker.py"), "1", "1"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
