@@ -385,9 +385,9 @@ def test_calls_of_environments_are_answered_or_refused(tiny_pool, name, rows, ca
     """What each refusal says is for the tests of environments; here no error is one from within."""
     made = {"pool": tiny_pool, "task": FirstExamples(Letters(), 3), "max_new_tokens": MAX_NEW}
     if rows is None:
-        environment = gym.make(f"citer/{name}-v0", disable_env_checker=True, **made).unwrapped
+        environment = gym.make(f"citer/{name}-v1", disable_env_checker=True, **made).unwrapped
     else:
-        environment = gym.make_vec(f"citer/{name}-v0", num_envs=rows, **made).unwrapped
+        environment = gym.make_vec(f"citer/{name}-v1", num_envs=rows, **made).unwrapped
     for call, what, options in calls:
         with answered(""):
             if call == "reset":

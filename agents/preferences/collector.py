@@ -133,6 +133,8 @@ class PreferenceCollector:
             for token in np.flatnonzero(where)
             for branch in branches
         ]
+        # the longest first, so that none is left to finish alone
+        rollouts.sort(key=lambda rollout: (-columns["position"][rollout[1]], rollout), reverse=True)
 
         def start(rows: IntArray, numbers: IntArray) -> None:
             slots, tokens, models = (np.array(part) for part in zip(*(rollouts[n] for n in numbers), strict=True))

@@ -102,6 +102,7 @@ class QueryOutcomes:
                     f"{line.place} has outcomes of {', '.join(line.correct)}, the first line of {', '.join(models)}; "
                     "every query needs an outcome of every model"
                 )
+        check_models(models, read[0].place)
         return cls(
             [line.prompt for line in read],
             [line.group for line in read],
@@ -160,8 +161,7 @@ class _Line:
             price = own[model]
             number = isinstance(price, int | float) and not isinstance(price, bool)
             if not number or not 0 < price <= MOST:
-                raise ValueError(f"{place}: the price of {model} must be a positive number, it is {price!r}")
-        check_models(list(correct), place)
+                raise ValueError(f"{place}: costs of {model} must be positive numbers, its price is {price!r}; mend it")
         return cls(place, prompt, group, correct, own)
 
 

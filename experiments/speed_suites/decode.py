@@ -28,14 +28,20 @@ from experiments.common.timing import Numbers, alternate
 
 
 class _NoTokenizer:
-    """Stands in for a tokenizer: random weights have no text. No token ends a response."""
+    """Stands in for a tokenizer of so many ids: random weights have no text. No token ends a response."""
 
     eos_token_id = -1
+
+    def __init__(self, ids: int) -> None:
+        self.ids = ids
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(self.ids)}
 
 
 def random_pool(config: DictConfig) -> ModelPool:
     """A pair of random-weight Llamas of the configured sizes."""
-    tokenizer: Any = _NoTokenizer()
+    tokenizer: Any = _NoTokenizer(config.vocab_size)
     models = []
     for name in ("slm", "llm"):
         shape = config[name]
