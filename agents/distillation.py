@@ -74,7 +74,7 @@ class OracleStates:
 
     def features(self, tree: PrefixTree, features: str) -> Tensor:
         """What a router of these `features` sees of them: float16, (n, width)."""
-        return observation_at(tree, self.nodes, self.since_llm).seen(features).half()
+        return observation_at(tree, self.nodes, self.since_llm).vector(features).half()
 
 
 @dataclass(frozen=True)

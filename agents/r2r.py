@@ -118,7 +118,7 @@ class R2RPolicy(RouterPolicy):
         return {**super().settings(), "top_logits": self.top_logits}
 
     @classmethod
-    def seen_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
+    def input_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
         logits = min(int(settings["top_logits"]), pool.vocab_size)
         return pool.slm.width + logits + int(token_embeddings(pool).shape[1])
 
@@ -183,7 +183,7 @@ class R2R(Learner[R2RPolicy]):
             tokens = torch.from_numpy(written[shard]).to(embeddings.device)
             return torch.cat([store.features(shard), embeddings[tokens].half().cpu()], dim=-1)
 
-        width = R2RPolicy.seen_width({"top_logits": self.top_logits}, pool)
+        width = R2RPolicy.input_width({"top_logits": self.top_logits}, pool)
         everywhere = np.ones(len(columns["label"]), dtype=bool)
         data = LabelledTokens(
             features=features,

@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 from agents.citer import Citer
 from agents.common.policy import Learner, TrainingRun
-from agents.common.rollout import UNDECIDED
 from agents.common.saving import load_policy
 from agents.distillation import OracleDistillation
 from agents.preferences.labels import Labels
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
-from envs.arrays import FloatArray, IntArray
+from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.decoding.observation import check_features, feature_width
 from envs.models.pool import models_manifest
 from envs.prefix_tree.expander import TreeExpander
@@ -162,7 +161,7 @@ class _Improvement:
         some = np.arange(min(len(self.examples), self.settings.batch))
         roots = self._roots(some)
         fresh = np.zeros(len(some), dtype=np.int64)
-        _, _, states = self._follow(roots, since=fresh, first=np.full(len(some), UNDECIDED), sampled=False)
+        _, _, states = self._follow(roots, since=fresh, first=np.full(len(some), NO_ACTION), sampled=False)
         nodes, since = (np.concatenate(column) for column in zip(*states, strict=True))
         inputs = self._features(nodes.astype(np.int64), since.astype(np.int64))
         if self.settings.start == "scratch" and self.settings.policy is None:
@@ -182,7 +181,7 @@ class _Improvement:
         price = settings.cost_weight * (min(1.0, number / rising) if rising else 1.0)
         chosen = self.rng.choice(len(self.examples), min(settings.batch, len(self.examples)), replace=False)
         roots = self._roots(chosen)
-        fresh, undecided = np.zeros(len(chosen), dtype=np.int64), np.full(len(chosen), UNDECIDED)
+        fresh, undecided = np.zeros(len(chosen), dtype=np.int64), np.full(len(chosen), NO_ACTION)
         ends, calls, states = self._follow(roots, since=fresh, first=undecided, sampled=settings.samples > 1)
         right = self._right(ends, chosen)
         nodes, since, owners = self._branchings(states)
@@ -245,7 +244,7 @@ class _Improvement:
         Args:
             nodes: (n,).
             since: tokens since the LLM last wrote, (n,).
-            first: the first action, (n,); UNDECIDED leaves it to the router.
+            first: the first action, (n,); NO_ACTION leaves it to the router.
             sampled: draw actions from the router's probabilities, instead of the better one.
 
         Returns:
@@ -260,8 +259,8 @@ class _Improvement:
                 slm = torch.sigmoid(self.network(self._features(at[going], ago[going]))).double().cpu().numpy()
             drawn = self.rng.random(len(going)) if sampled else 0.5
             actions = np.where(slm >= drawn, 0, self.llm)
-            actions = np.where(forced[going] == UNDECIDED, actions, forced[going])
-            forced[going] = UNDECIDED
+            actions = np.where(forced[going] == NO_ACTION, actions, forced[going])
+            forced[going] = NO_ACTION
             visited.append((going, at[going], ago[going]))
             for begin in range(0, len(going), self.settings.rows):
                 part = going[begin : begin + self.settings.rows]
@@ -275,7 +274,7 @@ class _Improvement:
         return at, calls, list(zip(np.split(where[order], cuts), np.split(agos[order], cuts), strict=True))
 
     def _features(self, nodes: IntArray, since: IntArray) -> Tensor:
-        return observation_at(self.tree, nodes, since).seen(self.features).to(self.tree.pool.slm.device)
+        return observation_at(self.tree, nodes, since).vector(self.features).to(self.tree.pool.slm.device)
 
     def _right(self, ends: IntArray, problems: IntArray) -> FloatArray:
         pairs = zip(ends.tolist(), problems.tolist(), strict=True)

@@ -12,4 +12,4 @@ BoolArray = npt.NDArray[np.bool_]
 UNKNOWN = -1
 """In arrays of tokens, nodes, verdicts and outcomes: not known, since nobody asked yet, or not there."""
 NO_ACTION = -1
-"""In arrays of actions: none is preferred."""
+"""In arrays of actions: none is preferred, or whoever decides is yet to be asked."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy, check_scores
-from envs.arrays import FloatArray, IntArray
+from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.decoder import Decoder
 from envs.decoding.sampling import Sampling
@@ -25,9 +25,6 @@ from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.prefix_tree.tree_session import TreeSession, check_tree
 from envs.tasks.task import Example, Task
-
-UNDECIDED = -1
-"""In the place of an action: whoever decides is yet to be asked."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +281,7 @@ def decode_loop(
     threshold: float = 0.5,
     gather: float = 0.0,
     record: DecisionRecord | None = None,
-    first_action: int = UNDECIDED,
+    first_action: int = NO_ACTION,
 ) -> Iterator[EndedRow]:
     """Answer all that waits in a queue, and yield each row when its response has ended.
 
@@ -295,7 +292,7 @@ def decode_loop(
         threshold: the SLM writes where the score is at least this.
         gather: see `Scheduling`.
         record: notes what the policy does.
-        first_action: of every response; the policy's where UNDECIDED.
+        first_action: of every response; the policy's where NO_ACTION.
 
     Raises:
         FloatingPointError: a score is not a number.
@@ -303,20 +300,20 @@ def decode_loop(
     """
     checked = False  # the policy's scores, once, before minutes of work
     llm = len(session.pool) - 1
-    actions = np.full(session.rows, UNDECIDED)
-    lasting = np.full(session.rows, UNDECIDED)  # the action of a whole response, once it is decided
+    actions = np.full(session.rows, NO_ACTION)
+    lasting = np.full(session.rows, NO_ACTION)  # the action of a whole response, once it is decided
     asked, episodes = np.zeros(session.rows, dtype=bool), np.zeros(session.rows, dtype=np.int64)
     while True:
         started = queue.fill()
         if len(started):
             asked[started] = False
-            actions[started], lasting[started] = first_action, first_action if policy is None else UNDECIDED
+            actions[started], lasting[started] = first_action, first_action if policy is None else NO_ACTION
             if record is not None:
                 record.begin(started)
         busy = queue.busy
         if not len(busy):
             return
-        undecided = busy[actions[busy] == UNDECIDED]
+        undecided = busy[actions[busy] == NO_ACTION]
         if policy is not None and len(undecided):
             observation = session.observe(undecided)
             asked[undecided], episodes[undecided] = True, observation.episodes

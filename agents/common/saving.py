@@ -135,7 +135,7 @@ class SavedPolicy(Policy):
         """
 
     @classmethod
-    def seen_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int | None:
+    def input_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int | None:
         """Numbers a policy of these `settings` sees at a decision over `pool`; None where that is not compared."""
         return None
 
@@ -179,13 +179,13 @@ class SavedPolicy(Policy):
             weights = read_tensors(folder / cls.weights_file)
             models, width = [dict(model) for model in settings["models"]], settings.get("width")
             named = _named(models)
-            seen = cls.seen_width(settings, pool)
+            expected_width = cls.input_width(settings, pool)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder} holds no readable policy ({type(error).__name__}: {error}); train one with experiments.train"
             ) from error
-        if models != models_manifest(pool) or (seen is not None and width != seen):
-            sees = "" if seen is None else f" ({width} features)"
+        if models != models_manifest(pool) or (expected_width is not None and width != expected_width):
+            sees = "" if expected_width is None else f" ({width} features)"
             raise ValueError(
                 f"{folder}: the policy was trained for the models {named}{sees}; the pool is "
                 f"{_named(models_manifest(pool))} ({pool.slm.width} wide): load that pool, or train for it"

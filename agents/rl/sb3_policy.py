@@ -95,7 +95,7 @@ class Sb3Policy(SavedPolicy):
 
     @torch.no_grad()
     def score(self, observation: Observation) -> Tensor:
-        inputs = observation.seen(self.features)[:, None]  # (n, 1, width)
+        inputs = observation.vector(self.features)[:, None]  # (n, 1, width)
         if self.conditioned is not None:
             weights = self.conditioned.grid() if self.weight is None else np.array([self.weight])
             column = torch.from_numpy(self.conditioned.scaled(weights)).to(inputs)[None, :, None]
@@ -144,7 +144,7 @@ class Sb3Policy(SavedPolicy):
         }
 
     @classmethod
-    def seen_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
+    def input_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
         return feature_width(settings["features"], pool.slm.width)
 
     @classmethod

@@ -40,7 +40,7 @@ class RouterPolicy(SavedPolicy):
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def score(self, observation: Observation) -> Tensor:
-        return torch.sigmoid(self.network(observation.seen(self.features)))
+        return torch.sigmoid(self.network(observation.vector(self.features)))
 
     def about(self) -> str:
         return self.features
@@ -58,7 +58,7 @@ class RouterPolicy(SavedPolicy):
         }
 
     @classmethod
-    def seen_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
+    def input_width(cls, settings: Mapping[str, Any], pool: ModelPool) -> int:
         return feature_width(settings["features"], pool.slm.width)
 
     @classmethod

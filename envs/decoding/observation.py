@@ -85,8 +85,8 @@ class Observation:
         assert self.kept_logit_features is not None
         return self.kept_logit_features
 
-    def seen(self, features: str) -> Tensor:
-        """What a router of these `features` sees, float32, (n, feature_width)."""
+    def vector(self, features: str) -> Tensor:
+        """What a router of these `features` reads, one row a decision, float32, (n, feature_width)."""
         level = FEATURES.index(check_features(features))
         parts = [self.hidden.float()]
         if level > 0:

@@ -25,6 +25,11 @@ def log_probability(logits: Tensor, tokens: IntArray) -> FloatArray:
     return np.asarray((chosen - logits.logsumexp(-1)).double().cpu().numpy())
 
 
+def _final_states(states: Tensor, logits: Tensor) -> Tensor:
+    """A view: the hidden states after the last layer."""
+    return states.float()
+
+
 class TeacherSession(Session):
     """A `Session` for teacher forcing; see there for its arguments."""
 
@@ -97,10 +102,11 @@ class TeacherSession(Session):
         likely = [np.empty(chosen.shape) for chosen in choices]
         for model, cache in enumerate(self._caches):
             cache.free(rows)
-            seen = view or (lambda states, logits: states.float())
             own: list[FloatArray] | None = None if log_probabilities is None else []
-            found, tokens = self._read_every(model, rows, seen if model == 0 else None, own=own)
-            views += [states[-len(response) :] for states, response in zip(found, responses, strict=False)]
+            # the SLM alone is looked at
+            wanted = (view or _final_states) if model == 0 else None
+            viewed, tokens = self._read_every(model, rows, wanted, own=own)
+            views += [states[-len(response) :] for states, response in zip(viewed, responses, strict=False)]
             for i, response in enumerate(responses):
                 choices[i][:, model] = tokens[i][-len(response) :]
                 if own is not None:

@@ -143,11 +143,11 @@ class RoutingEpisodes(EpisodeRows):
 
     def observe(self, rows: IntArray) -> Observations:
         """What a router sees of rows, (n, width); zeros where a response has terminated."""
-        seen = self.session.observe(rows).seen(self.settings.features).cpu().numpy()
+        observations = self.session.observe(rows).vector(self.settings.features).cpu().numpy()
         terminated = self._terminated[rows]
         if terminated.any():
-            seen[terminated] = 0.0
-        return np.asarray(seen)
+            observations[terminated] = 0.0
+        return np.asarray(observations)
 
     def arguments(self) -> dict[str, Any]:
         kept = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
