@@ -80,6 +80,7 @@ class RoutingEpisodes(EpisodeRows):
         self._final_types |= {f"total_cost_{cost.name}": float for cost in costs}
         self.examples: list[Example | None] = [None] * rows
         self._references: list[IntArray] = [np.zeros(0, dtype=np.int64)] * rows
+        self._reference_lengths: IntArray = np.zeros(rows, dtype=np.int64)
         self._on_reference: BoolArray = np.zeros(rows, dtype=bool)
         self._terminated: BoolArray = np.zeros(rows, dtype=bool)
         self.observation_space = observation_box(feature_width(settings.features, self.pool.slm.width))
@@ -94,8 +95,7 @@ class RoutingEpisodes(EpisodeRows):
         read = self.session.start(rows, prompts, generators=generators)
         for row, example in zip(rows, examples, strict=True):
             self.examples[row] = example
-            if self.reward.uses_reference:
-                self._references[row] = self.pool.encode_response(example.reference)
+            self._know_reference(row, example)
         self._on_reference[rows], self._terminated[rows] = self.reward.uses_reference, False
         if not self.cost.reproducible:
             self.session.observe(rows)  # the SLM reads now, so that the prompt's seconds are charged to no step
@@ -109,12 +109,12 @@ class RoutingEpisodes(EpisodeRows):
     def step(self, rows: IntArray, actions: npt.NDArray[Any]) -> RowSteps:
         """Let the models that `actions` name write a token in each row."""
         references = self._next_reference_tokens(rows)
-        before = self.session.ledger[rows]
+        before = None if self.cost.reproducible else self.session.ledger[rows]
         step = self.session.step(rows, actions)
         ended = step.terminated | step.truncated
         self._terminated[rows] = step.terminated
         ledger = step.ledger
-        if not self.cost.reproducible:
+        if before is not None:
             if not step.terminated.all():
                 self.session.observe(rows[~step.terminated])  # the reading that the step caused is timed now
             ledger = self.session.ledger[rows] - before
@@ -129,7 +129,7 @@ class RoutingEpisodes(EpisodeRows):
                 tokens=step.tokens,
                 slm_tokens=step.slm_tokens,
                 reference_tokens=references,
-                reference_lengths=np.array([len(self._references[row]) for row in rows]),
+                reference_lengths=self._reference_lengths[rows],
                 costs=costs,
                 ended=ended,
                 correct=correct,
@@ -169,8 +169,8 @@ class RoutingEpisodes(EpisodeRows):
         for row, text in zip(rows, state["examples"], strict=True):
             kept = json.loads(text.tobytes())
             self.examples[row] = example = None if kept is None else Example(**kept)
-            if self.reward.uses_reference and example is not None:
-                self._references[row] = self.pool.encode_response(example.reference)
+            if example is not None:
+                self._know_reference(row, example)
 
     def stretches(self, row: int) -> list[tuple[int, str]]:
         """The prompt and the response so far, by the models that wrote it."""
@@ -178,6 +178,12 @@ class RoutingEpisodes(EpisodeRows):
         if example is None:
             return []
         return [(PROMPT, example.prompt), *runs(self.pool, self.session.response(row), self.session.writers(row))]
+
+    def _know_reference(self, row: int, example: Example) -> None:
+        """Keep the tokens of the reference, where the reward asks for them."""
+        if self.reward.uses_reference:
+            self._references[row] = reference = self.pool.encode_response(example.reference)
+            self._reference_lengths[row] = len(reference)
 
     def _next_reference_tokens(self, rows: IntArray) -> IntArray:
         tokens = np.full(len(rows), UNKNOWN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +28,8 @@ from envs.tasks.task import Example, Task
 FORMAT = "1"
 GOING_ON, TERMINATED, TRUNCATED = 0, 1, 2
 Integer = TypeVar("Integer", np.int8, np.int32, np.int64)
+DIGESTS = 2**14
+"""Examples whose digests are kept."""
 EVICTED_AT_ONCE = 0.1
 """Share of the nodes that is made free when there is no room left."""
 
@@ -151,7 +154,7 @@ class PrefixTree:
         """The SLM's hidden state and logit features at nodes that have not terminated: float32, (n, width)."""
         mapped = len(self._mapped)
         if not mapped or (nodes >= mapped).all():
-            return np.asarray(self._fresh[nodes - mapped])
+            return self._fresh.take(nodes - mapped, axis=0)
         features = np.empty((len(nodes), self._mapped.shape[1]), dtype=np.float32)
         old = nodes < mapped
         features[old], features[~old] = self._mapped[nodes[old]], self._fresh[nodes[~old] - mapped]
@@ -377,6 +380,7 @@ class PrefixTree:
         self.evictions += 1
 
 
+@lru_cache(DIGESTS)
 def _digest(example: Example) -> int:
     """A number for all that an example says, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(example).encode(), digest_size=8).digest(), "little", signed=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from envs.arrays import UNKNOWN, FloatArray, IntArray
 from envs.costs import pass_entry, step_entries
@@ -25,12 +26,21 @@ def observation_at(
     tree: PrefixTree, nodes: IntArray, since_llm: IntArray, episodes: IntArray | None = None
 ) -> Observation:
     """What may be seen at states of a tree, (n,); each an episode of its own where `episodes` is None."""
-    # copies: what torch allocates is aligned and contiguous, as in live decoding, and the last bits of a product
-    # depend on that; what lies in a file, or where NumPy put it, need not be
     features, width = tree.features(nodes), tree.pool.slm.width
-    hidden, logits = torch.tensor(features[:, :width]), torch.tensor(features[:, width:])
+    hidden, logits = torch_copy(features[:, :width]), torch_copy(features[:, width:])
     episodes = np.arange(len(nodes)) if episodes is None else episodes
     return Observation(hidden, None, tree.depths[nodes].astype(np.int64), episodes, since_llm, logits)
+
+
+def torch_copy(values: npt.NDArray[np.float32]) -> Tensor:
+    """A copy in memory of torch's own, float32, of the same shape.
+
+    What torch allocates is aligned and contiguous, as in live decoding, and the last bits of a product depend on that;
+    what lies in a file, or where NumPy put it, need not be. NumPy copies, since it wakes no thread for so little.
+    """
+    copy = torch.empty(values.shape)
+    copy.numpy()[...] = values
+    return copy
 
 
 class TreeSession(Decoder):
