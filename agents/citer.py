@@ -7,11 +7,13 @@ released code: rollouts keep the LLM's cache, end at the end of sequence, and ar
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from agents.common.policy import Learner, Policy, Track, TrainingRun, untracked
 from agents.common.rollout import Scheduling
@@ -100,8 +102,9 @@ class Citer(Learner[RouterPolicy]):
                 store = collection.collect(run.workspace / f"round-{number}", policy, first, number)
                 for name in ("slm_outcome", "llm_outcome"):
                     columns[name][redone] = store.column(name)
-            columns["label"] = self.labels.of(columns)
-            run.track({"run": f"round {number}", "skipped": first.skipped(), **shares(columns)})
+            before, columns["label"] = columns["label"], self.labels.of(columns)
+            changed = {} if policy is None else self._relabelled(number, before, columns["label"])
+            run.track({"run": f"round {number}", "skipped": first.skipped(), **changed, **shares(columns)})
             policy = self._train_router(run, first, columns, number)
         assert policy is not None
         return policy
@@ -114,6 +117,18 @@ class Citer(Learner[RouterPolicy]):
         columns = {name: store.column(name) for name in COLUMNS}
         track({"run": "round 1", "tokens": len(columns["case"]), "skipped": store.skipped(), **shares(columns)})
         return store
+
+    @staticmethod
+    def _relabelled(number: int, before: npt.NDArray[np.int8], after: npt.NDArray[np.int8]) -> dict[str, int]:
+        """How many tokens have another label than in the round before, said aloud where none has."""
+        relabelled = int((before != after).sum())
+        if not relabelled:
+            logging.getLogger(__name__).info(
+                "round %d relabelled no token: its rollouts agree with round %d's, so that it trains the same router",
+                number,
+                number - 1,
+            )
+        return {"relabelled": relabelled}
 
     def _train_router(self, run: TrainingRun, store: PreferenceStore, columns: Columns, number: int) -> RouterPolicy:
         data = LabelledTokens(

@@ -3,14 +3,15 @@
 An episode is a response, an action the model that writes its next token, the return the verdict less the price of the
 LLM's tokens. Losses are those of the algorithms' papers, as the libraries have them. What differs is said at the
 settings: inputs standardised before training, a discount of 1, many rows, exploration row by row, no bootstrap at the
-length limit.
+length limit; DQN and QR-DQN learn from returns of 32 steps, which are not corrected for what exploration did in them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from tqdm import tqdm
 
+from agents.common.checkpoints import Checkpoints, described
 from agents.common.policy import Learner, Track, TrainingRun
 from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
 from agents.rl.cost_weights import CostWeights
@@ -25,16 +27,18 @@ from agents.rl.sb3_policy import Sb3Policy
 from envs.costs import ALL_COSTS
 from envs.decoding.observation import Features, check_features
 from envs.environments.rewards import OutcomeReward
-from envs.models.pool import ModelPool
+from envs.models.pool import ModelPool, models_manifest
 from envs.tasks.task import FirstExamples, Task
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.callbacks import BaseCallback
 
 
 # Of the rollout that standardises inputs: about as long as a response, so that every part of one is seen.
 STATISTICS_STEPS = 64
 ROWS_REPORTED = 50
+CHECKPOINTS = 20
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,11 @@ class StableBaselines(Learner[Sb3Policy]):
             ends could be worth anything.
         threads: of torch while the network learns. It is small: where cores are shared, threads that wait for each
             other make it ten times slower.
+        checkpoint_steps: steps between two checkpoints, which lie in the run's folder: an interrupted training goes on
+            from the newest; a twentieth of `steps` where None. Kept are weights, optimizer, random states, replay
+            buffer, the answers in flight, and with `tree` all its states, so that the policy is to the bit that of an
+            undisturbed run with these settings, on the same machine with as many threads; but not where a tree is so
+            large that it had to forget states. At every checkpoint models read the answers in flight anew.
         arguments: further arguments of the algorithm's class, and in `policy_kwargs` of its network's.
         conditioned: draw a cost weight for every episode and show it to the agent, so that one policy covers them all;
             `cost_weight` is not used then.
@@ -147,6 +156,7 @@ class StableBaselines(Learner[Sb3Policy]):
     slm_prior: float = 0.7
     bootstrap: bool = False
     threads: int = 1
+    checkpoint_steps: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     conditioned: CostWeights | None = None
 
@@ -162,6 +172,8 @@ class StableBaselines(Learner[Sb3Policy]):
         for key in ("steps", "num_envs", "examples", "max_new_tokens", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, is {getattr(self, key)}")
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise ValueError(f"checkpoint_steps must be at least 1 or None, is {self.checkpoint_steps}")
         if any(units < 1 for units in self.net_arch):
             raise ValueError(f"net_arch must hold numbers of units above 0, is {list(self.net_arch)}")
         OutcomeReward(self.cost_weight)
@@ -178,21 +190,41 @@ class StableBaselines(Learner[Sb3Policy]):
             check_arguments(given.get("policy_kwargs") or {}, algorithm.network, "arguments.policy_kwargs")
 
     def train(self, run: TrainingRun) -> Sb3Policy:
-        environment = self.make(run.pool, run.task, run.seed)
+        checkpoints = Checkpoints(run.file("checkpoints"), self.about(run))
+        trained = checkpoints.trained(Sb3Policy, run.pool)
+        if trained is not None:
+            return trained
+        environment = self.make(run.pool, run.task, run.seed, checkpoints.newest())
         try:
-            trained = train(environment, self, run.seed, run.track, run.pool.slm.device)
+            learner = train(environment, self, run.seed, run.track, run.pool.slm.device, checkpoints)
         finally:
             environment.close()
-        return Sb3Policy.of(trained, self.algorithm, run.pool, self.features, self.conditioned)
+        policy = Sb3Policy.of(learner, self.algorithm, run.pool, self.features, self.conditioned)
+        checkpoints.finish(policy)
+        return policy
 
-    def make(self, pool: ModelPool, task: Task, seed: int) -> VectorEnv:
-        """The environment to train in."""
+    def about(self, run: TrainingRun) -> dict[str, Any]:
+        """What makes the policy of a run."""
+        start = run.task.training_start(run.seed)
+        return {
+            "models": models_manifest(run.pool),
+            "task": {"name": run.task.name, "start": start, "examples": self.examples},
+            "seed": run.seed,
+            "settings": described(asdict(self)),
+        }
+
+    def make(self, pool: ModelPool, task: Task, seed: int, checkpoint: Path | None = None) -> VectorEnv:
+        """The environment to train in; a tree has the states it had at the checkpoint in that folder."""
+        from agents.rl.learner_state import TREE_FILE
+
         arguments = {
             "pool": pool,
             "cost": next(cost for cost in ALL_COSTS if cost.name == self.cost),
             "max_new_tokens": self.max_new_tokens,
             "features": self.features,
         }
+        if self.environment == "tree" and checkpoint is not None and (checkpoint / TREE_FILE).is_file():
+            arguments["path"] = checkpoint / TREE_FILE
         problems = FirstExamples(task, self.examples, start=task.training_start(seed))
         weight = self.cost_weight if self.conditioned is None else 0.0
         return ENVIRONMENTS[self.environment](EnvSettings(self.num_envs, problems, self.examples, weight, arguments))
@@ -226,7 +258,12 @@ def plain(value: Any) -> Any:
 
 
 def train(
-    environment: VectorEnv, settings: StableBaselines, seed: int, track: Track, device: torch.device
+    environment: VectorEnv,
+    settings: StableBaselines,
+    seed: int,
+    track: Track,
+    device: torch.device,
+    checkpoints: Checkpoints | None = None,
 ) -> BaseAlgorithm:
     """Train an algorithm of Stable-Baselines3 in an environment of same-step autoreset.
 
@@ -236,16 +273,21 @@ def train(
         seed: of the environment's rows (those of `envs.row_seeds`), the network and its batches.
         track: receives rows of what Stable-Baselines3 logs.
         device: of the network.
+        checkpoints: what to go on from and to keep, of an environment that has `get_state` and `set_state`; nothing
+            where None.
 
     Returns:
         The trained algorithm of Stable-Baselines3.
 
     Raises:
         FloatingPointError: an observation, a reward or a loss is not finite.
+        ValueError: the checkpoint is damaged.
+        OSError: a checkpoint cannot be written.
     """
     from stable_baselines3.common.logger import Logger
 
     from agents.rl.inputs import input_statistics
+    from agents.rl.learner_state import Checkpointing
     from agents.rl.sb3_extensions import Reporting, Rows, random_state_kept
     from agents.rl.vec_env import VectorEnvBridge, threads
 
@@ -256,7 +298,12 @@ def train(
         threads(settings.threads),
         tqdm(total=settings.steps, desc=settings.algorithm, leave=False) as progress,
     ):
-        statistics = input_statistics(bridge, settings.slm_prior, STATISTICS_STEPS, seed)
+        newest = None if checkpoints is None else checkpoints.newest()
+        if newest is None:
+            statistics = input_statistics(bridge, settings.slm_prior, STATISTICS_STEPS, seed)
+        else:  # they are part of the weights
+            zeros = torch.zeros(bridge.observation_space.shape or ())
+            statistics = zeros, zeros
         arguments = settings.constructor_arguments(bridge.num_envs, *statistics)
         learner: Any = algorithm.kind(algorithm.policy, bridge, seed=seed, device=device, **arguments)
         head = getattr(learner.policy, "action_net", None)
@@ -266,5 +313,16 @@ def train(
                 head.bias[0] = math.log(settings.slm_prior * others / (1 - settings.slm_prior))
         learner.set_logger(Logger(None, [Rows(track, settings.algorithm)]))
         reporting = Reporting(settings.steps // ROWS_REPORTED, progress)
-        trained: BaseAlgorithm = learner.learn(settings.steps, callback=reporting, log_interval=None)
+        callbacks: list[BaseCallback] = [reporting]
+        if checkpoints is not None:
+            interval = settings.checkpoint_steps or max(1, settings.steps // CHECKPOINTS)
+            keeping = Checkpointing(checkpoints, interval, bridge, reporting)
+            callbacks.append(keeping)
+            if newest is not None:
+                keeping.restore(learner, newest)
+                progress.update(learner.num_timesteps)
+        left = settings.steps - learner.num_timesteps
+        trained: BaseAlgorithm = learner.learn(
+            left, callback=callbacks, log_interval=None, reset_num_timesteps=newest is None
+        )
     return trained

@@ -8,10 +8,10 @@ state is worth, both branches are followed to their ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,19 +19,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.citer import Citer
+from agents.common.checkpoints import Checkpoints, described, read, restoring
 from agents.common.policy import Learner, TrainingRun
 from agents.common.saving import load_policy
 from agents.distillation import OracleDistillation
 from agents.preferences.labels import Labels
 from agents.router.network import RouterNetwork
-from agents.router.policy import RouterPolicy
+from agents.router.policy import RouterPolicy, restored_network
 from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.decoding.observation import check_features, feature_width
+from envs.environments.episodes import generator_numbers, generator_of
 from envs.models.pool import models_manifest
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, PrefixTree
 from envs.prefix_tree.tree_session import observation_at
 from envs.tasks.task import Example
+
+TREE_FILE = "replay.tree"
 
 
 def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
@@ -69,6 +73,10 @@ class Tapo(Learner[RouterPolicy]):
         max_new_tokens: the longest response.
         memory: bytes of the replay tree.
         rows: answers in flight.
+        checkpoint_iterations: iterations between two checkpoints, which lie in the run's folder: an interrupted
+            training goes on from the newest. Kept are weights, optimizer, the random state and the replay tree, so that
+            the policy is to the bit that of an undisturbed run with these settings, on the same machine with as many
+            threads; but not where the tree is so large that it had to forget states.
     """
 
     needs_folder: ClassVar[bool] = True
@@ -92,13 +100,14 @@ class Tapo(Learner[RouterPolicy]):
     max_new_tokens: int = 128
     memory: int = 2**31
     rows: int = 256
+    checkpoint_iterations: int = 1
 
     def __post_init__(self) -> None:
         check_features(self.features)
         if self.start not in ("citer", "expert", "scratch"):
             raise ValueError(f"unknown start {self.start!r}; choose citer, expert or scratch")
-        least = {"iterations": 1, "batch": 2, "branches": 1, "samples": 1, "epochs": 1, "batch_size": 1, "rows": 1}
-        for key, smallest in least.items():
+        least = dict.fromkeys(("iterations", "branches", "samples", "epochs", "batch_size", "rows"), 1)
+        for key, smallest in (least | {"batch": 2, "checkpoint_iterations": 1}).items():
             if getattr(self, key) < smallest:
                 raise ValueError(f"{key} must be at least {smallest}, is {getattr(self, key)}")
         if not 0 < self.llm_share < 1 or not 0 <= self.anneal <= 1 or self.cost_weight < 0 or self.lr <= 0:
@@ -108,16 +117,53 @@ class Tapo(Learner[RouterPolicy]):
             )
 
     def train(self, run: TrainingRun) -> RouterPolicy:
-        begun = self._begin(run)
-        examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
-        tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory)
-        improvement = _Improvement(self, tree, examples, begun, run.seed)
-        with tqdm(total=self.iterations, desc="tapo", leave=False) as progress:
-            for number in range(self.iterations):
+        checkpoints = Checkpoints(run.workspace / "checkpoints", self.about(run))
+        trained = checkpoints.trained(RouterPolicy, run.pool)
+        if trained is not None:
+            return trained
+        improvement = self._improvement(run, checkpoints.newest())
+        with tqdm(total=self.iterations, initial=improvement.made, desc="tapo", leave=False) as progress:
+            for number in range(improvement.made, self.iterations):
                 run.track({"run": "tapo", "iteration": number, **improvement.iterate(number)})
+                if improvement.made % self.checkpoint_iterations == 0 and improvement.made < self.iterations:
+                    improvement.keep(checkpoints)
                 progress.update()
         network = improvement.network.eval().requires_grad_(False)
-        return RouterPolicy(network, models_manifest(run.pool), begun.features)
+        policy = RouterPolicy(network, models_manifest(run.pool), improvement.features)
+        checkpoints.finish(policy)
+        return policy
+
+    def about(self, run: TrainingRun) -> dict[str, Any]:
+        """What makes the policy of a run."""
+        unused = {"policy", "citer", "expert"} - {self.start if self.policy is None else "policy"}
+        return {
+            "models": models_manifest(run.pool),
+            "task": {"name": run.task.name, "start": run.task.training_start(run.seed)},
+            "seed": run.seed,
+            "settings": {key: value for key, value in described(asdict(self)).items() if key not in unused},
+        }
+
+    def _improvement(self, run: TrainingRun, checkpoint: Path | None) -> _Improvement:
+        """A router before its first iteration, or as it stood when a checkpoint was kept in that folder.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or `policy` is not the folder of a router.
+        """
+        examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
+        if checkpoint is None:
+            begun = self._begin(run)
+            tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory)
+            return _Improvement(self, tree, examples, begun, run.seed)
+        path = checkpoint / TREE_FILE
+        tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory, path if path.is_file() else None)
+        arrays, about = read(checkpoint)
+        with restoring(checkpoint):
+            weights = {name: torch.tensor(value) for name, value in arrays["network"].items()}
+            network = restored_network(about["router"], weights, run.pool)
+            begun = RouterPolicy(network, models_manifest(run.pool), about["router"]["features"])
+            improvement = _Improvement(self, tree, examples, begun, run.seed, set_out=False)
+            improvement.restore(arrays, about)
+        return improvement
 
     def _begin(self, run: TrainingRun) -> RouterPolicy:
         """The router to improve.
@@ -141,10 +187,16 @@ class Tapo(Learner[RouterPolicy]):
 
 
 class _Improvement:
-    """A router between two iterations."""
+    """A router between two iterations, of which `made` are made."""
 
     def __init__(
-        self, settings: Tapo, tree: PrefixTree, examples: Sequence[Example], begun: RouterPolicy, seed: int
+        self,
+        settings: Tapo,
+        tree: PrefixTree,
+        examples: Sequence[Example],
+        begun: RouterPolicy,
+        seed: int,
+        set_out: bool = True,
     ) -> None:
         self.settings, self.tree, self.examples = settings, tree, examples
         self.features = begun.features
@@ -154,7 +206,37 @@ class _Improvement:
         self.llm = len(tree.pool) - 1
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
         self.prompts = [tree.pool.encode(example.prompt) for example in examples]
-        self._set_out()
+        self.made = 0
+        if set_out:
+            self._set_out()
+
+    def keep(self, checkpoints: Checkpoints) -> None:
+        """Keep a checkpoint.
+
+        What is decoded next is read from the prompt on, as it must be where a checkpoint is gone on from: both go on
+        with the same bits.
+        """
+        self.expander.forget(np.arange(self.settings.rows))
+        moments = self.optimizer.state_dict()["state"]
+        arrays = {
+            "network": {name: value.cpu().numpy() for name, value in self.network.state_dict().items()},
+            "optimizer": {
+                number: {name: value.cpu().numpy() for name, value in of.items()} for number, of in moments.items()
+            },
+            "generator": generator_numbers(self.rng),
+        }
+        router = {"features": self.features, "width": self.network.width, "units": self.network.units}
+        about = {"made": self.made, "router": router}
+        checkpoints.save(self.made, arrays, about, lambda folder: self.tree.save(folder / TREE_FILE))
+
+    def restore(self, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Go on from what `keep` has kept, but for the network, which is made with its weights."""
+        moments = {
+            int(number): {name: torch.tensor(value) for name, value in of.items()}
+            for number, of in arrays["optimizer"].items()
+        }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.rng, self.made = generator_of(arrays["generator"]), about["made"]
 
     def _set_out(self) -> None:
         """Move the router's threshold of one half to where the share of LLM tokens is the one to begin with."""
@@ -199,6 +281,7 @@ class _Improvement:
                 self.optimizer.step()
                 losses.append(loss.item())
         self._release(chosen)
+        self.made = number + 1
         tokens = self.tree.depths[ends].sum()
         return {
             "return": float((right - settings.cost_weight * calls).mean()),

@@ -223,6 +223,24 @@ def test_rows_carry_what_made_them(collected, pool, task):
     assert {"ece", "reliability"} <= {key for row in rows for key in row}
 
 
+def test_a_round_says_how_many_tokens_it_relabelled(collected, pool, task, tmp_path, caplog):
+    folder, _, rows = collected
+    first, second = (PreferenceStore.open(folder / f"round-{number}") for number in (1, 2))
+    changed = first.column("label")[first.column("case") == 3] != second.column("label")
+    told = {row["run"]: row.get("relabelled") for row in rows if "case_3" in row}
+    assert told == {"round 1": None, "round 2": changed.sum()}
+    again = []
+    with caplog.at_level("INFO", "agents.citer"):
+        # a threshold that leaves every token to the SLM, as in round 1
+        Citer(**QUICK, threshold=0.0).fit(pool, task, seed=1, track=again.append, folder=tmp_path)
+    assert [row["relabelled"] for row in again if "relabelled" in row] == [0]
+    assert "round 2 relabelled no token: its rollouts agree with round 1's" in caplog.text
+    losses = {
+        number: [row["loss"] for row in again if row["run"] == f"round {number}" and "loss" in row] for number in (1, 2)
+    }
+    assert losses[1] == losses[2] != []
+
+
 def test_what_is_finished_is_not_made_again(collected, pool, task, monkeypatch):
     folder, policy, rows = collected
     before = contents(folder / "round-1"), contents(folder / "round-2")

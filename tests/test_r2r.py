@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from agents.citer import Citer
 from agents.common.policy import Policy
@@ -11,12 +12,14 @@ from agents.common.rollout import Scheduling, decode
 from agents.common.saving import load_policy
 from agents.preferences.store import COLUMNS, PreferenceStore
 from agents.r2r import R2R, Divergence, R2RPolicy, hidden_and_top_logits
+from agents.router.network import RouterNetwork
 from agents.router.training import RouterTraining, fit_router
 from envs.arrays import UNKNOWN
 from envs.decoding.observation import Observation
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples, Task
+from experiments.common.config import CONF, build, register_schemas
 
 QUICK = {
     "examples": 20,
@@ -325,3 +328,26 @@ def test_responses_that_do_not_end_are_an_error_that_says_what_to_raise(pool, ta
         ValueError, match=r"to 0 of 20 training problems ended by themselves.*raise max_new_tokens \(9\)"
     ):
         R2R(**QUICK, max_new_tokens=9).fit(pool, task, seed=1)
+
+
+# -- the router's size ------------------------------------------------------------------------------------------------
+
+
+def weights_of(agent, pool):
+    settings = build(composed(agent), "agent").training
+    width = R2RPolicy.seen_width({"top_logits": 100}, pool)
+    return sum(weight.numel() for weight in RouterNetwork(width, units=settings.units).parameters())
+
+
+def composed(agent):
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("train", overrides=[f"agent={agent}"])
+
+
+def test_the_router_is_as_large_beside_its_slm_as_published(pool):
+    slm = sum(weight.numel() for weight in pool.slm.network.parameters())
+    assert slm == 70_896
+    assert weights_of("r2r", pool) == 2_801
+    assert 0.035 < weights_of("r2r", pool) / slm < 0.045
+    assert weights_of("r2r_small", pool) == 23_809

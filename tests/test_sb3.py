@@ -1,5 +1,6 @@
 import json
 import random
+import warnings
 from typing import ClassVar
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents.common.policy import Policy, decision_profile
@@ -283,6 +285,38 @@ def test_what_a_cut_response_would_have_earned_is_estimated_if_asked(algorithm):
     assert worth[False] == pytest.approx(1.25, abs=0.15)
 
 
+@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])
+def test_values_are_learned_from_returns_of_32_steps_and_nothing_warns_of_it(algorithm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained = train(TwoStates(16), small(algorithm, gamma=0.9), 0, lambda row: None, CPU)
+    buffer = trained.replay_buffer
+    assert isinstance(buffer, NStepReplayBuffer)
+    assert (buffer.n_steps, buffer.gamma) == (32, 0.9)
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])
+def test_returns_of_several_steps_are_those_summed_by_hand(algorithm):
+    # rewards of 1 to 5 in episodes of 5 steps; the last of 18 steps is the third of its episode
+    length, steps, n, gamma = 5, 18, 3, 0.5
+    arguments = {"n_steps": n, "learning_starts": 10_000}
+    settings = small(algorithm, num_envs=2, steps=2 * steps, gamma=gamma, arguments=arguments)
+    np.random.seed(0)  # noqa: NPY002 (Stable-Baselines3 draws from it)
+    drawn = train(Counting(2, length), settings, 0, lambda row: None, CPU).replay_buffer.sample(300)
+    seen = set()
+    for begun, ahead, summed, discount, done in zip(
+        drawn.observations, drawn.next_observations, drawn.rewards, drawn.discounts, drawn.dones, strict=True
+    ):
+        row, episode, time = begun.int().tolist()
+        count = min(n, length - time, steps - (length * episode + time))
+        assert summed.item() == pytest.approx(sum(gamma**k * (time + 1 + k) for k in range(count)))
+        assert discount.item() == gamma**count
+        assert ahead.tolist() == [row, episode, time + count]
+        assert done.item() == (time + count == length)
+        seen.add((row, episode, time))
+    assert len(seen) == 2 * steps
+
+
 def test_a_conditioned_policy_changes_its_mind_where_it_should(tiny_pool):
     class Free(TwoStates):
         price = 0.0
@@ -463,7 +497,9 @@ def test_archives_are_read_only_if_trusted(tiny_pool, tmp_path):
     trained.save(tmp_path / "archive.zip")
     with pytest.raises(ValueError, match="trusted=True"):
         Sb3Policy.from_archive(tmp_path / "archive.zip", tiny_pool, "dqn", "hidden")
-    policy = Sb3Policy.from_archive(tmp_path / "archive.zip", tiny_pool, "dqn", "hidden", trusted=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy = Sb3Policy.from_archive(tmp_path / "archive.zip", tiny_pool, "dqn", "hidden", trusted=True)
     states = observed(np.random.default_rng(0).normal(size=(5, tiny_pool.slm.width)))
     torch.testing.assert_close(policy.score(states), Sb3Policy.of(trained, "dqn", tiny_pool, "hidden").score(states))
     with pytest.raises(ValueError, match="hidden_logits of this pool"):

@@ -86,14 +86,17 @@ class Reporting(BaseCallback):
     Args:
         interval: steps between dumps.
         progress: counts steps.
+
+    Attributes:
+        dumped: steps made at the last dump.
     """
 
     def __init__(self, interval: int, progress: tqdm[Any]) -> None:
         super().__init__()
-        self.interval, self.progress, self._dumped = interval, progress, 0
+        self.interval, self.progress, self.dumped = interval, progress, 0
 
     def _on_rollout_start(self) -> None:
-        if self.model.num_timesteps - self._dumped >= self.interval:
+        if self.model.num_timesteps - self.dumped >= self.interval:
             self._dump()
 
     def _on_step(self) -> bool:
@@ -101,11 +104,11 @@ class Reporting(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps > self._dumped:
+        if self.model.num_timesteps > self.dumped:
             self._dump()
 
     def _dump(self) -> None:
-        self._dumped = self.model.num_timesteps
+        self.dumped = self.model.num_timesteps
         self.model.dump_logs()
 
 

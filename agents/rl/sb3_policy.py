@@ -195,7 +195,8 @@ class Sb3Policy(SavedPolicy):
         from agents.rl.sb3_extensions import random_state_kept
 
         with random_state_kept(pool.slm.device):
-            trained = known.kind.load(path, device=pool.slm.device)
+            # its class of replay buffer follows from n_steps: given both, Stable-Baselines3 warns that it ignores one
+            trained = known.kind.load(path, device=pool.slm.device, custom_objects={"replay_buffer_class": None})
         spaces = trained.observation_space.shape, int(getattr(trained.action_space, "n", 0))
         if spaces != ((width,), len(pool)):
             raise ValueError(

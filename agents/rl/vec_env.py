@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from agents.rl.cost_weights import CostWeights
 from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.environments.episodes import generator_numbers, generator_of
 from envs.environments.vector import row_seeds
 
 Info = dict[str, Any]
@@ -162,6 +164,30 @@ class VectorEnvBridge(VecEnv):
                 f"row {row} of {type(self.environment).__name__} has {what} of {values[tuple(first)]}, on example "
                 f"{self._examples[row]}; look at its models and its reward"
             )
+
+    def get_state(self) -> dict[str, Any]:
+        """Where all rows stand, in numbers, of an environment that has `get_state`; for `set_state`."""
+        environment: Any = self.environment
+        with threads(self._threads):
+            state = {"environment": environment.get_state()}
+        state |= {"returns": self._returns.copy(), "lengths": self._lengths.copy(), "weights": self._weights.copy()}
+        if self.weights is not None:
+            state["generators"] = np.stack([generator_numbers(generator) for generator in self._generators])
+        names = json.dumps([None if name is None else str(name) for name in self._examples])
+        return state | {"examples": np.frombuffer(names.encode(), dtype=np.uint8)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that `get_state` gave, of this bridge or of one made with the same arguments.
+
+        Models read again what they had read: from there on the same actions see the same numbers to the bit, in either.
+        """
+        environment: Any = self.environment
+        with threads(self._threads):
+            environment.set_state(state["environment"])
+        self._returns[:], self._lengths[:], self._weights[:] = state["returns"], state["lengths"], state["weights"]
+        if self.weights is not None:
+            self._generators = [generator_of(numbers) for numbers in state["generators"]]
+        self._examples = np.array(json.loads(state["examples"].tobytes()), dtype=object)
 
     def close(self) -> None:
         self.environment.close()

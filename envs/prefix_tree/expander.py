@@ -91,6 +91,10 @@ class TreeExpander:
             along = tokens[len(tokens) - len(paths[i]) :]
             tree.learn_tokens(paths[i][unknown], np.full(len(unknown), model), along[unknown])
 
+    def forget(self, rows: IntArray) -> None:
+        """Let live rows, (n,), stand nowhere: what comes next in them is read from the prompt on."""
+        self._at[rows] = UNKNOWN
+
     def _start(self, rows: IntArray, nodes: Sequence[int], tokens: Sequence[int] | None = None) -> None:
         """Let live rows stand at nodes, or behind further tokens there."""
         tree = self.tree

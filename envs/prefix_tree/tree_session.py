@@ -146,6 +146,7 @@ class TreeSession(Decoder):
         """Let `rows`, (n,), stand where others stood, walking there again; see `Decoder.restore`."""
         rows = self._checked(rows)
         self._set_books(rows, state, "_read")
+        self.explorer.forget(rows)  # as in a process that begins here: what comes next has the same bits in both
         for row in rows:
             self._prompts[row], self._nodes[row] = None, UNKNOWN
         begun = rows[self._prompt_lengths[rows] > 0]
