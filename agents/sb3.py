@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.common.checkpoints import Checkpoints, described
 from agents.common.policy import Learner, Track, TrainingRun
@@ -28,6 +27,7 @@ from envs.costs import ALL_COSTS
 from envs.decoding.observation import Features, check_features
 from envs.environments.rewards import OutcomeReward
 from envs.models.pool import ModelPool, models_manifest
+from envs.progress import ProgressBar
 from envs.tasks.task import FirstExamples, Task
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def train(
     with (
         random_state_kept(device),
         threads(settings.threads),
-        tqdm(total=settings.steps, desc=settings.algorithm, leave=False) as progress,
+        ProgressBar(total=settings.steps, desc=settings.algorithm, leave=False) as progress,
     ):
         newest = None if checkpoints is None else checkpoints.newest()
         if newest is None:

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.citer import Citer
 from agents.common.checkpoints import Checkpoints, described, read, restoring
@@ -33,6 +32,7 @@ from envs.models.pool import models_manifest
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, PrefixTree
 from envs.prefix_tree.tree_session import observation_at
+from envs.progress import ProgressBar
 from envs.tasks.task import Example
 
 TREE_FILE = "replay.tree"
@@ -122,7 +122,7 @@ class Tapo(Learner[RouterPolicy]):
         if trained is not None:
             return trained
         improvement = self._improvement(run, checkpoints.newest())
-        with tqdm(total=self.iterations, initial=improvement.made, desc="tapo", leave=False) as progress:
+        with ProgressBar(total=self.iterations, initial=improvement.made, desc="tapo", leave=False) as progress:
             for number in range(improvement.made, self.iterations):
                 run.track({"run": "tapo", "iteration": number, **improvement.iterate(number)})
                 if improvement.made % self.checkpoint_iterations == 0 and improvement.made < self.iterations:

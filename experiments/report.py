@@ -17,8 +17,6 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from experiments.evaluation.merge import report
-
 
 class ReportAfterMultirun(Callback):
     """Ends a multirun with its report.
@@ -32,7 +30,12 @@ class ReportAfterMultirun(Callback):
         self.first, self.samples = first, samples
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        report(Path(config.hydra.sweep.dir), self.first, config.evaluation.cost, self.samples)
+        from experiments.common.locks import only_writer
+        from experiments.evaluation.merge import report
+
+        folder = Path(config.hydra.sweep.dir)
+        with only_writer(folder):
+            report(folder, self.first, config.evaluation.cost, self.samples)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,9 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cost", default="bytes", help="unit of curves and comparisons")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamplings for the intervals")
     options = parser.parse_args(arguments)
+    from experiments.common.locks import only_writer
+    from experiments.evaluation.merge import report
+
     try:
-        report(options.folder, options.first, options.cost, options.bootstrap)
-    except ValueError as error:
+        if not options.folder.is_dir():
+            raise ValueError(f"there is no folder {options.folder}")
+        with only_writer(options.folder):
+            report(options.folder, options.first, options.cost, options.bootstrap)
+    except (ValueError, OSError) as error:
         sys.exit(f"{error}")
 
 

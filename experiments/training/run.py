@@ -16,6 +16,7 @@ from envs.models.pool import ModelPool
 from envs.storage import write_text
 from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
+from experiments.common.program import Begin
 from experiments.common.tracking import Tracker
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
@@ -72,17 +73,19 @@ def train(
     return summary
 
 
-def train_as_configured(config: DictConfig, folder: Path, name: str) -> None:
+def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begin) -> None:
     """Build what `config` describes, and train.
 
     Args:
         config: of `experiments.train`.
         folder: of the run.
         name: what results call the agent.
+        begin: called when all is built, before anything is written.
     """
     evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
     agent, task, tracking = build(config, "agent"), build(config, "task"), build(config, "track")
     pool = build(config, "models")
+    begin()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "train") as track:
         summary = train(agent, pool, task, folder, track, name=name, seed=config.seed, evaluation=evaluation)
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
