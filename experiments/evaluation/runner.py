@@ -291,7 +291,7 @@ def evaluate(
     evaluation = Evaluation(pool, task, settings, folder, track)
     results = evaluation.run(policies, trained, seed)
     summary = {**summarize(results, settings.cost, settings.bootstrap, seed), "seed": seed}
-    write_report(summary, folder)
+    write_report(summary, folder, settings.columns)
     if settings.transcripts:
         write_text(folder / "transcripts.html", evaluation.transcripts(policies, results))
     evaluation.save_tree()

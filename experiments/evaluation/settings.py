@@ -8,6 +8,7 @@ from pathlib import Path
 from agents.common.rollout import Scheduling
 from envs.costs import ALL_COSTS
 from envs.tasks.task import Split, check_split
+from experiments.reporting.tables import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class EvaluationSettings:
         tree: a file: answers are decoded through a replay tree that is kept there, so that no state is decoded twice,
             and nothing is timed; every token is decoded where None.
         tree_memory: bytes that the tree may take.
+        columns: of the table that is printed: `few`, which fit most terminals, or `all`; table.md holds all.
         scheduling: how answers share passes.
 
     Raises:
@@ -53,12 +55,15 @@ class EvaluationSettings:
     shared: Path | None = None
     tree: Path | None = None
     tree_memory: int = 2_000_000_000
+    columns: str = "few"
     scheduling: Scheduling = field(default_factory=Scheduling)
 
     def __post_init__(self) -> None:
         units = [cost.name for cost in ALL_COSTS]
         if self.cost not in units:
             raise ValueError(f"unknown cost {self.cost!r}; choose one of {', '.join(units)}")
+        if self.columns not in COLUMNS:
+            raise ValueError(f"unknown columns {self.columns!r}; choose one of {', '.join(COLUMNS)}")
         for key in (*_AT_LEAST, "draft_tokens", "oracle"):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool):
