@@ -177,7 +177,13 @@ def evaluated(tmp_path_factory):
     """An evaluation of two policies, with an oracle that may try one answer."""
     pool, task, folder = embedded_pool(), ArithmeticTask(), tmp_path_factory.mktemp("evaluated")
     settings = {"examples": 6, "threshold_examples": 4, "llm_shares": [0.1, 0.5], "bootstrap": 5}
-    settings |= {"oracle_budget": 1, "draft_tokens": 0, "transcripts": 2, "scheduling": Scheduling(rows=8)}
+    settings |= {
+        "oracle_budget": 1,
+        "draft_tokens": 0,
+        "transcripts": 2,
+        "max_new_tokens": 32,
+        "scheduling": Scheduling(rows=8),
+    }
     policies = {"entropy": Uncertainty(), "random": Random()}
 
     def again(**changed):

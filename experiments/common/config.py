@@ -25,6 +25,7 @@ from hydra_zen import instantiate as zen_instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import experiments.common.job_names  # noqa: F401 (the names of folders are resolved by it)
 from envs.storage import write_text
 
 if TYPE_CHECKING:

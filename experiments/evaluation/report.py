@@ -17,4 +17,5 @@ def write_report(summary: Mapping[str, Any], folder: Path, columns: str = "few")
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_curves(summary, folder / "curve.png")
     full = table(summary)
-    write_table(full, folder / "table.md", most_wanted(full), columns, summary.get("notes", ()))
+    how = " (columns=all prints them)"
+    write_table(full, folder / "table.md", most_wanted(full), columns, summary.get("notes", ()), how)

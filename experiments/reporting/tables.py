@@ -162,6 +162,7 @@ def write_table(
     wanted: Sequence[int] | None = None,
     columns: str = "few",
     notes: Sequence[str] = (),
+    more: str = "",
 ) -> None:
     """Write a table as markdown, all of it, and print it.
 
@@ -171,13 +172,14 @@ def write_table(
         wanted: numbers of its columns, those to leave out last first; from left to right where None.
         columns: `few`: those that WIDTH has room for are printed; `all`: all are.
         notes: sentences that stand below.
+        more: how columns that are left out are printed, if they can be; a part of a sentence.
     """
     write_text(path, markdown(rich_table) + "".join(f"\n{note}\n" for note in notes))
     printed = narrowed(rich_table, wanted or range(len(rich_table.columns))) if columns == "few" else rich_table
     wide = max(WIDTH, measured_width(printed))
     Console(width=wide, markup=False).print(printed)
     left_out = len(rich_table.columns) - len(printed.columns)
-    for line in (*notes, *([f"{path} holds {left_out} more columns"] if left_out else [])):
+    for line in (*notes, *([f"{path} holds {left_out} more columns{more}"] if left_out else [])):
         print(line)
 
 
