@@ -1,7 +1,8 @@
 """Draw the accuracy-cost curves of several policies on problems none of them has seen.
 
     python -m experiments.evaluate +saved.citer=outputs/train/citer-.../policy
-    python -m experiments.evaluate +agent@agents.margin=margin examples=500
+    python -m experiments.evaluate agents=[entropy,margin] examples=500
+    python -m experiments.evaluate +agent@agents.brief=citer agents.brief.rounds=1
     python -m experiments.evaluate '+agents.mine={_target_: mine.Mine, patience: 20}'
 
 The run's folder receives `config.yaml`, `results.jsonl` (a row per policy and threshold), `summary.json`, `table.md`,
@@ -11,31 +12,74 @@ same folder (`hydra.run.dir=...`), an evaluation goes on after the last threshol
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.common.continuing import EVALUATING
+from experiments.common.help import CONF
 from experiments.common.program import Begin, program
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from agents.common.policy import Policy
+    from experiments.evaluation.settings import EvaluationSettings
+
+AGENTS = "agent@agents."
+"""What agents stand under in defaults lists and overrides."""
 
 
-def check(config: DictConfig) -> None:
+def check(config: DictConfig, settings: EvaluationSettings) -> None:
     """Refuse what would fail later, before any model is loaded."""
     from agents.common.saving import POLICY_FILE
 
-    if not config.saved and not config.agents:
-        raise ValueError("nothing to evaluate: name policies (+saved.NAME=FOLDER) or agents (+agent@agents.NAME=...)")
+    names = [*config.saved, *config.agents]
+    if not names:
+        raise ValueError("nothing to evaluate: name policies (+saved.NAME=FOLDER) or agents (agents=[NAME,...])")
     for name, path in config.saved.items():
         if not (Path(path) / POLICY_FILE).is_file():
             raise ValueError(f"saved.{name}: {path} holds no {POLICY_FILE}; give the policy folder of a training run")
+    if config.first is not None and config.first not in names:
+        raise ValueError(f"first is {config.first!r}, the policies are {', '.join(names)}; choose one of them")
+    settings.shown(names)
+
+
+def listed_agents(arguments: Sequence[str]) -> list[str]:
+    """A command line in which `agents=[a,b]` is written as Hydra has it: these agents, and not those of the defaults.
+
+    The first of the list is the first policy, unless that is said, or saved policies are there.
+
+    Raises:
+        ValueError: a multirun over lists.
+    """
+    lists = [argument for argument in arguments if argument.startswith("agents=[")]
+    if len(lists) != 1:
+        return list(arguments)
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    override = OverridesParser.create().parse_override(lists[0])
+    if override.is_sweep_override():
+        raise ValueError(f"{lists[0]}: a multirun does not go over lists of agents; give all of them in one list")
+    names = [f"{name}" for name in override.value()]  # type: ignore[union-attr]
+    defaults = [key for entry in OmegaConf.load(CONF / "evaluate.yaml").defaults for key in _keys(entry)]
+    usual = [key.removeprefix(AGENTS) for key in defaults if key.startswith(AGENTS)]
+    written = [f"~{AGENTS}{name}" for name in usual if name not in names]
+    written += [f"+{AGENTS}{name}={name}" for name in names if name not in usual]
+    if names and not any(argument.lstrip("+").startswith(("first=", "saved")) for argument in arguments):
+        written.append(f"first={names[0]}")
+    return [argument for argument in arguments if argument != lists[0]] + written
+
+
+def _keys(entry: object) -> list[str]:
+    """The groups that an entry of a defaults list chooses from."""
+    return [str(key) for key in entry] if isinstance(entry, Mapping) else []
 
 
 @program("evaluate", EVALUATING)
-def main(config: DictConfig, folder: Path, begin: Begin) -> None:
+def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Evaluate `config.saved` policies and `config.agents`."""
     from omegaconf import OmegaConf
 
@@ -45,9 +89,9 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     from experiments.evaluation.runner import evaluate
     from experiments.evaluation.settings import EvaluationSettings
 
-    check(config)
     import_modules(config.imports)
     settings = build_settings(config, EvaluationSettings)
+    check(config, settings)
     agents = {name: build(config.agents, name) for name in config.agents}
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
@@ -55,10 +99,21 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:
         for name, agent in agents.items():
             policies[name] = policy_from(agent, pool, task, config.seed, track, folder / "agents" / name)
+        if config.first is not None:
+            policies = {config.first: policies[config.first], **policies}
         summary = evaluate(
             pool, task, policies, settings, folder, track=track, trained=list(config.saved), seed=config.seed
         )
         track.summary({"policies": summary["policies"]}, {"curve": folder / "curve.png"})
+
+
+def main() -> None:
+    """The program: its command line may name agents by a list."""
+    try:
+        sys.argv[1:] = listed_agents(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"{error}")
+    evaluate_as_configured()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     with lasting_clock(folder / "seconds.json") as spent:
         make_all(runs, config.workers)
         seconds = measure_seconds(runs, config.seeds[0], config.timings, folder / "timings.json")
-    summary = report(folder / "runs", config.first, "bytes", config.bootstrap)
+    summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
     how = HowMade(
         machine=machine(),
         commit=commit(),

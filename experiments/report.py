@@ -1,9 +1,11 @@
 """Merge the evaluations of a multirun into one report, with means and intervals over seeds and examples.
 
     python -m experiments.report multirun/citer_vs_citer_s
+    python -m experiments.report multirun/train-... --first "ppo cost_weight=0.05" --out outputs/front
 
-Every run must have evaluated the same problems with the same models. The folder receives `summary.json`, `table.md`,
-`curve.png` and `results.jsonl`, of all runs together.
+Policies are told apart by the settings in which they differ (`ppo cost_weight=0.02`), then by their training seeds;
+over the settings of one agent a front is drawn. Every run must have evaluated the same problems with the same models
+and settings. The folder receives `summary.json`, `table.md`, `curve.png` and `results.jsonl`, of all runs together.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class ReportAfterMultirun(Callback):
     """Ends a multirun with its report.
 
     Args:
-        first: the policy that the others are compared with.
+        first: the policy that the others are compared with, or an agent, the first of its settings.
         samples: of the bootstrap.
     """
 
@@ -33,27 +35,43 @@ class ReportAfterMultirun(Callback):
         from experiments.common.locks import only_writer
         from experiments.evaluation.merge import report
 
-        folder = Path(config.hydra.sweep.dir)
+        folder, settings = Path(config.hydra.sweep.dir), config.evaluation
         with only_writer(folder):
-            report(folder, self.first, config.evaluation.cost, self.samples)
+            report(folder, self.first, settings.cost, self.samples, columns=settings.columns)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Report on a folder."""
+    from envs.costs import ALL_COSTS
+    from experiments.reporting.tables import COLUMNS
+
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Merge evaluations.")
     parser.add_argument("folder", type=Path, help="of a multirun with evaluate=true")
+    parser.add_argument("--out", type=Path, help="where the report is written; into the folder itself if not given")
     parser.add_argument("--first", help="the policy that the others are compared with")
-    parser.add_argument("--cost", default="bytes", help="unit of curves and comparisons")
+    parser.add_argument("--cost", default="bytes", choices=[cost.name for cost in ALL_COSTS], help="unit of curves")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamplings for the intervals")
+    parser.add_argument("--columns", default="few", choices=COLUMNS, help="of the table that is printed")
+    parser.add_argument("--partial", action="store_true", help="leave out runs that are not finished")
     options = parser.parse_args(arguments)
+    if options.bootstrap < 1:
+        parser.error(f"--bootstrap must be at least 1, is {options.bootstrap}")
     from experiments.common.locks import only_writer
     from experiments.evaluation.merge import report
 
     try:
         if not options.folder.is_dir():
             raise ValueError(f"there is no folder {options.folder}")
-        with only_writer(options.folder):
-            report(options.folder, options.first, options.cost, options.bootstrap)
+        with only_writer(options.out or options.folder):
+            report(
+                options.folder,
+                options.first,
+                options.cost,
+                options.bootstrap,
+                out=options.out,
+                partial=options.partial,
+                columns=options.columns,
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")
 

@@ -28,6 +28,7 @@ from hydra_zen import instantiate as zen_instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import experiments.common.job_names  # noqa: F401 (the names of folders are resolved by it)
 from experiments.common.help import CONF as CONF
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ class Answers:
             "terminated": float(self.terminated.mean()),
             **costs,
         }
+
+    def in_units(self, units: Collection[str]) -> Answers:
+        """The same with costs in some units alone."""
+        return replace(self, costs={unit: cost for unit, cost in self.costs.items() if unit in units})
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""

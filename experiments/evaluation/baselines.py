@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,16 @@ class Baselines:
     speculative: Answers | None
     oracle: Answers | None
     exhausted: int
+
+    def in_units(self, units: Collection[str]) -> Baselines:
+        """The same with costs in some units alone."""
+        speculative, oracle = (one and one.in_units(units) for one in (self.speculative, self.oracle))
+        slm, llm, random = (
+            self.slm.in_units(units),
+            self.llm.in_units(units),
+            [one.in_units(units) for one in self.random],
+        )
+        return Baselines(slm, llm, random, speculative, oracle, self.exhausted)
 
     def frontier(self, unit: str) -> list[Answers]:
         """The oracle with rising budgets: examples go from the SLM's answer to the oracle's, the cheapest first."""

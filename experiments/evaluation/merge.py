@@ -2,73 +2,227 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.storage import check_manifest, write_text
+from envs.storage import write_text
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines
+from experiments.evaluation.kept import KeptEvaluation, kept_below, not_evaluated_yet, told_apart
 from experiments.evaluation.report import write_report
-from experiments.evaluation.summary import Results, summarize
+from experiments.evaluation.summary import Front, Results, summarize
 
-SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens")
+LONGEST = 60
+"""Characters that settings take in a name."""
 
 
-def gather(folder: Path, first: str | None = None) -> Results:
-    """All evaluations below `folder`; runs of a policy are told apart by their training seeds.
+@dataclass(frozen=True)
+class NamedRun:
+    """One policy of one evaluation, and what it is called beside the others.
+
+    Attributes:
+        evaluation: it is of.
+        agent: what its own evaluation calls it.
+        differing: settings in which runs of that agent differ.
+    """
+
+    evaluation: KeptEvaluation
+    agent: str
+    differing: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The agent, and what differs: `ppo cost_weight=0.02`; the rest of what is too long is a digest."""
+        words = ", ".join(f"{key}={_word(value)}" for key, value in self.differing.items())
+        if len(words) > LONGEST:
+            words = f"{words[: LONGEST - 9]}~{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        return f"{self.agent} {words}".strip()
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Sorts settings by their values: numbers as numbers."""
+        values = self.differing.values()
+        return tuple((0, value, "") if _is_number(value) else (1, 0, _word(value)) for value in values)
+
+
+def gather(folder: Path, first: str | None = None, partial: bool = False) -> Results:
+    """All evaluations below `folder`; runs of an agent are told apart by their settings, then by their training seeds.
 
     Args:
         folder: of a multirun.
-        first: the policy that the others are compared with; the first by name where None.
+        first: the policy that the others are compared with, or an agent, the first of its settings; the first by name
+            where None.
+        partial: leave out runs that are not finished.
 
     Raises:
-        ValueError: there are none, one is not finished, or they are not of the same problems and models.
+        ValueError: there are none, one is not finished, or they are not of one experiment.
     """
-    manifests = sorted(folder.glob("**/runs/manifest.json"))
-    if not manifests:
+    return _merged(named_runs(_finished(folder, partial)), folder, first)
+
+
+def _finished(folder: Path, partial: bool) -> list[KeptEvaluation]:
+    """The evaluations below `folder`, all of one experiment."""
+    evaluations = kept_below(folder)
+    missing = {one.runs.parent: path for one in evaluations if (path := one.missing())}
+    waiting = not_evaluated_yet(folder)
+    if partial:
+        for place in (*missing, *waiting):
+            print(f"{place} is not finished and left out")
+        evaluations = [one for one in evaluations if one.runs.parent not in missing]
+    elif missing:
+        raise ValueError(
+            f"{next(iter(missing.values()))} is missing: that evaluation was interrupted; start it again first"
+        )
+    if not evaluations:
         raise ValueError(f"{folder} holds no evaluations; run experiments.train -m evaluate=true first")
-    evaluations = [(path.parent, json.loads(path.read_text())) for path in manifests]
-    place, about = evaluations[0]
-    runs: dict[str, dict[int, list[Answers]]] = {}
-    thresholds: dict[str, dict[int, list[float]]] = {}
-    trained: set[str] = set()
-    for runs_folder, manifest in evaluations:
-        check_manifest(runs_folder, manifest, about, SAME)
-        seed = manifest["seed"]
-        for name in manifest["policies"]:
-            if seed in runs.setdefault(name, {}):
-                raise ValueError(f"{runs_folder}: {name} with seed {seed} is there twice; report on fewer runs")
-            at = thresholds.setdefault(name, {})[seed] = manifest["thresholds"][name]
-            runs[name][seed] = _read_runs(runs_folder / name, len(at))
-        trained |= set(manifest["trained"])
+    if waiting and not partial:
+        raise ValueError(
+            f"not evaluated yet: {', '.join(map(str, waiting))}; start the multirun again with its hydra.sweep.dir, or "
+            "report on what is finished with --partial"
+        )
+    for one in evaluations[1:]:
+        _check_same_experiment(evaluations[0], one)
+    return evaluations
+
+
+def _check_same_experiment(one: KeptEvaluation, other: KeptEvaluation) -> None:
+    for key in one.experiment.keys() & other.experiment.keys():
+        there, here = one.experiment[key], other.experiment[key]
+        if there != here:
+            raise ValueError(
+                f"{one.runs.parent} and {other.runs.parent} are not of one experiment: {key} {there} and {here}; "
+                "report on a folder of one experiment"
+            )
+
+
+def named_runs(evaluations: Sequence[KeptEvaluation]) -> list[NamedRun]:
+    """Every policy of every evaluation, told apart from others that are called the same."""
+    same: dict[str, list[KeptEvaluation]] = {}
+    for one in evaluations:
+        for agent in one.manifest["policies"]:
+            same.setdefault(agent, []).append(one)
+    return [
+        NamedRun(one, agent, differing)
+        for agent, ones in same.items()
+        for one, differing in zip(
+            ones, told_apart([one.settings(agent) for one in ones], [one.seed for one in ones]), strict=True
+        )
+    ]
+
+
+def _merged(named: Sequence[NamedRun], folder: Path, first: str | None) -> Results:
+    runs: dict[str, dict[int, NamedRun]] = {}
+    for run in named:
+        seed = run.evaluation.seed
+        if seed in runs.setdefault(run.name, {}):
+            raise ValueError(f"{run.evaluation.runs}: {run.name} with seed {seed} is there twice; report on fewer runs")
+        runs[run.name][seed] = run
+    trained = {run.name for run in named if run.agent in run.evaluation.manifest["trained"]}
+    any_run = {name: next(iter(of_seeds.values())) for name, of_seeds in runs.items()}
     if first is not None and first not in runs:
-        raise ValueError(f"there is no policy {first!r} in {folder}; there are {', '.join(sorted(runs))}")
-    names = sorted(runs, key=lambda name: (name != first, name not in trained, name))
+        of_agent = [name for name, run in any_run.items() if run.agent == first]
+        if not of_agent:
+            raise ValueError(f"there is no policy {first!r} in {folder}; there are {', '.join(sorted(runs))}")
+        first = min(of_agent, key=lambda name: any_run[name].order)
+    names = sorted(
+        runs, key=lambda name: (name != first, name not in trained, any_run[name].agent, any_run[name].order)
+    )
+    by_seed = {name: [runs[name][seed] for seed in sorted(runs[name])] for name in names}
+    thresholds = {name: [run.evaluation.manifest["thresholds"][run.agent] for run in by_seed[name]] for name in names}
+    place = named[0].evaluation
+    about = {key: place.manifest[key] for key in ("task", "pool", "split", "start", "max_new_tokens")}
+    answers = {name: [run.evaluation.answers(run.agent) for run in by_seed[name]] for name in names}
+    baselines = Baselines.load(place.runs)
+    # evaluations that walk a replay tree are not timed: seconds are compared where all of them have some
+    units = set(baselines.slm.costs).intersection(*(one.costs for seeds in answers.values() for one in _each(seeds)))
+    policies = {name: [[one.in_units(units) for one in runs] for runs in seeds] for name, seeds in answers.items()}
     return Results(
-        {key: about[key] for key in ("task", "pool", "split", "start", "max_new_tokens")},
-        Baselines.load(place),
-        policies={name: [runs[name][seed] for seed in sorted(runs[name])] for name in names},
+        about,
+        baselines.in_units(units),
+        policies=policies,
         trained=frozenset(trained),
-        thresholds={name: [thresholds[name][seed] for seed in sorted(runs[name])] for name in names},
+        thresholds=thresholds,
+        fronts=_fronts(by_seed, policies),
     )
 
 
-def _read_runs(folder: Path, count: int) -> list[Answers]:
-    """A policy's answers at each of its thresholds."""
-    paths = [folder / f"{number:02d}.safetensors" for number in range(count)]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: that evaluation was interrupted; start it again first")
-    return [Answers.load(path) for path in paths]
+def _each(seeds: Sequence[Sequence[Answers]]) -> Iterator[Answers]:
+    return (one for runs in seeds for one in runs)
 
 
-def report(folder: Path, first: str | None, unit: str, samples: int) -> dict[str, Any]:
-    """Write the merged report into `folder`."""
-    results = gather(folder, first)
-    summary = summarize(results, unit, samples, seed=0)
-    rows = [path.read_text() for path in sorted(folder.glob("*/evaluation/results.jsonl"))]
-    write_text(folder / "results.jsonl", "".join(rows))
-    write_report(summary, folder)
-    print(f"wrote {folder}")
+def _fronts(
+    runs: Mapping[str, Sequence[NamedRun]], policies: Mapping[str, Sequence[Sequence[Answers]]]
+) -> dict[str, Front]:
+    """For each agent with several settings: all of them as one policy, for the seeds that they share."""
+    settings: dict[str, list[str]] = {}
+    for name, of_seeds in runs.items():
+        settings.setdefault(of_seeds[0].agent, []).append(name)
+    fronts = {}
+    for agent, names in settings.items():
+        by_seed = {
+            name: {run.evaluation.seed: answers for run, answers in zip(runs[name], policies[name], strict=True)}
+            for name in names
+        }
+        seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in by_seed.values())))
+        if len(names) > 1 and seeds:
+            fronts[agent] = Front(
+                owners=[[name for name in names for _ in by_seed[name][seed]] for seed in seeds],
+                runs=[[one for name in names for one in by_seed[name][seed]] for seed in seeds],
+            )
+    return fronts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _word(value: Any) -> str:
+    """A setting's value in a name."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def result_rows(named: Sequence[NamedRun]) -> str:
+    """The rows of all results, one after the other, under the names that tell policies apart."""
+    lines = []
+    names = {(run.evaluation.runs, run.agent): run.name for run in named}
+    for evaluation in sorted({run.evaluation.runs for run in named}):
+        for line in (evaluation.parent / "results.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            lines.append(json.dumps({**row, "policy": names.get((evaluation, row["policy"]), row["policy"])}) + "\n")
+    return "".join(lines)
+
+
+def report(
+    folder: Path,
+    first: str | None,
+    unit: str,
+    samples: int,
+    out: Path | None = None,
+    partial: bool = False,
+    columns: str = "few",
+) -> dict[str, Any]:
+    """Write the merged report.
+
+    Args:
+        folder: of the runs.
+        first: see `gather`.
+        unit: of costs that curves and comparisons are in.
+        samples: of the bootstrap.
+        out: where it is written; into `folder` where None.
+        partial: leave out runs that are not finished.
+        columns: of the table that is printed, `few` or `all`.
+
+    Returns:
+        The contents of `summary.json`.
+    """
+    place = out or folder
+    named = named_runs(_finished(folder, partial))
+    summary = summarize(_merged(named, folder, first), unit, samples, seed=0)
+    write_text(place / "results.jsonl", result_rows(named))
+    write_report(summary, place, columns)
+    print(f"wrote {place}")
     return summary

@@ -9,11 +9,13 @@ from typing import Any
 
 from envs.storage import write_text
 from experiments.reporting.figures import plot_curves
-from experiments.reporting.tables import table, write_table
+from experiments.reporting.tables import most_wanted, table, write_table
 
 
-def write_report(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write `summary.json`, `curve.png` and `table.md`, and print the table."""
+def write_report(summary: Mapping[str, Any], folder: Path, columns: str = "few") -> None:
+    """Write `summary.json`, `curve.png` and `table.md`, and print the table: `few` of its columns, or `all`."""
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot_curves(summary, folder / "curve.png")
-    write_table(table(summary), folder / "table.md")
+    full = table(summary)
+    how = " (columns=all prints them)"
+    write_table(full, folder / "table.md", most_wanted(full), columns, summary.get("notes", ()), how)

@@ -15,6 +15,7 @@ started again.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -34,7 +35,7 @@ from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.report import write_report
 from experiments.evaluation.settings import EvaluationSettings
-from experiments.evaluation.summary import Results, summarize
+from experiments.evaluation.summary import Results, ran_out, summarize
 from experiments.evaluation.threshold_sweep import choose_thresholds, pick_threshold
 from experiments.reporting.transcripts import transcripts
 
@@ -169,13 +170,15 @@ class Evaluation:
         with nullcontext() if settings.shared is None else one_at_a_time(settings.shared):
             baselines = measure_baselines(
                 self.decoder,
-                Oracle(budget=settings.oracle) if settings.oracle else None,
+                Oracle(budget=settings.oracle_budget) if settings.oracle_budget else None,
                 settings.draft_tokens,
                 place,
                 {**self._problems, "timed": settings.tree is None},
             )
         if self.runs and place != self.runs:
             baselines.save(self.runs)
+        if baselines.exhausted:
+            logging.getLogger(__name__).warning(ran_out(baselines))
         return baselines
 
     def sweep(
@@ -219,13 +222,17 @@ class Evaluation:
         return Answers.kept(path, decoded)
 
     def transcripts(self, policies: Mapping[str, Policy], results: Results) -> str:
-        """A page of the first `settings.transcripts` answers of the first policy, at the threshold to use it at."""
-        name, policy = next(iter(policies.items()))
-        runs, thresholds = results.policies[name][0], results.thresholds[name][0]
-        chosen = thresholds[pick_threshold(runs, results.baselines.llm, self.settings.cost)]
+        """A page of the first `settings.transcripts` answers of those policies that the settings name.
+
+        Each is shown at the threshold to use it at.
+        """
         some = self.decoder.on(self.examples[: self.settings.transcripts])
-        episodes = some.decode(policy, chosen, "transcripts")
-        return transcripts(self.pool, episodes, f"{self.task.name}, routed by {name}")
+        episodes = {}
+        for name in self.settings.shown(list(policies)):
+            runs, thresholds = results.policies[name][0], results.thresholds[name][0]
+            chosen = thresholds[pick_threshold(runs, results.baselines.llm, self.settings.cost)]
+            episodes[name] = some.decode(policies[name], chosen, "transcripts")
+        return transcripts(self.pool, episodes, self.task.name)
 
     def save_tree(self) -> None:
         """Write the replay tree to `settings.tree`, if there is one; what other runs wrote there meanwhile is lost.
@@ -242,7 +249,7 @@ class Evaluation:
             **self.about(),
             "models": models_manifest(self.pool),
             "examples": self.settings.examples,
-            "oracle": self.settings.oracle,
+            "oracle": self.settings.oracle_budget,  # by the name that folders of before know it by
             "draft_tokens": self.settings.draft_tokens,
         }
 
@@ -296,11 +303,12 @@ def evaluate(
     Returns:
         The contents of `summary.json`.
     """
+    settings.shown(list(policies))  # refuses before anything is decoded
     with nullcontext() if settings.tree is None else one_at_a_time(settings.tree):
         evaluation = Evaluation(pool, task, settings, folder, track)
         results = evaluation.run(policies, trained, seed)
         summary = {**summarize(results, settings.cost, settings.bootstrap, seed), "seed": seed}
-        write_report(summary, folder)
+        write_report(summary, folder, settings.columns)
         if settings.transcripts:
             write_text(folder / "transcripts.html", evaluation.transcripts(policies, results))
         evaluation.save_tree()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agents.common.rollout import Scheduling
 from envs.costs import ALL_COSTS
 from envs.tasks.task import Split, check_split
+from experiments.reporting.tables import COLUMNS
+
+EVERY = "all"
+"""What `transcripts_of` calls all policies."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,16 @@ class EvaluationSettings:
         threshold_examples: validation problems that thresholds are chosen on.
         bootstrap: resamplings behind every interval.
         transcripts: problems whose answers are shown as a page; 0 for no page.
+        transcripts_of: the policy whose answers are shown, or `all`; the first one where None.
         draft_tokens: tokens that speculative decoding, the price to beat, drafts at a time; 0 for none of it.
-        oracle: answers that the oracle tries per problem; 0 for no oracle.
+        oracle_budget: answers that the oracle tries per problem; 0 for no oracle.
+        oracle: the old name of `oracle_budget`; always None once the settings are made.
         shared: a folder for the baselines, which no policy changes, so that several evaluations measure them once;
             they are kept with the evaluation itself where None.
         tree: a file: answers are decoded through a replay tree that is kept there, so that no state is decoded twice,
             and nothing is timed; every token is decoded where None.
         tree_memory: bytes that the tree may take.
+        columns: of the table that is printed: `few`, which fit most terminals, or `all`; table.md holds all.
         scheduling: how answers share passes.
 
     Raises:
@@ -48,18 +57,27 @@ class EvaluationSettings:
     threshold_examples: int = 200
     bootstrap: int = 1000
     transcripts: int = 10
+    transcripts_of: str | None = None
     draft_tokens: int = 16
-    oracle: int = 300
+    oracle_budget: int = 300
+    oracle: int | None = None
     shared: Path | None = None
     tree: Path | None = None
     tree_memory: int = 2_000_000_000
+    columns: str = "few"
     scheduling: Scheduling = field(default_factory=Scheduling)
 
     def __post_init__(self) -> None:
         units = [cost.name for cost in ALL_COSTS]
         if self.cost not in units:
             raise ValueError(f"unknown cost {self.cost!r}; choose one of {', '.join(units)}")
-        for key in (*_AT_LEAST, "draft_tokens", "oracle"):
+        if self.columns not in COLUMNS:
+            raise ValueError(f"unknown columns {self.columns!r}; choose one of {', '.join(COLUMNS)}")
+        if self.oracle is not None:
+            logging.getLogger(__name__).warning("oracle is called oracle_budget now: answers tried per problem")
+            object.__setattr__(self, "oracle_budget", self.oracle)
+            object.__setattr__(self, "oracle", None)
+        for key in (*_AT_LEAST, "draft_tokens", "oracle_budget"):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{key} must be a whole number, is {value!r}")
@@ -67,8 +85,10 @@ class EvaluationSettings:
             raise ValueError(
                 f"draft_tokens must be at least 1, or 0 for no speculative decoding; it is {self.draft_tokens}"
             )
-        if self.oracle < 0:
-            raise ValueError(f"oracle is how many answers are tried per problem, 0 for none; it is {self.oracle}")
+        if self.oracle_budget < 0:
+            raise ValueError(
+                f"oracle_budget is how many answers are tried per problem, 0 for none; it is {self.oracle_budget}"
+            )
         shares = list(self.llm_shares)
         if not shares or not all(isinstance(share, (int, float)) and 0 < share < 1 for share in shares):
             raise ValueError(f"llm_shares must lie between 0 and 1, at least one; they are {shares}")
@@ -81,6 +101,22 @@ class EvaluationSettings:
         for key in ("shared", "tree"):
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, Path(getattr(self, key)))
+
+    def shown(self, policies: Sequence[str]) -> list[str]:
+        """Of these policies, those whose answers are shown.
+
+        Raises:
+            ValueError: `transcripts_of` is none of them.
+        """
+        if self.transcripts_of is None:
+            return list(policies)[:1]
+        if self.transcripts_of == EVERY:
+            return list(policies)
+        if self.transcripts_of not in policies:
+            raise ValueError(
+                f"transcripts_of is {self.transcripts_of!r}; choose one of {', '.join(policies)}, or {EVERY}"
+            )
+        return [self.transcripts_of]
 
 
 _AT_LEAST = {

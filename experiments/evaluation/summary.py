@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,19 @@ BAND_POINTS, BAND_SAMPLES = 40, 200
 
 
 @dataclass(frozen=True)
+class Front:
+    """Several settings of an agent as one policy, which is used at the thresholds of all of them.
+
+    Attributes:
+        owners: for each training seed that the settings share, the policy that each run is of.
+        runs: for each of these seeds, the answers at each threshold of each setting.
+    """
+
+    owners: Sequence[Sequence[str]]
+    runs: Sequence[Sequence[Answers]]
+
+
+@dataclass(frozen=True)
 class Results:
     """All that an evaluation measured.
 
@@ -39,6 +52,7 @@ class Results:
         policies: for each policy, for each training seed, the answers at each threshold.
         trained: which policies were trained.
         thresholds: for each policy, for each training seed, the thresholds.
+        fronts: of agents that were trained with several settings, by agent.
     """
 
     about: Mapping[str, Any]
@@ -46,6 +60,7 @@ class Results:
     policies: Mapping[str, Sequence[Sequence[Answers]]]
     trained: frozenset[str]
     thresholds: Mapping[str, Sequence[Sequence[float]]]
+    fronts: Mapping[str, Front] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
@@ -58,7 +73,11 @@ class Results:
 
     def sweeps(self, name: str, unit: str) -> list[Sweep]:
         """A policy's sweep for each training seed."""
-        return [self.sweep(runs, unit) for runs in self.policies[name]]
+        return self.sweeps_of(self.policies[name], unit)
+
+    def sweeps_of(self, seeds: Sequence[Sequence[Answers]], unit: str) -> list[Sweep]:
+        """The sweep of each training seed."""
+        return [self.sweep(runs, unit) for runs in seeds]
 
 
 def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -71,6 +90,19 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
         seed: of its draws.
     """
     baselines = results.baselines
+
+    def summarized(seeds: Sequence[Sequence[Answers]], trained: bool) -> dict[str, Any]:
+        return {"trained": trained, **_summarize_policy(results, seeds, unit, samples, seed)}
+
+    policies = {name: summarized(seeds, name in results.trained) for name, seeds in results.policies.items()}
+    fronts = {
+        agent: {
+            "settings": list(dict.fromkeys(front.owners[0])),
+            "on_front": _on_front(results, front, unit),
+            **summarized(front.runs, front.owners[0][0] in results.trained),
+        }
+        for agent, front in results.fronts.items()
+    }
     rows = {"slm": baselines.slm.row(baselines.llm), "llm": baselines.llm.row(baselines.llm)}
     return {
         **results.about,
@@ -79,14 +111,18 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
         "first": results.first,
         "models": {name: {"accuracy": row["accuracy"], "cost": row[f"cost_{unit}"]} for name, row in rows.items()},
         "limits": _summarize_baselines(results, unit),
-        "policies": {name: _summarize_policy(results, name, unit, samples, seed) for name in results.policies},
+        "policies": policies,
+        **({"fronts": fronts} if fronts else {}),
+        "notes": _notes(results, policies, fronts),
     }
 
 
-def _summarize_policy(results: Results, name: str, unit: str, samples: int, seed: int) -> dict[str, Any]:
+def _summarize_policy(
+    results: Results, answers: Sequence[Sequence[Answers]], unit: str, samples: int, seed: int
+) -> dict[str, Any]:
     """Measures of one policy and its comparison with the first, both with intervals; its curve and costs."""
     baselines = results.baselines
-    sweeps, calls = results.sweeps(name, unit), results.sweeps(name, "llm_tokens")
+    sweeps, calls = results.sweeps_of(answers, unit), results.sweeps_of(answers, "llm_tokens")
     others = results.sweeps(results.first, unit)
     random = results.sweep(baselines.random, unit)
     oracle = results.sweep(baselines.frontier(unit), unit) if baselines.oracle else None
@@ -108,16 +144,63 @@ def _summarize_policy(results: Results, name: str, unit: str, samples: int, seed
     against = over_seeds(above, range(seeds), even)
     against_intervals = bootstrap(above, seeds, len(even), samples, seed)
     return {
-        "trained": name in results.trained,
         "seeds": seeds,
         "cost_at": {f"{level:.2f}": finite(values[f"cost_at_{level:.2f}"]) for level in LEVELS},
         "cost_at_interval": {f"{level:.2f}": intervals[f"cost_at_{level:.2f}"] for level in LEVELS},
-        "cost_at_by_unit": {other: _costs_at(results.sweeps(name, other), even) for other in baselines.slm.costs},
-        "measures": with_intervals(values, intervals),
+        "cost_at_by_unit": {other: _costs_at(results.sweeps_of(answers, other), even) for other in baselines.slm.costs},
+        "measures": _explained(with_intervals(values, intervals), results),
         f"against_{results.first}": with_intervals(against, against_intervals),
         "curve": mean_curve(sweeps, even),
         "band": band(sweeps, min(samples, BAND_SAMPLES), seed),
     }
+
+
+def _on_front(results: Results, front: Front, unit: str) -> list[str]:
+    """The settings that the front is made of, for any seed: no cheaper point matches or beats one of theirs."""
+    even, found = _even(results.baselines), set()
+    for owners, one in zip(front.owners, results.sweeps_of(front.runs, unit), strict=True):
+        points = one.points(even)
+        hull = {tuple(point) for point in monotone_hull(points).tolist()}
+        found |= {owner for owner, point in zip(owners, points[1:-1].tolist(), strict=True) if tuple(point) in hull}
+    return [name for name in dict.fromkeys(front.owners[0]) if name in found]
+
+
+def _explained(measured: dict[str, dict[str, Any]], results: Results) -> dict[str, dict[str, Any]]:
+    """Measures in which no policy is given more than all of the oracle's area: that is no limit then, and is said."""
+    share = measured.get("oracle_share", {}).get("value")
+    if share is None or share <= 1:
+        return measured
+    why = (
+        "its search ran out of budget, so that it is no limit here; raise oracle_budget"
+        if results.baselines.exhausted
+        else "it looks for the fewest LLM tokens, which is no limit of other costs"
+    )
+    return {**measured, "oracle_share": {"value": None, "interval": (None, None), "why": why}}
+
+
+def _notes(
+    results: Results, policies: Mapping[str, Mapping[str, Any]], fronts: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """What must be known to read the table."""
+    baselines = results.baselines
+    notes = [f"On the front of {agent}: {'; '.join(front['on_front']) or 'none'}." for agent, front in fronts.items()]
+    if baselines.exhausted:
+        notes.append(ran_out(baselines))
+    shares = {name: policy["measures"].get("oracle_share", {}) for name, policy in {**policies, **fronts}.items()}
+    above = [name for name, share in shares.items() if "why" in share]
+    if above:
+        notes.append(
+            f"More than the oracle's area (n/a): {', '.join(above)}. Of the oracle: {shares[above[0]]['why']}."
+        )
+    return notes
+
+
+def ran_out(baselines: Baselines) -> str:
+    """That searches of the oracle were cut short, and how many."""
+    return (
+        f"The oracle's search ran out of its budget on {baselines.exhausted} of {len(baselines.slm.correct)} problems: "
+        "there may be cheaper right answers to them, or one at all; raise oracle_budget."
+    )
 
 
 def with_intervals(

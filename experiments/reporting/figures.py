@@ -33,6 +33,11 @@ FEW_POINTS = 25
 """A curve of fewer shows each."""
 
 
+def front_name(name: str, front: Mapping[str, Any]) -> str:
+    """What the front over the settings of the agent `name` is called."""
+    return f"{name}, front of {len(front['settings'])}"
+
+
 @contextmanager
 def _figure(path: Path, dpi: int, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
     """Panels in a row, written to a PNG file at the end."""
@@ -64,6 +69,10 @@ def plot_curves(summary: Mapping[str, Any], path: Path, axis: str | None = None,
     with _figure(path, dpi=130, columns=1, size=(8, 5)) as (axes,):
         for position, (name, policy) in enumerate(summary["policies"].items()):
             _draw_policy(axes, name, policy, colours(position % 10))
+        for name, front in summary.get("fronts", {}).items():
+            costs, accuracies = zip(*front["curve"], strict=True)
+            # below the curves it is made of, which stay visible on it
+            axes.plot(costs, accuracies, color="gold", linewidth=6, alpha=0.5, zorder=1, label=front_name(name, front))
         for name, baseline in summary["limits"].items():
             if "curve" in baseline:
                 _draw_baseline(axes, name, baseline["curve"])

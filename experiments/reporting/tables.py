@@ -6,13 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from envs.storage import write_text
-from experiments.reporting.figures import BASELINE_NAMES, UNITS
+from experiments.reporting.figures import BASELINE_NAMES, UNITS, front_name
 
 Summary = Mapping[str, Any]
+WIDTH = 100
+"""Characters of a printed table; one that is wider leaves columns out."""
+COLUMNS = ("few", "all")
+"""How many columns are printed: as many as WIDTH has room for, or all."""
 AREAS = {
     "over_speculative_at_0.99": "at 99%: cost over\nspeculative's",
     "area_above_random": "area above\nrandom",
@@ -50,14 +55,15 @@ def table(summary: Summary) -> Table:
     for name in ("slm", "llm"):
         model = summary["models"][name]
         rows.append([f"{name} only", f"{model['accuracy']:.1%}", f"{model['cost']:.3f}"])
-    for name, policy in summary["policies"].items():
+    fronts = {front_name(name, front): front for name, front in summary.get("fronts", {}).items()}
+    for name, policy in {**summary["policies"], **fronts}.items():
         rows.append(
             [
                 f"{name} ({policy['seeds']})",
                 "",
                 "",
                 *(with_interval(policy["cost_at"][level], policy["cost_at_interval"][level]) for level in levels),
-                *_compared(summary, name, "against", COMPARED),
+                *_compared(policy, name, first, "against", COMPARED),
                 *(_measured(policy["measures"][key]) for key in areas),
                 number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]),
             ]
@@ -68,6 +74,18 @@ def table(summary: Summary) -> Table:
         "LLM only = 1; intervals: 95 %, over problems and training seeds"
     )
     return _table(title, headers, rows)
+
+
+def most_wanted(rich_table: Table) -> list[int]:
+    """The columns of what `table` makes, by number, in the order in which they are left out last."""
+    headers = [str(column.header) for column in rich_table.columns]
+
+    def of(*beginnings: str) -> list[int]:
+        return [i for beginning in beginnings for i, header in enumerate(headers) if header.startswith(beginning)]
+
+    wanted = of("policy", "cost at 95%", "accuracy", "LLM tokens", "cost at 99%", "cost at 90%")
+    wanted += [headers.index("cost")]
+    return wanted + [i for i in range(len(headers)) if i not in wanted]
 
 
 def _baseline_row(summary: Summary, name: str, empty: int) -> list[str]:
@@ -88,7 +106,7 @@ def query_table(summary: Summary) -> Table:
         [
             name,
             *(_measured(policy["measures"][key]) for key in measures),
-            *_compared(summary, name, "less", COMPARED_QUERIES),
+            *_compared(policy, name, first, "less", COMPARED_QUERIES),
         ]
         for name, policy in summary["policies"].items()
     ]
@@ -100,12 +118,12 @@ def query_table(summary: Summary) -> Table:
 
 
 def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Names on the left, numbers on the right; rows may be shorter than the headers."""
-    result = Table(title=title)
+    """Names on the left, numbers on the right, none of them broken; rows may be shorter than the headers."""
+    result = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     for position, header in enumerate(headers):
-        result.add_column(header, justify="right" if position else "left")
+        result.add_column(header, justify="right" if position else "left", no_wrap=True)
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*row, *[""] * (len(headers) - len(row)))
     return result
 
 
@@ -118,14 +136,14 @@ def _measured_of(summary: Summary, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if key in summary["policies"][summary["first"]]["measures"]]
 
 
-def _compared(summary: Summary, name: str, how: str, keys: Iterable[str]) -> list[str]:
+def _compared(policy: Mapping[str, Any], name: str, first: str, how: str, keys: Iterable[str]) -> list[str]:
     """What a policy has over the first one; empty for that one itself."""
-    first = summary["first"]
-    return [_measured(summary["policies"][name][f"{how}_{first}"][key]) if name != first else "" for key in keys]
+    return [_measured(policy[f"{how}_{first}"][key]) if name != first else "" for key in keys]
 
 
 def _measured(measure: Mapping[str, Any]) -> str:
-    return with_interval(measure["value"], measure["interval"])
+    """A measure with its interval; that it says nothing, where the summary tells why."""
+    return "n/a" if "why" in measure else with_interval(measure["value"], measure["interval"])
 
 
 def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
@@ -138,10 +156,58 @@ def number(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
 
 
-def write_table(rich_table: Table, path: Path) -> None:
-    """Write a table as markdown, and print it."""
-    write_text(path, markdown(rich_table))
-    Console(width=max(150, Console().width)).print(rich_table)
+def write_table(
+    rich_table: Table,
+    path: Path,
+    wanted: Sequence[int] | None = None,
+    columns: str = "few",
+    notes: Sequence[str] = (),
+    more: str = "",
+) -> None:
+    """Write a table as markdown, all of it, and print it.
+
+    Args:
+        rich_table: the table.
+        path: of the file.
+        wanted: numbers of its columns, those to leave out last first; from left to right where None.
+        columns: `few`: those that WIDTH has room for are printed; `all`: all are.
+        notes: sentences that stand below.
+        more: how columns that are left out are printed, if they can be; a part of a sentence.
+    """
+    write_text(path, markdown(rich_table) + "".join(f"\n{note}\n" for note in notes))
+    printed = narrowed(rich_table, wanted or range(len(rich_table.columns))) if columns == "few" else rich_table
+    wide = max(WIDTH, measured_width(printed))
+    Console(width=wide, markup=False).print(printed)
+    left_out = len(rich_table.columns) - len(printed.columns)
+    for line in (*notes, *([f"{path} holds {left_out} more columns{more}"] if left_out else [])):
+        print(line)
+
+
+def measured_width(rich_table: Table) -> int:
+    """Characters a table takes, but for its title, where nothing in it is broken."""
+    console = Console(width=10_000, markup=False)
+    return console.measure(rich_table).maximum
+
+
+def narrowed(rich_table: Table, wanted: Sequence[int], width: int = WIDTH) -> Table:
+    """A table with those of its columns that there is room for, in the order they stand in.
+
+    Args:
+        rich_table: the table.
+        wanted: numbers of its columns; each is taken where there is room beside those before it, the first always.
+        width: in characters.
+    """
+
+    def part(numbers: Iterable[int]) -> Table:
+        columns = [rich_table.columns[number] for number in sorted(numbers)]
+        rows = zip(*([str(cell) for cell in column.cells] for column in columns), strict=True)
+        return _table(str(rich_table.title), [str(column.header) for column in columns], rows)
+
+    taken = list(wanted[:1])
+    for number in wanted[1:]:
+        if measured_width(part([*taken, number])) <= width:
+            taken.append(number)
+    return part(taken)
 
 
 def markdown(rich_table: Table) -> str:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from agents.common.policy import Learner, Policy, policy_from
-from agents.common.saving import SavedPolicy
+from agents.common.saving import POLICY_FILE, SavedPolicy, load_policy
 from agents.router.policy import RouterPolicy
 from envs.models.pool import ModelPool
-from envs.storage import write_text
+from envs.storage import check_manifest, write_text
 from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
 from experiments.common.program import Begin
 from experiments.common.tracking import Tracker
+from experiments.evaluation.kept import MODELS
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.reporting.figures import plot_learning
 
 SUMMARY = "summary.json"
 """Written last: a run in a folder is complete with it."""
+TRAINED = "trained.json"
+"""Written when a policy is made and saved, if it can be: what made it, and what is known of its training."""
 
 
 def train(
@@ -35,6 +39,7 @@ def train(
     name: str,
     seed: int = 0,
     evaluation: EvaluationSettings | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fit an agent on the task's train split, save its policy, evaluate it; what is in `folder` is not done again.
 
@@ -47,19 +52,24 @@ def train(
         name: what results call the agent.
         seed: of training.
         evaluation: how the policy is evaluated afterwards; not at all where None.
+        made_by: the settings that make the policy, as plain data: one that is in `folder`, made by the same, is not
+            trained again. It always is where None.
 
     Returns:
         The contents of `summary.json`.
+
+    Raises:
+        ValueError: the policy in `folder` was made by other settings; the error names what differs.
     """
-    started = time.perf_counter()
-    policy = policy_from(agent, pool, task, seed, track, folder)
-    seconds = round(time.perf_counter() - started, 1)
-    summary: dict[str, Any] = {"agent": type(agent).__name__, "seed": seed, "seconds": seconds}
-    if isinstance(policy, SavedPolicy):
-        policy.save(folder / "policy")
-        print(f"saved {folder / 'policy'} after {seconds} s")
-    if isinstance(policy, RouterPolicy) and policy.calibration:
-        summary["calibration"] = policy.calibration
+    known = read_trained(folder, made_by)
+    if known is not None and (folder / "policy" / POLICY_FILE).is_file():
+        policy: Policy = load_policy(folder / "policy", pool)
+        print(f"the policy in {folder / 'policy'} is trained")
+    else:
+        policy, known = _fit(agent, pool, task, folder, track, seed)
+        if made_by is not None:
+            write_text(folder / TRAINED, json.dumps({"made_by": made_by, "summary": known}, indent=1) + "\n")
+    summary: dict[str, Any] = dict(known)
     images: dict[str, Path] = {}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if plot_learning(rows, folder / "learning.png"):
@@ -73,19 +83,70 @@ def train(
     return summary
 
 
+def _fit(
+    agent: Policy | Learner[Policy], pool: ModelPool, task: Task, folder: Path, track: Tracker, seed: int
+) -> tuple[Policy, dict[str, Any]]:
+    """The agent's policy, saved if it can be, and what the summary says of its training."""
+    started = time.perf_counter()
+    policy = policy_from(agent, pool, task, seed, track, folder)
+    seconds = round(time.perf_counter() - started, 1)
+    summary: dict[str, Any] = {"agent": type(agent).__name__, "seed": seed, "seconds": seconds}
+    if isinstance(policy, SavedPolicy):
+        policy.save(folder / "policy")
+        print(f"saved {folder / 'policy'} after {seconds} s")
+    if isinstance(policy, RouterPolicy) and policy.calibration:
+        summary["calibration"] = policy.calibration
+    return policy, summary
+
+
+def read_trained(folder: Path, made_by: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the summary says of a training that is done in `folder`; None where it is not.
+
+    Raises:
+        ValueError: other settings made what is there; the error names what differs.
+    """
+    path = folder / TRAINED
+    if made_by is None or not path.is_file():
+        return None
+    kept = json.loads(path.read_text())
+    check_manifest(folder, kept["made_by"], made_by)
+    return dict(kept["summary"])
+
+
 def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begin) -> None:
-    """Build what `config` describes, and train.
+    """Build what `config` describes, and train; a run that is complete is left as it is.
 
     Args:
         config: of `experiments.train`.
         folder: of the run.
         name: what results call the agent.
         begin: called when all is built, before anything is written.
+
+    Raises:
+        ValueError: a setting is wrong, or others made what is in `folder`; the error names it.
     """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    made_by = {key: plain[key] for key in ("agent", "task", "seed")}
+    made_by["models"] = {key: plain["models"].get(key) for key in MODELS}
+    evaluated_by = plain["evaluation"] if config.evaluate else None
+    if read_trained(folder, made_by) is not None and _is_complete(folder, evaluated_by):
+        print(f"{folder} is complete, nothing is left to do")
+        return
     evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
+    if evaluation is not None:
+        evaluation.shown([name])
     agent, task, tracking = build(config, "agent"), build(config, "task"), build(config, "track")
     pool = build(config, "models")
     begin()
-    with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "train") as track:
-        summary = train(agent, pool, task, folder, track, name=name, seed=config.seed, evaluation=evaluation)
+    with tracking.open(folder, plain, "train") as track:
+        summary = train(agent, pool, task, folder, track, name, config.seed, evaluation, made_by)
+    summary = {**summary, **({"evaluated_by": evaluated_by} if evaluated_by else {})}
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def _is_complete(folder: Path, evaluated_by: Mapping[str, Any] | None) -> bool:
+    """Whether a run is summarized, with the evaluation that is asked for if one is."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return False
+    return evaluated_by is None or json.loads(path.read_text()).get("evaluated_by") == evaluated_by

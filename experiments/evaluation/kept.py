@@ -1,0 +1,148 @@
+"""An evaluation as its folder keeps it, and what tells it from others: the program, the models, the task, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.baselines import EXHAUSTED
+
+MANIFEST, CONFIG = "manifest.json", "config.yaml"
+SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens", "thresholds_at")
+"""What the manifests of one experiment agree in."""
+MODELS = ("names", "dtype")
+"""Settings of a pool that change what it writes; the others are of the machine."""
+
+
+@dataclass(frozen=True)
+class KeptEvaluation:
+    """One evaluation on disk.
+
+    Attributes:
+        runs: the folder of its pieces.
+        manifest: what made them.
+        config: of the program that made it, which stands in the folder of the run; empty where there was none.
+    """
+
+    runs: Path
+    manifest: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, manifest: Path) -> KeptEvaluation:
+        """The evaluation that a manifest describes."""
+        run = run_folder(manifest.parent)
+        config = run / CONFIG
+        return cls(manifest.parent, json.loads(manifest.read_text()), _yaml(config) if config.is_file() else {})
+
+    @property
+    def seed(self) -> int:
+        """That its policies were trained with."""
+        return int(self.manifest["seed"])
+
+    @property
+    def program(self) -> str:
+        """That made it; empty where no program did."""
+        return "train" if "agent" in self.config else "evaluate" if "agents" in self.config else ""
+
+    @property
+    def rows(self) -> Path:
+        """The rows of its results."""
+        return self.runs.parent / "results.jsonl"
+
+    @cached_property
+    def experiment(self) -> dict[str, Any]:
+        """What must be the same in all evaluations that are compared, by name."""
+        about: dict[str, Any] = {key: self.manifest.get(key) for key in SAME}
+        if self.config:
+            about["program"] = f"experiments.{self.program}"
+            about["settings of the task"] = self.config.get("task")
+            about["settings of the models"] = {key: self.config.get("models", {}).get(key) for key in MODELS}
+        return about
+
+    def settings(self, policy: str) -> dict[str, Any]:
+        """The settings that made a policy, nested keys joined by dots; empty where they are not known."""
+        if self.program == "train":
+            return dict(flat(self.config["agent"]))
+        if policy in self.config.get("saved", {}):
+            return {"saved": self.config["saved"][policy]}
+        return dict(flat(self.config.get("agents", {}).get(policy, {})))
+
+    def missing(self) -> Path | None:
+        """The first piece that is not there; None where it is complete."""
+        pieces = [self.runs / EXHAUSTED, *(path for name in self.manifest["policies"] for path in self._paths(name))]
+        return next((path for path in pieces if not path.is_file()), None)
+
+    def answers(self, policy: str) -> list[Answers]:
+        """A policy's answers at each of its thresholds."""
+        return [Answers.load(path) for path in self._paths(policy)]
+
+    def _paths(self, policy: str) -> list[Path]:
+        count = len(self.manifest["thresholds"][policy])
+        return [self.runs / policy / f"{number:02d}.safetensors" for number in range(count)]
+
+
+def run_folder(runs: Path) -> Path:
+    """The folder of the run whose evaluation keeps its pieces in `runs`: training evaluates in a folder of its own."""
+    return runs.parent if (runs.parent / CONFIG).is_file() else runs.parent.parent
+
+
+def kept_below(folder: Path) -> list[KeptEvaluation]:
+    """All evaluations below a folder, by path."""
+    return [KeptEvaluation.read(path) for path in sorted(folder.glob(f"**/runs/{MANIFEST}"))]
+
+
+def not_evaluated_yet(folder: Path) -> list[Path]:
+    """Runs below a folder that evaluate what they train, and have not come to it."""
+    # the configs of Hydra's own folders and of wandb's lie deeper, and are of no run
+    configs = (path for path in sorted(folder.glob(f"**/{CONFIG}")) if path.parent.name not in (".hydra", "files"))
+    return [
+        path.parent
+        for path in configs
+        if _yaml(path).get("evaluate") is True and not (path.parent / "evaluation" / "runs" / MANIFEST).is_file()
+    ]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings inside a mapping, each with its key, which is joined by dots."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def told_apart(settings: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Of runs of one agent, the settings in which they differ.
+
+    A `seed` that is the run's own in all of them is none. Where settings are not known nothing is told.
+
+    Args:
+        settings: of each run.
+        seeds: of each run.
+
+    Returns:
+        What differs, for each run.
+    """
+    runs = [(one, seed) for one, seed in zip(settings, seeds, strict=True) if one]
+    known = [one for one, _ in runs]
+    keys = sorted({key for one in known for key in one})
+    differing = [
+        key
+        for key in keys
+        if any(one.get(key) != known[0].get(key) or (key in one) != (key in known[0]) for one in known)
+        and not (key.split(".")[-1] == "seed" and all(one.get(key) == seed for one, seed in runs))
+    ]
+    return [{key: one[key] for key in differing if key in one} for one in settings]
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    plain = OmegaConf.to_container(OmegaConf.load(path))
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
