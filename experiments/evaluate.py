@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from agents.common.policy import Policy, policy_from
 from agents.common.saving import POLICY_FILE, load_policy
 from experiments.common.config import build, build_settings, program
+from experiments.common.tracking import labelled
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
 
@@ -40,7 +41,8 @@ def main(config: DictConfig, folder: Path) -> None:
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:
         policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
         for name, agent in agents.items():
-            policies[name] = policy_from(agent, pool, task, config.seed, track, folder / "agents" / name)
+            own = labelled(track, agent=name)
+            policies[name] = policy_from(agent, pool, task, config.seed, own, folder / "agents" / name)
         summary = evaluate(
             pool, task, policies, settings, folder, track=track, trained=list(config.saved), seed=config.seed
         )

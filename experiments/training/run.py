@@ -60,8 +60,7 @@ def train(
     if isinstance(policy, RouterPolicy) and policy.calibration:
         summary["calibration"] = policy.calibration
     images: dict[str, Path] = {}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if plot_learning(rows, folder / "learning.png"):
+    if plot_learning(track.rows(), folder / "learning.png"):
         images["learning"] = folder / "learning.png"
     if evaluation is not None:
         place = folder / "evaluation"
