@@ -13,6 +13,8 @@ folder (`hydra.run.dir=...`), a run goes on after the last split that is done.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,21 @@ def build_agents(config: DictConfig) -> dict[str, QueryLearner]:
     return agents
 
 
+def keep_splits(folder: Path, made_by: Mapping[str, Any], models: Sequence[str]) -> None:
+    """Check what made the splits in `folder`, or write it there; choices are columns, so that models' order is of it.
+
+    Raises:
+        ValueError: something else made them, or models in an order that was not kept; the error says what to do.
+    """
+    path = folder / "manifest.json"
+    if path.is_file() and "models" not in json.loads(path.read_text()):
+        raise ValueError(
+            f"{folder} was written by a version that kept no order of the models, and every second start had another: "
+            f"delete {folder}, and start again (what the models answered stays)"
+        )
+    keep_manifest(path, {**made_by, "models": list(models)})
+
+
 def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
     """Compare `config.agents` on `config.outcomes`; what is done already in `folder` is not done again."""
     settings = build_settings(config, SplitSettings)
@@ -57,7 +74,7 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
     outcomes = source.read(folder)
     splits = draw_splits(outcomes, settings)
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    keep_manifest(folder / "splits" / "manifest.json", {key: plain[key] for key in MADE_BY})
+    keep_splits(folder / "splits", {key: plain[key] for key in MADE_BY}, outcomes.models)
     check_agents(agents, splits)
     with tracking.open(folder, plain, "queries") as track:
         routed = route_splits(outcomes, splits, embedding, agents, settings.seed, folder / "splits", track)
