@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -75,6 +77,8 @@ def _started(script, overrides, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     many = importlib.import_module("experiments.training.many")
-    many.get_context = lambda method: get_context("fork")  # workers are as warm as their parent
+    # workers are as warm as their parent, and as spawned ones know nothing of its Hydra
+    many.get_context = lambda method: get_context("fork")
+    many.ProcessPoolExecutor = partial(ProcessPoolExecutor, initializer=GlobalHydra.instance().clear)
     sys.argv = [script, *overrides]
     importlib.import_module(f"experiments.{script}").main()
