@@ -36,8 +36,9 @@ MORE_BITS := tests/test_tree.py tests/test_rollout.py tests/test_query_learners.
 test-avx2: $(STAMP) ## run the tests that promise the same bits as on a CPU with AVX2 alone, one thread
 	ATEN_CPU_CAPABILITY=avx2 CITER_THREADS=1 $(BIN)/python -m pytest $(BITS)
 
-soak: $(STAMP) ## try 10,000 drawn inputs, and the tests of bits on each kind of CPU, 1 and 2 threads; an hour or so
+soak: $(STAMP) ## try 10,000 drawn inputs, 200 kills, and the tests of bits on each kind of CPU, 1 and 2 threads; two hours or so
 	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m fuzz
+	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_interruptions.py
 	set -e; for kind in default avx2 native; do for threads in 1 2; do \
 		echo "kind of CPU $$kind, threads: $$threads"; \
 		if [ $$kind = native ]; then unset ATEN_CPU_CAPABILITY; else export ATEN_CPU_CAPABILITY=$$kind; fi; \

@@ -86,6 +86,7 @@ def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> No
     from agents.common.policy import policy_from
     from agents.common.saving import load_policy
     from experiments.common.config import build, build_settings, import_modules
+    from experiments.common.tracking import labelled
     from experiments.evaluation.runner import evaluate
     from experiments.evaluation.settings import EvaluationSettings
 
@@ -98,7 +99,8 @@ def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> No
     begin()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:
         for name, agent in agents.items():
-            policies[name] = policy_from(agent, pool, task, config.seed, track, folder / "agents" / name)
+            own = labelled(track, agent=name)
+            policies[name] = policy_from(agent, pool, task, config.seed, own, folder / "agents" / name)
         if config.first is not None:
             policies = {config.first: policies[config.first], **policies}
         summary = evaluate(

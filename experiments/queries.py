@@ -13,6 +13,8 @@ folder (`hydra.run.dir=...`), a run goes on after the last split that is done.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +52,27 @@ def build_agents(config: DictConfig) -> dict[str, QueryLearner]:
     return agents
 
 
+def keep_splits(folder: Path, made_by: Mapping[str, Any], models: Sequence[str]) -> None:
+    """Check what made the splits in `folder`, or write it there; choices are columns, so that models' order is of it.
+
+    Raises:
+        ValueError: something else made them, or models in an order that was not kept; the error says what to do.
+    """
+    from envs.storage import keep_manifest
+
+    path = folder / "manifest.json"
+    if path.is_file() and "models" not in json.loads(path.read_text()):
+        raise ValueError(
+            f"{folder} was written by a version that kept no order of the models, and every second start had another: "
+            f"delete {folder}, and start again (what the models answered stays)"
+        )
+    keep_manifest(path, {**made_by, "models": list(models)})
+
+
 def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> dict[str, Any]:
     """Compare `config.agents` on `config.outcomes`; what is done already in `folder` is not done again."""
     from omegaconf import OmegaConf
 
-    from envs.storage import keep_manifest
     from experiments.common.config import build, build_settings
     from experiments.query_routing.report import flat_measures, write_query_report
     from experiments.query_routing.splits import SplitSettings, check_agents, draw_splits, route_splits
@@ -69,7 +87,7 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
     plain: Any = OmegaConf.to_container(config, resolve=True)
     check_agents(agents, splits)
     begin()
-    keep_manifest(folder / "splits" / "manifest.json", {key: plain[key] for key in MADE_BY})
+    keep_splits(folder / "splits", {key: plain[key] for key in MADE_BY}, outcomes.models)
     with tracking.open(folder, plain, "queries") as track:
         routed = route_splits(outcomes, splits, embedding, agents, settings.seed, folder / "splits", track)
         results = QueryResults(source.name, outcomes, splits, routed)

@@ -1,96 +1,183 @@
-"""Programs killed at random moments and started again end where undisturbed ones do. Slow: every kill is a process."""
+"""Programs killed at random moments and started again end where undisturbed ones do.
+
+`KILLS` are spread evenly over the programs, at moments drawn uniformly over what an undisturbed run takes: 20, or 200
+where CITER_SOAK=1 (`make soak`). After each the program is started again in the same folder, until it ends by itself.
+"""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments.report import main as report
+from tests.programs import Start
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
-KILLS = 50
-SMALL = ["threads=1", "scheduling.rows=32"]
-AGENT = [
-    "threads=1",
-    "agent.examples=120",
-    "agent.shard_examples=10",
-    "agent.scheduling.rows=16",
-    "agent.training.epochs=6",
-]
-TIMED = ("cost_seconds", "seconds")
+KILLS = 200 if os.environ.get("CITER_SOAK") == "1" else 20
+TIMED = ("seconds", "time/fps", "time/time_elapsed")
+COLLECTING = ["agent.examples=24", "agent.shard_examples=6", "agent.scheduling.rows=24", "agent.training.epochs=4"]
+PLAYING = ["agent.examples=20", "agent.num_envs=16", "agent.steps=2000", "agent.net_arch=[8]"]
+EVALUATING = [
+    "examples=8", "threshold_examples=4", "llm_shares=[0.1,0.3]", "bootstrap=10", "transcripts=0", "oracle=4",
+    "draft_tokens=0", "max_new_tokens=64",
+]  # fmt: skip
+EVALUATED = ["evaluate=true", *(f"evaluation.{setting}" for setting in EVALUATING)]
 
 
-def command(script, *overrides):
-    return [sys.executable, "-m", f"experiments.{script}", *overrides]
+@dataclass(frozen=True)
+class Program:
+    """A program to kill.
+
+    Attributes:
+        script: of `experiments`.
+        overrides: its settings.
+        same_bytes: files that are promised to be those of an undisturbed run, patterns in the run's folder.
+        same_rows: JSON lines of which all is promised but what is timed.
+        same_summaries: JSON of which all is promised but what is timed.
+    """
+
+    script: str
+    overrides: tuple
+    same_bytes: tuple = ("policy/*",)
+    same_rows: tuple = ("metrics.jsonl",)
+    same_summaries: tuple = ("summary.json",)
+
+    def start(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder.with_name(f"{folder.name}.log")
+        return Start(self.script, [*self.overrides, f"hydra.run.dir={folder}"], log)
+
+    def promised(self, folder):
+        """What is the same in every run of it."""
+
+        def found(patterns):
+            return {str(p.relative_to(folder)): p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}
+
+        rows = {name: path.read_text().splitlines() for name, path in found(self.same_rows).items()}
+        return {
+            "bytes": {name: path.read_bytes() for name, path in found(self.same_bytes).items()},
+            "rows": {name: [untimed(json.loads(line)) for line in lines] for name, lines in rows.items()},
+            "summaries": {
+                name: untimed(json.loads(path.read_text())) for name, path in found(self.same_summaries).items()
+            },
+        }
 
 
-def undisturbed(script, *overrides):
-    begun = time.monotonic()
-    subprocess.run(command(script, *overrides), cwd=ROOT, check=True, capture_output=True)
-    return time.monotonic() - begun
+def training(agent, *overrides, same_bytes=("policy/*",)):
+    return Program("train", ("threads=1", f"agent={agent}", *overrides), same_bytes)
 
 
-def killed_until_done(script, *overrides, kills, seconds, rng):
-    """Start a program again and again, each time killed at a random moment of what is left; returns kills made."""
-    made = 0
-    # what matters happens after the imports, which take the same time again at every start
-    idle = 0.6 * seconds
-    while made < kills:
-        process = subprocess.Popen(
-            command(script, *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            assert process.wait(timeout=rng.uniform(0.3 * idle, seconds)) == 0
+PROGRAMS = {
+    "citer": training("citer", *COLLECTING, *EVALUATED, same_bytes=("policy/*", "round-*/*")),
+    "r2r": training("r2r_small", *COLLECTING, same_bytes=("policy/*", "paths/*")),
+    "expert": training("expert", "agent.examples=16", "agent.training.epochs=4", "agent.oracle.budget=10"),
+    "collm": training("collm", "agent.examples=40", "agent.training.epochs=4", "agent.validation_examples=6"),
+    "tapo": training("tapo_scratch", "agent.examples=16", "agent.iterations=5", "agent.batch=8", "agent.branches=2"),
+    "ppo": training("ppo", *PLAYING, "+agent.arguments.n_steps=16", "+agent.arguments.batch_size=256"),
+    "dqn": training("dqn", *PLAYING),
+    "routellm": training("routellm_mf", "agent.examples=40"),
+    "collect": Program("collect", ("threads=1", *COLLECTING), ("preferences/*",)),
+    "evaluate": Program(
+        "evaluate",
+        ("threads=1", "scheduling.rows=16", "+agent@agents.collm=collm", "agents.collm.examples=20",
+            "agents.collm.validation_examples=0", *EVALUATING),
+        (),
+        ("metrics.jsonl", "results.jsonl"),
+    ),
+    "leaderboard": Program(
+        "leaderboard",
+        (
+            "agents=[citer_s,entropy]", "first=citer_s", "seeds=[0]", "timings=1", "bootstrap=20",
+            '+departures.citer_s=["agent.examples=12","agent.training.epochs=3"]',
+            f"train={json.dumps(['experiment=benchmark', *(f'evaluation.{setting}' for setting in EVALUATING)])}",
+        ),
+        ("runs/*/policy/*",),
+        ("runs/*/metrics.jsonl", "runs/*/evaluation/results.jsonl"),
+        ("runs/summary.json",),
+    ),
+    "queries": Program(
+        "queries",
+        (
+            "threads=1", "experiment=changing_pool", "~outcomes.tasks.plus_minus", "~outcomes.tasks.times_over",
+            "~outcomes.tasks.plus_times", "~outcomes.tasks.minus_over", "outcomes.examples=24",
+            "outcomes.max_new_tokens=40", "validation_queries=8", "splits=4", "bootstrap=10", "~agents.mlp",
+            "~agents.uniroute_learned",
+        ),
+        ("results.jsonl", "summary.json", "table.md", "splits/*"),
+    ),
+}  # fmt: skip
+
+
+def untimed(value):
+    """Everything but what was timed."""
+    if isinstance(value, dict):
+        return {key: untimed(inner) for key, inner in value.items() if not key.endswith(TIMED)}
+    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def killed(program, folder, kills, seconds, rng):
+    """Start a program until it ends by itself, killed so many times at most; how many times it was."""
+    for made in range(kills):
+        start = program.start(folder)
+        if start.ended(rng.uniform(0, seconds)):
+            start.finish()
+            return made
+        start.kill()
+    program.start(folder).finish()
+    return kills
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_killed_program_ends_where_an_undisturbed_one_does(name, tmp_path):
+    program, number = PROGRAMS[name], list(PROGRAMS).index(name)
+    left = KILLS // len(PROGRAMS) + (number < KILLS % len(PROGRAMS))
+    rng = np.random.default_rng([14, number])
+    Start("train", ["--cfg", "job"], tmp_path / "imports.log").finish()  # the first start of all waits for the imports
+    seconds = program.start(tmp_path / "whole").finish()
+    promised = program.promised(tmp_path / "whole")
+    for kind, patterns in (
+        ("bytes", program.same_bytes), ("rows", program.same_rows), ("summaries", program.same_summaries)
+    ):  # fmt: skip
+        assert bool(promised[kind]) == bool(patterns), f"{name} made none of {patterns}"
+    kills = left
+    for cycle in range(50 * kills):
+        folder = tmp_path / f"cut-{cycle}"
+        left -= killed(program, folder, left, seconds, rng)
+        assert program.promised(folder) == promised, f"{name}, {folder}"
+        if not left:
             break
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            made += 1
-    subprocess.run(command(script, *overrides), cwd=ROOT, check=True, capture_output=True)
-    return made
-
-
-def files(folder, *patterns):
-    found = {path for pattern in patterns for path in folder.glob(pattern)}
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
-def rows(path):
-    return [
-        {key: value for key, value in json.loads(line).items() if key not in TIMED}
-        for line in path.read_text().splitlines()
-    ]
-
-
-def test_killed_programs_end_where_undisturbed_ones_do(tmp_path):
-    rng, left = np.random.default_rng(0), KILLS
-
-    def both(script, *overrides, share):
-        nonlocal left
-        whole, cut = tmp_path / f"{script}-whole", tmp_path / f"{script}-cut"
-        seconds = undisturbed(script, *overrides, f"hydra.run.dir={whole}")
-        while left > KILLS - share:
-            left -= killed_until_done(
-                script, *overrides, f"hydra.run.dir={cut}", kills=left - (KILLS - share), seconds=seconds, rng=rng
-            )
-            if left > KILLS - share:
-                for name in ("preferences", "round-1", "round-2", "runs"):  # finished between two kills: from the start
-                    subprocess.run(["rm", "-rf", str(cut / name)], check=True)
-        return whole, cut
-
-    whole, cut = both("collect", *AGENT, share=17)
-    assert files(whole, "preferences/*") == files(cut, "preferences/*")
-    whole, cut = both("train", *AGENT, share=34)
-    assert files(whole, "round-*/*", "policy/*") == files(cut, "round-*/*", "policy/*")
-    assert rows(whole / "metrics.jsonl") == rows(cut / "metrics.jsonl")
-    few = ["examples=40", "threshold_examples=10", "bootstrap=20", "transcripts=2"]
-    whole, cut = both("evaluate", *SMALL, *few, share=KILLS)
-    assert rows(whole / "results.jsonl") == rows(cut / "results.jsonl")
+    print(f"{name}: {kills} kills, {cycle + 1} runs of {seconds:.1f} s")
     assert left == 0
-    assert not [path for path in tmp_path.rglob("*.partial") if "-whole" in str(path)]
+    assert not list((tmp_path / "whole").rglob("*.partial"))
+
+
+SWEEP = [
+    "-m", "threads=1", "agent=citer_s,citer_agreement,citer_slm", "agent.training.lr=0.001,0.002,0.004",
+    "agent.examples=20", "agent.training.epochs=2", *EVALUATED,
+]  # fmt: skip
+
+
+def test_a_sweep_of_which_jobs_were_killed_goes_on_and_is_one_table(tmp_path):
+    def swept(folder):
+        return Start("train", [*SWEEP, f"hydra.sweep.dir={folder}"], tmp_path / f"{folder.name}.log")
+
+    def reported(folder):
+        report([str(folder)])
+        return untimed(json.loads((folder / "summary.json").read_text()))
+
+    seconds = swept(tmp_path / "whole").finish()
+    rng = np.random.default_rng(14)
+    for early, late in ((0.1, 0.45), (0.1, 0.3)):  # of what is left then, so that two jobs are hit
+        start = swept(tmp_path / "cut")
+        assert not start.ended(seconds * rng.uniform(early, late))
+        start.kill()
+    swept(tmp_path / "cut").finish()
+    summary = reported(tmp_path / "cut")
+    assert len(summary["policies"]) == 9
+    assert summary == reported(tmp_path / "whole")
+    assert len((tmp_path / "cut" / "table.md").read_text().splitlines()) >= 9
+    assert len([path for path in Path(tmp_path / "cut").iterdir() if (path / "policy").is_dir()]) == 9

@@ -1,3 +1,5 @@
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from experiments.query_routing.splits import (
     SplitSettings,
     check_split,
     cost_weights,
+    draw_splits,
     embedded,
     route,
 )
@@ -251,6 +254,50 @@ def test_a_pool_answers_once_and_costs_follow_sizes(tmp_path, pool, monkeypatch)
     np.testing.assert_allclose(again.costs, outcomes.costs)
     with pytest.raises(ValueError, match="examples"):
         PoolAnswers(pool, tasks, examples=7, max_new_tokens=64).read(tmp_path)
+
+
+def test_models_stand_in_one_order_at_every_start(tmp_path, monkeypatch):
+    count, names = 40, ("one", "two", "three", "four")
+    rng = np.random.default_rng(0)
+    costs = np.stack([np.full(count, 3.0), np.full(count, 2.0), np.full(count, 2.0), np.full(count, 1.0)], axis=1)
+    costs[0] = [0.5, 4.0, 3.0, 9.0]  # the first query alone tells otherwise
+    costs[1] = [5.5, 2.0, 3.0, 1.0]  # on the whole `two` and `three` cost the same
+
+    def answer_alone(pool, task, examples, *settings):
+        prompts = [example.prompt for example in examples]
+        return QueryOutcomes(prompts, ["all"] * count, names, rng.random((count, 4)) < 0.5, costs), None
+
+    monkeypatch.setattr("experiments.query_routing.sources.answer_alone", answer_alone)
+    monkeypatch.setattr("experiments.query_routing.sources.models_manifest", lambda pool: [])
+    source = PoolAnswers(SimpleNamespace(names=names), {"all": ArithmeticTask()}, examples=count)
+    first, second = source.read(tmp_path), source.read(tmp_path)
+    assert first.models == second.models == ("four", "three", "two", "one")
+    for array in ("correct", "costs"):
+        ours, again = getattr(first, array), getattr(second, array)
+        np.testing.assert_array_equal(ours, again)
+        assert ours.strides == again.strides  # sums over them add in one order
+    settings = SplitSettings(splits=3, unseen=2, validation_queries=5)
+    assert [split.routed for split in draw_splits(first, settings)] == [
+        split.routed for split in draw_splits(second, settings)
+    ]
+
+
+def test_splits_of_an_unknown_order_of_models_are_refused(tmp_path):
+    path = tmp_path / "outcomes.jsonl"
+    topics(60).write(path)
+    config = settings(
+        "outcomes=file", f"outcomes.path={path}", "embedding=text", "embedding.dimensions=4", "splits=1",
+        "+agent@agents.knn=knn",
+    )  # fmt: skip
+    compare(config, tmp_path / "run")
+    manifest = tmp_path / "run" / "splits" / "manifest.json"
+    kept = json.loads(manifest.read_text())
+    assert kept.pop("models") == ["cheap", "middle", "dear"]
+    manifest.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"kept no order of the models.*: delete .*splits, and start again"):
+        compare(config, tmp_path / "run")
+    shutil.rmtree(manifest.parent)
+    compare(config, tmp_path / "run")
 
 
 def test_queries_of_a_pool_are_distinct(tmp_path, monkeypatch):

@@ -62,12 +62,15 @@ class QueryOutcomes:
         return replace(self, prompts=prompts, groups=groups, correct=self.correct[chosen], costs=self.costs[chosen])
 
     def of(self, models: Sequence[str]) -> QueryOutcomes:
-        """The same queries for some of the models, cheapest first (on average) whatever order they are named in.
+        """The same queries for some of the models, cheapest first (on average; equals by name), however they are named.
 
         Raises:
             ValueError: a model that has no outcomes here, or fewer than two.
         """
-        columns = sorted(columns_of(models, self.models), key=lambda column: float(self.costs[:, column].mean()))
+        columns = sorted(
+            columns_of(models, self.models),
+            key=lambda column: (float(self.costs[:, column].mean()), self.models[column]),
+        )
         return replace(
             self,
             models=tuple(self.models[column] for column in columns),
@@ -78,6 +81,8 @@ class QueryOutcomes:
     @classmethod
     def read(cls, path: Path, prices: Mapping[str, float] | None = None) -> QueryOutcomes:
         """Read JSON lines: `{"prompt", "group", "correct": {model: bool}, "prices": {model: number}}`.
+
+        Models stand as `of` orders them, so that what is written and read again routes as what was measured.
 
         Args:
             path: the file; `group` and `prices` may be missing in it.
@@ -103,17 +108,18 @@ class QueryOutcomes:
                     "every query needs an outcome of every model"
                 )
         check_models(models, read[0].place)
-        return cls(
+        outcomes = cls(
             [line.prompt for line in read],
             [line.group for line in read],
             tuple(models),
             np.array([[line.correct[model] for model in models] for line in read]),
             np.array([[line.prices[model] for model in models] for line in read], dtype=np.float64),
         )
+        return outcomes.of(models)
 
     def write(self, path: Path) -> None:
         """Write what `read` reads, with the costs as prices."""
-        rows = zip(self.prompts, self.groups, self.correct.tolist(), self.costs.tolist(), strict=True)
+        rows = zip(self.prompts, self.groups, self.correct.astype(bool).tolist(), self.costs.tolist(), strict=True)
         lines = [
             json.dumps(
                 {

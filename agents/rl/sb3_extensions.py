@@ -81,7 +81,8 @@ class Reporting(BaseCallback):
     """Dumps the log every `interval` steps and at the end, and moves a progress bar.
 
     Stable-Baselines3 counts iterations or episodes, of which a thousand rows end many at once; and it dumps before it
-    trains, so that losses would be those of the iteration before.
+    trains, so that losses would be those of the iteration before. The LLM's share of the tokens is added, over the last
+    episodes as the other means.
 
     Args:
         interval: steps between dumps.
@@ -109,6 +110,10 @@ class Reporting(BaseCallback):
 
     def _dump(self) -> None:
         self.dumped = self.model.num_timesteps
+        ended = [episode for episode in self.model.ep_info_buffer or () if "llm" in episode]
+        if ended:
+            written = sum(episode["l"] for episode in ended)
+            self.model.logger.record("rollout/llm_share", sum(episode["llm"] for episode in ended) / written)
         self.model.dump_logs()
 
 

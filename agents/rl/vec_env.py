@@ -116,6 +116,7 @@ class VectorEnvBridge(VecEnv):
         seconds = time.perf_counter() - self._made
         final = self._seen(np.stack([infos["final_obs"][row] for row in rows]), self._weights[rows], rows)
         correct = infos.get("final_info", {}).get("correct")
+        llm_tokens = infos.get("final_info", {}).get("llm_tokens")
         for row, observation in zip(rows.tolist(), final, strict=True):
             row_infos[row] = {
                 "terminal_observation": observation,
@@ -124,6 +125,8 @@ class VectorEnvBridge(VecEnv):
             }
             if correct is not None:
                 row_infos[row]["is_success"] = bool(correct[row])
+            if llm_tokens is not None:
+                row_infos[row]["episode"]["llm"] = int(llm_tokens[row])
         self._returns[rows], self._lengths[rows] = 0, 0
         if "_example" in infos:
             self._examples = np.where(infos["_example"], infos["example"], self._examples)

@@ -107,6 +107,8 @@ class Answers:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no readable answers; delete it, and they are made again") from error
         costs = {key.removeprefix("cost_"): array for key, array in arrays.items() if key.startswith("cost_")}
+        # in the order in which they are measured, not that of the file: rows of results are the same at a second start
+        costs = {unit: costs[unit] for unit in sorted(costs, key=_UNITS.index)} if costs.keys() <= {*_UNITS} else costs
         measured = [plain["llm_tokens"], plain["tokens"], *costs.values()]
         shapes = {array.shape for array in arrays.values()}
         right = all(plain[name].dtype == bool for name in ("correct", "terminated"))
@@ -117,6 +119,7 @@ class Answers:
 
 
 _PLAIN = ("correct", "terminated", "llm_tokens", "tokens")
+_UNITS = [cost.name for cost in ALL_COSTS]
 
 
 def sweep(runs: Sequence[Answers], slm: Answers, llm: Answers, unit: str) -> Sweep:

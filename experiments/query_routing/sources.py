@@ -46,8 +46,7 @@ class OutcomesFile:
         return Path(self.path).stem
 
     def read(self, folder: Path) -> QueryOutcomes:
-        outcomes = QueryOutcomes.read(Path(self.path), self.prices)
-        return outcomes.of(outcomes.models)
+        return QueryOutcomes.read(Path(self.path), self.prices)
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,10 @@ class PoolAnswers:
             np.concatenate([part.correct for _, part in parts]),
             np.concatenate([part.costs for _, part in parts]),
         )
-        outcomes = outcomes.of(outcomes.models)
         write_manifest(manifest, about)
         outcomes.write(path)
-        return outcomes
+        # what a second start reads, to the bit: the order of models, and of every sum over them
+        return QueryOutcomes.read(path)
 
 
 def distinct_examples(task: Task, split: Split, start: int, prompts: set[str]) -> Iterator[Example]:

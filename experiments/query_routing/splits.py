@@ -20,6 +20,7 @@ from agents.query_routing.router import EmbeddedQueries, choose
 from envs.arrays import FloatArray, IntArray
 from envs.progress import ProgressBar
 from envs.storage import write_tensors
+from experiments.common.tracking import labelled
 from experiments.evaluation.metrics import Sweep
 
 SWEEP = 64
@@ -194,7 +195,7 @@ def route_split(
     test = embedded(outcomes, embeddings, split.test, split.routed)
     routed = {}
     for name, agent in agents.items():
-        router = agent.fit_queries(train, known, seed, track)
+        router = agent.fit_queries(train, known, seed, labelled(track, agent=name))
         routed[name] = Routed(route(router.errors(test.embeddings), known.costs))
     routed["oracle"] = Routed(route(torch.from_numpy(1.0 - test.correct), known.costs))
     return routed
@@ -224,7 +225,7 @@ def route_splits(
         agents: by name.
         seed: of the agents in the first split; one more in each that follows.
         folder: where a split is kept when it is done, and not made again; nothing is kept where None.
-        track: receives what agents measure.
+        track: receives what agents measure, each row with its split and agent.
     """
     routed: dict[str, list[Routed]] = {name: [] for name in (*agents, "oracle")}
     for number, split in enumerate(ProgressBar(splits, desc="splits", leave=False)):
@@ -232,7 +233,7 @@ def route_splits(
         if path and path.is_file():
             chosen = {name: Routed(choices.numpy()) for name, choices in load_file(path).items()}
         else:
-            chosen = route_split(outcomes, split, embedding, agents, seed + number, track)
+            chosen = route_split(outcomes, split, embedding, agents, seed + number, labelled(track, split=number))
             if path:
                 write_tensors(path, {name: torch.from_numpy(one.choices) for name, one in chosen.items()})
         for name, one in chosen.items():

@@ -71,8 +71,7 @@ def train(
             write_text(folder / TRAINED, json.dumps({"made_by": made_by, "summary": known}, indent=1) + "\n")
     summary: dict[str, Any] = dict(known)
     images: dict[str, Path] = {}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if plot_learning(rows, folder / "learning.png"):
+    if plot_learning(track.rows(), folder / "learning.png"):
         images["learning"] = folder / "learning.png"
     if evaluation is not None:
         place = folder / "evaluation"

@@ -1,0 +1,84 @@
+"""Calls the programs of `experiments` without a new Python: in this process, or in one forked from a warm one."""
+
+import importlib
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+
+WARM = get_context("forkserver")
+# all that a start imports, so that a fork has it: a start of its own takes seconds
+WARM.set_forkserver_preload(
+    ["tests.programs", "experiments.train", "experiments.evaluate", "experiments.collect", "experiments.queries",
+     "experiments.leaderboard", "agents.sb3", "agents.rl.inputs", "agents.rl.sb3_extensions", "agents.rl.vec_env",
+     "sb3_contrib", "stable_baselines3", "sklearn.cluster", "sklearn.feature_extraction.text", "matplotlib.pyplot",
+     "transformers.models.llama.modeling_llama"]
+)  # fmt: skip
+LIMIT = 300.0
+"""Seconds after which a program hangs."""
+
+
+def call(script, *overrides):
+    """Call a program in this process, with Hydra's own logging left out."""
+    before = list(sys.argv)
+    GlobalHydra.instance().clear()
+    sys.argv = [script, *overrides, "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    try:
+        importlib.import_module(f"experiments.{script}").main()
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+
+
+class Start:
+    """One start of a program, in a process group of its own that was forked from a warm process.
+
+    Args:
+        script: of `experiments`.
+        overrides: its arguments.
+        log: what it prints is added there.
+    """
+
+    def __init__(self, script, overrides, log):
+        self.log = log
+        self._process = WARM.Process(target=_started, args=(script, list(overrides), str(log)))
+        self._process.start()
+
+    def ended(self, seconds=LIMIT):
+        """Wait so long at most; whether it has ended."""
+        self._process.join(seconds)
+        return not self._process.is_alive()
+
+    def finish(self):
+        """Wait for its end, which must be a good one; seconds since the call."""
+        begun = time.monotonic()
+        assert self.ended(), f"it hangs:\n{self.log.read_text()[-3000:]}"
+        assert self._process.exitcode == 0, f"it failed:\n{self.log.read_text()[-3000:]}"
+        return time.monotonic() - begun
+
+    def kill(self):
+        """SIGKILL to it and its workers, as when a machine goes down."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group yet
+            os.kill(self._process.pid, signal.SIGKILL)
+        self._process.join()
+
+
+def _started(script, overrides, log):
+    os.setpgid(0, 0)
+    with Path(log).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    many = importlib.import_module("experiments.training.many")
+    # workers are as warm as their parent, and as spawned ones know nothing of its Hydra
+    many.get_context = lambda method: get_context("fork")
+    many.ProcessPoolExecutor = partial(ProcessPoolExecutor, initializer=GlobalHydra.instance().clear)
+    sys.argv = [script, *overrides]
+    importlib.import_module(f"experiments.{script}").main()
