@@ -201,6 +201,17 @@ def test_a_signal_ends_a_program_in_one_line_that_says_how_to_go_on(number, code
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_a_library_swallows_ends_the_program_all_the_same():
+    code = (
+        "import signal, time\nimport experiments.common.stopping as stopping\nstopping.CLOSING = 0.2\n"
+        "with stopping.stoppable():\n"
+        "    try:\n        signal.raise_signal(signal.SIGTERM)\n    except BaseException:\n        time.sleep(300)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 143
+    assert done.stderr == "stopped by SIGTERM before anything was done\n"
+
+
 def test_the_command_to_go_on_names_the_folder_once(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     given = ["agent=citer", "hydra.run.dir=elsewhere", "agent.labels.case_3=llm"]

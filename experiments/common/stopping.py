@@ -19,6 +19,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 5.0
 """Seconds that a worker may take to end."""
+CLOSING = 10.0
+"""Seconds that a program may take to close what it holds."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -59,19 +61,27 @@ class Progress:
 def stoppable() -> Iterator[Progress]:
     """Let SIGINT and SIGTERM end what is inside with one line, and exit codes 130 and 143.
 
-    What is inside sees them as a KeyboardInterrupt, so that it can close what it holds. A second signal, while that
-    takes its time, ends the process at once. A signal that the process was told to ignore, as under `nohup`, is.
+    What is inside sees them as a KeyboardInterrupt, so that it can close what it holds. The process ends at once when
+    that takes longer than CLOSING, or a library has swallowed the exception, or a second signal comes: what is on disk
+    is whole at any moment. A signal that the process was told to ignore, as under `nohup`, is.
     """
     progress = Progress()
 
-    def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
-        end_workers()
+    closed = threading.Event()
+
+    def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
+        end_workers(patience=0)
         os.write(2, f"{progress.line(number)}\n".encode())
         os._exit(128 + number)
+
+    def stop_in_the_end(number: int) -> None:
+        if not closed.wait(CLOSING):
+            stop_at_once(number)
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for one in caught:
             signal.signal(one, stop_at_once)
+        threading.Thread(target=stop_in_the_end, args=[number], daemon=True).start()
         raise Stopped(number)
 
     caught = {one: signal.getsignal(one) for one in SIGNALS}
@@ -87,6 +97,7 @@ def stoppable() -> Iterator[Progress]:
         print(progress.line(number), file=sys.stderr, flush=True)
         raise SystemExit(128 + number) from None
     finally:
+        closed.set()
         for one, handler in caught.items():
             signal.signal(one, handler)
 
@@ -139,13 +150,13 @@ class Workers(ProcessPoolExecutor):
         super().__exit__(kind, *rest)
 
 
-def end_workers() -> None:
-    """End the processes that work for this one."""
+def end_workers(patience: float = PATIENCE) -> None:
+    """End the processes that work for this one, and wait for so many seconds until they have."""
     workers = multiprocessing.active_children()
     for process in workers:
         process.terminate()
     for process in workers:
-        process.join(PATIENCE)
+        process.join(patience)
 
 
 def _work_for_parent() -> None:
