@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -186,6 +188,29 @@ def test_killed_at_every_file_an_agent_still_ends_with_the_same_bits(pool, task,
         with interrupted_at(moment):
             agent.fit(pool, task, seed=3, folder=tmp_path)
     assert same_tensors(agent.fit(pool, task, seed=3, folder=tmp_path), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", ["ppo", "dqn", "tapo"])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(learner, pool, task, tmp_path):
+    agent, rng, kills = TAPO if learner == "tapo" else tiny(learner), np.random.default_rng(0), 0
+    undisturbed = agent.fit(pool, task, seed=3, folder=tmp_path / "whole")
+    processes, begun = get_context("fork"), time.monotonic()
+    agent.fit(pool, task, seed=3, folder=tmp_path / "timed")
+    seconds = time.monotonic() - begun
+    while kills < 8:
+        process = processes.Process(target=agent.fit, args=(pool, task, 3), kwargs={"folder": tmp_path / "cut"})
+        process.start()
+        process.join(rng.uniform(0.2, 0.9) * seconds)
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+            assert same_tensors(agent.fit(pool, task, seed=3, folder=tmp_path / "cut"), undisturbed)
+            shutil.rmtree(tmp_path / "cut")
+        process.join()
+    assert same_tensors(agent.fit(pool, task, seed=3, folder=tmp_path / "cut"), undisturbed)
 
 
 def test_tapo_that_was_broken_off_ends_with_the_same_bits(pool, task, tmp_path, interrupted_at):
