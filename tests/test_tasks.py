@@ -443,6 +443,8 @@ def test_bad_math_records_are_named_by_line(tmp_path: Path, line: str, message: 
     [
         ({"choices": None}, "no choices among the fields"),
         ({"choices": {"label": ["A"], "text": ["x", "y"]}}, "1 labels for 2 choices"),
+        ({"choices": {"label": None, "text": ["x", "y"]}}, "choices whose label is None"),
+        ({"choices": {"label": ["A", "B"], "text": "xy"}}, "choices whose text is 'xy'"),
         ({"choices": {"label": ["A", "yes"], "text": ["x", "y"]}}, "the labels A, YES; a label is a letter"),
         ({"answerKey": ""}, "an answerless example.*test_split=validation"),
         ({"answerKey": "E"}, "an answerless example: its answer 'E' is none of A, B, C"),

@@ -108,6 +108,9 @@ def read_choices(row: Row) -> Choices:
     """
     choices = row.get("choices")
     if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
+        for key in ("label", "text"):
+            if not isinstance(choices[key], list | tuple):
+                raise ValueError(f"choices whose {key} is {choices[key]!r}; it is a list, one entry for each choice")
         labels = [str(label).upper() for label in choices["label"]]
         texts = [str(choice) for choice in choices["text"]]
     elif isinstance(choices, list):
