@@ -160,6 +160,7 @@ def test_a_setting_that_one_side_lacks_is_a_difference(tmp_path):
     (tmp_path / SETTINGS).write_text("agents: {a: 1}\n")
     with pytest.raises(ValueError, match=r"agents\.b unset, not 2"):
         Continuing().check("agents: {a: 1, b: 2}\n", tmp_path)
+    Continuing().check("agents: {a: 1}\nimports: []\nnew: null\n", tmp_path)
 
 
 # -- one run a folder -------------------------------------------------------------------------------------------------

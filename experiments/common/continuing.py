@@ -70,13 +70,20 @@ class Continuing:
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The settings in which two trees of them differ, by their full names, with both values."""
+    """The settings in which two trees of them differ, by their full names, with both values.
+
+    One that is not there is as one that is null or empty: settings that are new since a folder was made stop no run.
+    """
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in [*there, *(key for key in here if key not in there)]:
             inner = f"{name}.{key}" if name else f"{key}"
             yield from differences(there.get(key, _ABSENT), here.get(key, _ABSENT), inner)
-    elif there != here:
+    elif there != here and not (_nothing(there) and _nothing(here)):
         yield name, there, here
+
+
+def _nothing(value: Any) -> bool:
+    return value is _ABSENT or value in (None, [], {})
 
 
 def _shown(value: Any) -> str:
