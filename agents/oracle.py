@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from agents.common.policy import Policy, check_scores
 from envs.arrays import UNKNOWN, FloatArray, IntArray
@@ -24,6 +23,7 @@ from envs.decoding.decoder import since_at_each
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, TERMINATED, PrefixTree
 from envs.prefix_tree.tree_session import observation_at
+from envs.progress import ProgressBar
 from envs.tasks.task import Example
 
 
@@ -164,7 +164,7 @@ class _Searches:
         self.next = 0
 
     def run(self, label: str | None) -> list[SearchResult]:
-        with tqdm(total=len(self.examples), desc=label, disable=label is None, leave=False) as progress:
+        with ProgressBar(total=len(self.examples), desc=label, disable=label is None, leave=False) as progress:
             while self.next < len(self.examples) or self.open:
                 self._close(progress)
                 self._begin()
@@ -288,7 +288,7 @@ class _Searches:
         entries: FloatArray = response_entries(len(prompt), writers, terminated, len(self.pool))
         return float(self.cost.of(entries, self.pool.profiles))
 
-    def _close(self, progress: tqdm[Any]) -> None:
+    def _close(self, progress: ProgressBar) -> None:
         """Put away the problems whose search is over."""
         for number in [number for number, search in self.open.items() if search.done()]:
             search = self.open.pop(number)

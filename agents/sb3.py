@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.common.policy import Learner, Track, TrainingRun
 from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
@@ -26,6 +25,7 @@ from envs.costs import ALL_COSTS
 from envs.decoding.observation import Features, check_features
 from envs.environments.rewards import OutcomeReward
 from envs.models.pool import ModelPool
+from envs.progress import ProgressBar
 from envs.tasks.task import FirstExamples, Task
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def train(
     with (
         random_state_kept(device),
         threads(settings.threads),
-        tqdm(total=settings.steps, desc=settings.algorithm, leave=False) as progress,
+        ProgressBar(total=settings.steps, desc=settings.algorithm, leave=False) as progress,
     ):
         statistics = input_statistics(bridge, settings.slm_prior, STATISTICS_STEPS, seed)
         arguments = settings.constructor_arguments(bridge.num_envs, *statistics)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from agents.common.episode_queue import EpisodeQueue
 from agents.common.rollout import EndedRow, Episode, Scheduling, episode_of
@@ -18,6 +17,7 @@ from envs.arrays import IntArray
 from envs.decoding.session import Session
 from envs.decoding.verification import VerifyingSession
 from envs.models.pool import ModelPool
+from envs.progress import ProgressBar
 from envs.tasks.task import Example, Task
 
 
@@ -69,7 +69,7 @@ def speculate(
 
     episodes: list[Episode | None] = [None] * len(examples)
     queue = EpisodeQueue(np.arange(rows), len(examples), start)
-    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+    with ProgressBar(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
         while len(queue.fill()) or len(queue.busy):
             busy = queue.busy
             begun = session.lengths(busy)

@@ -16,7 +16,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.citer import Citer
 from agents.common.policy import Learner, TrainingRun
@@ -32,6 +31,7 @@ from envs.models.pool import models_manifest
 from envs.prefix_tree.expander import TreeExpander
 from envs.prefix_tree.tree import GOING_ON, PrefixTree
 from envs.prefix_tree.tree_session import observation_at
+from envs.progress import ProgressBar
 from envs.tasks.task import Example
 
 
@@ -113,7 +113,7 @@ class Tapo(Learner[RouterPolicy]):
         examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
         tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory)
         improvement = _Improvement(self, tree, examples, begun, run.seed)
-        with tqdm(total=self.iterations, desc="tapo", leave=False) as progress:
+        with ProgressBar(total=self.iterations, desc="tapo", leave=False) as progress:
             for number in range(self.iterations):
                 run.track({"run": "tapo", "iteration": number, **improvement.iterate(number)})
                 progress.update()

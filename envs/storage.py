@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import platform
+import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file, and move it to `path` when it is done; nothing is left behind where it fails."""
+    """Let `write` make a file, and move it to `path` when it is done; nothing is left behind where it fails.
+
+    Each writer has a partial file of its own, so that two of one file do not mix what they write: the file is that of
+    the last to be done. What writers left that were killed on this machine is cleared away.
+
+    Raises:
+        OSError: the disk is full, the folder is read-only, or the like; the error names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    _clear_partials(path)
+    partial = path.with_name(f"{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         write(partial)
         os.replace(partial, path)
+    except OSError as error:
+        # a write that fails does not say where
+        if error.errno is None or error.filename not in (None, f"{partial}", partial):
+            raise
+        raise OSError(error.errno, error.strerror, f"{path}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _clear_partials(path: Path) -> None:
+    """Delete the partial files of `path` whose writers are gone; those of other hosts may live."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.{glob.escape(_HOST)}-*-*.partial"):
+        writer = partial.name.removesuffix(".partial").split("-")[-2]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            partial.unlink(missing_ok=True)
+
+
+_HOST = re.sub(r"\W", "_", platform.node())
+"""This machine, as names of files may hold it."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,7 +61,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors, and words about them, as safetensors."""
-    write_whole(path, lambda partial: save_file(dict(tensors), partial, metadata=dict(metadata or {})))
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(dict(tensors), partial, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # a full disk, in its words
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    write_whole(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

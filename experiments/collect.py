@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from experiments.common.program import Begin, program
 
-from agents.citer import Citer
-from envs.storage import write_text
-from experiments.common.config import build, program
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @program("collect")
-def main(config: DictConfig, folder: Path) -> None:
+def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Collect for `config.agent`, a `Citer`."""
+    from omegaconf import OmegaConf
+
+    from agents.citer import Citer
+    from envs.storage import write_text
+    from experiments.common.config import build
+
     agent = build(config, "agent")
     if not isinstance(agent, Citer):
         raise ValueError(f"agent {type(agent).__name__} collects no preferences; choose agent=citer or one of its kind")
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
+    begin()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "collect") as track:
         store = agent.collect(pool, task, config.seed, folder / "preferences", track)
         summary = {"tokens": sum(store.rows()), "shards": store.shards, "skipped": store.skipped()}

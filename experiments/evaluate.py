@@ -3,6 +3,7 @@
     python -m experiments.evaluate +saved.citer=outputs/train/citer-.../policy
     python -m experiments.evaluate agents=[entropy,margin] examples=500
     python -m experiments.evaluate +agent@agents.brief=citer agents.brief.rounds=1
+    python -m experiments.evaluate '+agents.mine={_target_: mine.Mine, patience: 20}'
 
 The run's folder receives `config.yaml`, `results.jsonl` (a row per policy and threshold), `summary.json`, `table.md`,
 `curve.png`, `transcripts.html`, and in `runs/` the outcome of every example at every threshold. Started again in the
@@ -12,16 +13,18 @@ same folder (`hydra.run.dir=...`), an evaluation goes on after the last threshol
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from experiments.common.continuing import EVALUATING
+from experiments.common.program import Begin, program
 
-from agents.common.policy import Policy, policy_from
-from agents.common.saving import POLICY_FILE, load_policy
-from experiments.common.config import CONF, build, build_settings, program
-from experiments.evaluation.runner import evaluate
-from experiments.evaluation.settings import EvaluationSettings
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from agents.common.policy import Policy
+    from experiments.evaluation.settings import EvaluationSettings
 
 AGENTS = "agent@agents."
 """What agents stand under in defaults lists and overrides."""
@@ -29,6 +32,8 @@ AGENTS = "agent@agents."
 
 def check(config: DictConfig, settings: EvaluationSettings) -> None:
     """Refuse what would fail later, before any model is loaded."""
+    from agents.common.saving import POLICY_FILE
+
     names = [*config.saved, *config.agents]
     if not names:
         raise ValueError("nothing to evaluate: name policies (+saved.NAME=FOLDER) or agents (agents=[NAME,...])")
@@ -48,11 +53,14 @@ def listed_agents(arguments: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a multirun over lists.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     lists = [argument for argument in arguments if argument.startswith("agents=[")]
     if len(lists) != 1:
         return list(arguments)
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    from experiments.common.help import CONF
+
     override = OverridesParser.create().parse_override(lists[0])
     if override.is_sweep_override():
         raise ValueError(f"{lists[0]}: a multirun does not go over lists of agents; give all of them in one list")
@@ -68,18 +76,28 @@ def listed_agents(arguments: Sequence[str]) -> list[str]:
 
 def _keys(entry: object) -> list[str]:
     """The groups that an entry of a defaults list chooses from."""
-    return [str(key) for key in entry] if isinstance(entry, DictConfig) else []
+    return [str(key) for key in entry] if isinstance(entry, Mapping) else []
 
 
-@program("evaluate")
-def evaluate_as_configured(config: DictConfig, folder: Path) -> None:
+@program("evaluate", EVALUATING)
+def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Evaluate `config.saved` policies and `config.agents`."""
+    from omegaconf import OmegaConf
+
+    from agents.common.policy import policy_from
+    from agents.common.saving import load_policy
+    from experiments.common.config import build, build_settings, import_modules
+    from experiments.evaluation.runner import evaluate
+    from experiments.evaluation.settings import EvaluationSettings
+
+    import_modules(config.imports)
     settings = build_settings(config, EvaluationSettings)
     check(config, settings)
     agents = {name: build(config.agents, name) for name in config.agents}
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
+    policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
+    begin()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:
-        policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
         for name, agent in agents.items():
             policies[name] = policy_from(agent, pool, task, config.seed, track, folder / "agents" / name)
         if config.first is not None:

@@ -13,22 +13,32 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from experiments.common.continuing import Continuing
+from experiments.common.program import Begin, program
 
-from envs.storage import write_text
-from experiments.common.config import program
-from experiments.common.timing import commit, lasting_clock, machine
-from experiments.evaluation.merge import report
-from experiments.reporting.leaderboard_page import HowMade, page, picture
-from experiments.training.many import make_all, runs_of
-from experiments.training.seconds import measure_seconds
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONTINUING = Continuing(
+    may_differ=("agents", "seeds", "first", "workers", "live", "timings", "bootstrap", "target", "picture")
+)
+"""Runs have settings of their own; which there are, and the page, may change."""
 
 
-@program("leaderboard")
-def main(config: DictConfig, folder: Path) -> None:
+@program("leaderboard", CONTINUING)
+def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Make all runs, measure seconds, and write the page."""
+    from envs.storage import write_text
+    from experiments.common.timing import commit, lasting_clock, machine
+    from experiments.evaluation.merge import report
+    from experiments.reporting.leaderboard_page import HowMade, page, picture
+    from experiments.training.many import make_all, runs_of
+    from experiments.training.seconds import measure_seconds
+
     runs = runs_of(config, folder)
+    begin()
     with lasting_clock(folder / "seconds.json") as spent:
         make_all(runs, config.workers)
         seconds = measure_seconds(runs, config.seeds[0], config.timings, folder / "timings.json")

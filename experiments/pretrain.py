@@ -9,26 +9,31 @@ Everything is drawn from `seed`; steps, not minutes, are fixed, so that the resu
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from experiments.common.continuing import Continuing
+from experiments.common.program import Begin, program
 
-from envs.tasks.arithmetic import ArithmeticTask
-from experiments.common.config import program
-from experiments.pretraining.loop import pretrain
-from experiments.pretraining.recipe import Recipe
-from experiments.pretraining.tokenizer import train_tokenizer
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@program("pretrain")
-def main(config: DictConfig, folder: Path) -> None:
+@program("pretrain", Continuing(may_differ=("only", "folder", "first_cycle")))
+def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Train the models of `config.recipes`."""
+    from envs.tasks.arithmetic import ArithmeticTask
+    from experiments.pretraining.loop import pretrain
+    from experiments.pretraining.recipe import Recipe
+    from experiments.pretraining.tokenizer import train_tokenizer
+
     recipes = {str(name): Recipe(**node) for name, node in config.recipes.items()}
-    task = ArithmeticTask()
-    texts = (f"{e.prompt}{e.reference}" for e in (task.example("train", i) for i in range(config.tokenizer_examples)))
-    tokenizer = train_tokenizer(texts, config.vocab_size)
     unknown = set(config.only or []) - set(recipes)
     if unknown:
         raise ValueError(f"only: unknown models {', '.join(sorted(unknown))}; the recipes are {', '.join(recipes)}")
+    begin()
+    task = ArithmeticTask()
+    texts = (f"{e.prompt}{e.reference}" for e in (task.example("train", i) for i in range(config.tokenizer_examples)))
+    tokenizer = train_tokenizer(texts, config.vocab_size)
     for name in config.only or recipes:
         first = None if config.first_cycle is None else Path(config.first_cycle)
         task = ArithmeticTask(operations=recipes[name].operations)

@@ -14,16 +14,15 @@ folder (`hydra.run.dir=...`), a run goes on after the last split that is done.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from experiments.common.continuing import Continuing
+from experiments.common.program import Begin, program
 
-from agents.query_routing.learner import QueryLearner
-from envs.storage import keep_manifest
-from experiments.common.config import build, build_settings, program
-from experiments.query_routing.report import flat_measures, write_query_report
-from experiments.query_routing.splits import SplitSettings, check_agents, draw_splits, route_splits
-from experiments.query_routing.summary import QueryResults, summarize_queries
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from agents.query_routing.learner import QueryLearner
 
 MADE_BY = ("outcomes", "embedding", "agents", "seed", "test_share", "unseen", "validation_queries")
 """Settings that make what agents choose in a split."""
@@ -41,6 +40,9 @@ def check(config: DictConfig) -> None:
 
 def build_agents(config: DictConfig) -> dict[str, QueryLearner]:
     """The agents that are compared."""
+    from agents.query_routing.learner import QueryLearner
+    from experiments.common.config import build
+
     agents = {name: build(config.agents, name) for name in config.agents}
     for name, agent in agents.items():
         if not isinstance(agent, QueryLearner):
@@ -48,8 +50,16 @@ def build_agents(config: DictConfig) -> dict[str, QueryLearner]:
     return agents
 
 
-def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
+def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> dict[str, Any]:
     """Compare `config.agents` on `config.outcomes`; what is done already in `folder` is not done again."""
+    from omegaconf import OmegaConf
+
+    from envs.storage import keep_manifest
+    from experiments.common.config import build, build_settings
+    from experiments.query_routing.report import flat_measures, write_query_report
+    from experiments.query_routing.splits import SplitSettings, check_agents, draw_splits, route_splits
+    from experiments.query_routing.summary import QueryResults, summarize_queries
+
     settings = build_settings(config, SplitSettings)
     check(config)
     agents = build_agents(config)
@@ -57,8 +67,9 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
     outcomes = source.read(folder)
     splits = draw_splits(outcomes, settings)
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    keep_manifest(folder / "splits" / "manifest.json", {key: plain[key] for key in MADE_BY})
     check_agents(agents, splits)
+    begin()
+    keep_manifest(folder / "splits" / "manifest.json", {key: plain[key] for key in MADE_BY})
     with tracking.open(folder, plain, "queries") as track:
         routed = route_splits(outcomes, splits, embedding, agents, settings.seed, folder / "splits", track)
         results = QueryResults(source.name, outcomes, splits, routed)
@@ -69,10 +80,10 @@ def compare(config: DictConfig, folder: Path) -> dict[str, Any]:
     return summary
 
 
-@program("queries")
-def main(config: DictConfig, folder: Path) -> None:
+@program("queries", Continuing(may_differ=("splits", "bootstrap", "first")))
+def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Compare the agents that were chosen."""
-    compare(config, folder)
+    compare(config, folder, begin)
 
 
 if __name__ == "__main__":

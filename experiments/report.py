@@ -19,9 +19,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from envs.costs import ALL_COSTS
-from experiments.evaluation.merge import report
-from experiments.reporting.tables import COLUMNS
+UNITS = ("bytes", "flops", "llm_tokens", "seconds", "dollars")
+"""Of costs; those of `envs.costs`, which is not imported for `--help`."""
 
 
 class ReportAfterMultirun(Callback):
@@ -36,8 +35,12 @@ class ReportAfterMultirun(Callback):
         self.first, self.samples = first, samples
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        settings = config.evaluation
-        report(Path(config.hydra.sweep.dir), self.first, settings.cost, self.samples, columns=settings.columns)
+        from experiments.common.locks import only_writer
+        from experiments.evaluation.merge import report
+
+        folder = Path(config.hydra.sweep.dir)
+        with only_writer(folder):
+            report(folder, self.first, config.evaluation.cost, self.samples, columns=config.evaluation.columns)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,23 +49,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="of a multirun with evaluate=true")
     parser.add_argument("--out", type=Path, help="where the report is written; into the folder itself if not given")
     parser.add_argument("--first", help="the policy that the others are compared with")
-    parser.add_argument("--cost", default="bytes", choices=[cost.name for cost in ALL_COSTS], help="unit of curves")
+    parser.add_argument("--cost", default="bytes", choices=UNITS, help="unit of curves")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamplings for the intervals")
-    parser.add_argument("--columns", default="few", choices=COLUMNS, help="of the table that is printed")
+    parser.add_argument("--columns", default="few", choices=("few", "all"), help="of the table that is printed")
     parser.add_argument("--partial", action="store_true", help="leave out runs that are not finished")
     options = parser.parse_args(arguments)
     if options.bootstrap < 1:
         parser.error(f"--bootstrap must be at least 1, is {options.bootstrap}")
+    from experiments.common.locks import only_writer
+    from experiments.evaluation.merge import report
+
     try:
-        report(
-            options.folder,
-            options.first,
-            options.cost,
-            options.bootstrap,
-            out=options.out,
-            partial=options.partial,
-            columns=options.columns,
-        )
+        if not options.folder.is_dir():
+            raise ValueError(f"there is no folder {options.folder}")
+        with only_writer(options.out or options.folder):
+            report(
+                options.folder,
+                options.first,
+                options.cost,
+                options.bootstrap,
+                out=options.out,
+                partial=options.partial,
+                columns=options.columns,
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")
 

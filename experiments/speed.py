@@ -13,34 +13,31 @@ machine's time meanwhile, a line says so, and "machine" holds {"quiet": false, "
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from experiments.common.continuing import Continuing
+from experiments.common.program import Begin, program
 
-from experiments.common.config import program
-from experiments.common.quiet import QuietWatch
-from experiments.common.timing import Numbers, machine
-from experiments.speed_suites.collect import collect_suite
-from experiments.speed_suites.decode import decode_suite
-from experiments.speed_suites.env import env_suite
-from experiments.speed_suites.rl import rl_suite
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-SUITES: dict[str, Callable[[DictConfig], tuple[Numbers, Numbers]]] = {
-    "decode": decode_suite,
-    "env": env_suite,
-    "collect": collect_suite,
-    "rl": rl_suite,
-}
+SUITES = ("decode", "env", "collect", "rl")
 
 
-@program("speed")
-def main(config: DictConfig, folder: Path) -> None:
+@program("speed", Continuing(anything_differs=True))
+def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Run one suite."""
+    from experiments.common.quiet import QuietWatch
+    from experiments.common.timing import machine
+
     if config.suite not in SUITES:
         raise ValueError(f"unknown suite {config.suite!r}; choose one of {', '.join(SUITES)}")
+    suite = getattr(import_module(f"experiments.speed_suites.{config.suite}"), f"{config.suite}_suite")
+    begin()
     watch = QuietWatch()
-    ratios, rates = SUITES[config.suite](config)
+    ratios, rates = suite(config)
     quiet = watch.report()
     if not quiet["quiet"]:
         print(f"the machine was not quiet: {'; '.join(quiet['why'])}; measure again, or read ratios alone")

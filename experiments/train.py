@@ -11,18 +11,23 @@ goes on after the last shard of preferences, epoch or threshold that is done.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from experiments.common.continuing import TRAINING
+from experiments.common.program import Begin, program
 
-from experiments.common.config import program
-from experiments.training.run import train_as_configured
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@program("train")
-def main(config: DictConfig, folder: Path) -> None:
+@program("train", TRAINING)
+def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Train the agent that was chosen."""
-    train_as_configured(config, folder, HydraConfig.get().runtime.choices["agent"])
+    from hydra.core.hydra_config import HydraConfig
+
+    from experiments.training.run import train_as_configured
+
+    train_as_configured(config, folder, HydraConfig.get().runtime.choices["agent"], begin)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ TOP = "*"
 """Every other file of a package: its algorithms, its commands, and its own `__init__`."""
 ORDER = {
     "envs": [
-        {"arrays", "storage", "costs"},  # files, the others are rooms
+        {"arrays", "storage", "progress", "costs"},  # files, the others are rooms
         {"tasks"},
         {"models"},
         {"decoding"},
@@ -140,7 +140,7 @@ def wrong_way(one):
     levels = {name: level for level, names in enumerate(ORDER[here]) for name in names}
     if levels[other] > levels[room]:
         return f"{one}: {f'a file of {here} itself' if other == TOP else other} lies above {room}"
-    files = room in {"arrays", "storage", "costs"}
+    files = room in {"arrays", "storage", "progress", "costs"}
     if levels[other] == levels[room] and other != room and not files:
         return f"{one}: {other} lies beside {room}"
     return None

@@ -7,6 +7,7 @@ import faulthandler
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -33,12 +34,13 @@ from envs.prefix_tree.tree_session import TreeSession
 from envs.tasks.math import MathTask
 from envs.tasks.multiple_choice import MultipleChoiceTask
 from envs.tasks.task import Example, FirstExamples, Task
-from experiments.common.config import _SCHEMA, CONF
+from experiments.common.config import CONF
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.settings import EvaluationSettings
 
 pytestmark = pytest.mark.fuzz
 
+_SCHEMA = re.compile(r"^\s*- /schema@\S+: (\S+)\s*$", re.MULTILINE)
 SOAK = os.environ.get("CITER_SOAK") == "1"
 SOAK_TIMES = 20
 HANGS_AFTER = 120

@@ -204,7 +204,7 @@ def test_a_folder_without_a_model_is_refused_by_name(no_weights, bare, tmp_path,
     with pytest.raises(ValueError, match=re.escape(f"unknown model '{tmp_path}'")):
         load(bare, tmp_path)
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
-    monkeypatch.setattr(loading, "is_accelerate_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_accelerate_available", lambda: True)
     with pytest.raises(ValueError, match=r"unknown model '.*broken\.gguf'"):
         load(bare, tmp_path / "broken.gguf")
 
@@ -212,7 +212,7 @@ def test_a_folder_without_a_model_is_refused_by_name(no_weights, bare, tmp_path,
 @pytest.mark.parametrize("missing", ["is_gguf_available", "is_accelerate_available"])
 def test_a_gguf_file_is_refused_where_its_packages_are_missing(no_weights, bare, tmp_path, monkeypatch, missing):
     (tmp_path / "some.gguf").touch()
-    monkeypatch.setattr(loading, missing, lambda: False)
+    monkeypatch.setattr(f"transformers.utils.{missing}", lambda: False)
     with pytest.raises(ValueError, match=r"some\.gguf: GGUF files need two packages; pip install gguf accelerate"):
         load(bare, tmp_path / "some.gguf")
 

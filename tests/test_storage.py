@@ -1,10 +1,15 @@
-"""Manifests that are checked or written, and clocks that last over interruptions."""
+"""Files that are whole, manifests that are checked or written, and clocks that last over interruptions."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
-from envs.storage import keep_manifest
+import envs.storage
+from envs.storage import keep_manifest, write_tensors, write_text, write_whole
 from experiments.common.timing import lasting_clock
 
 
@@ -47,3 +52,48 @@ def test_a_clock_counts_the_seconds_of_runs_that_were_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert 100 < json.loads(path.read_text()) < 200
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "file.txt"
+
+    def slowly(partial):
+        partial.write_text("first, ")
+        write_text(path, "second")
+        with partial.open("a") as file:
+            file.write("whole")
+
+    write_whole(path, slowly)
+    assert path.read_text() == "first, whole"
+    assert [one.name for one in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_what_a_killed_writer_left_is_cleared_away_and_a_living_ones_is_not(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [tmp_path / f"file.txt.{envs.storage._HOST}-{pid}-0a1b.partial" for pid in (gone.pid, os.getpid())]
+    elsewhere = tmp_path / "file.txt.another_host-1-0a1b.partial"
+    for partial in (*left, elsewhere):
+        partial.write_text("half")
+    write_text(tmp_path / "file.txt", "whole")
+    assert not left[0].exists()
+    assert left[1].exists()
+    assert elsewhere.exists()
+
+
+def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch):
+    def full(partial):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+
+    path = tmp_path / "summary.json"
+    with pytest.raises(OSError, match=rf"No space left on device: '{re.escape(str(path))}'"):
+        write_whole(path, full)
+
+    def broken(*args, **kwargs):
+        raise envs.storage.SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr("envs.storage.save_file", broken)
+    with pytest.raises(OSError, match=rf"{re.escape(str(path))} cannot be written: .*No space left"):
+        write_tensors(path, {})
+    assert list(tmp_path.iterdir()) == []

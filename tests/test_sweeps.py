@@ -20,8 +20,9 @@ from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from envs.costs import ALL_COSTS
 from envs.models.pool import models_manifest
-from experiments.common.config import CONF, program, register_schemas
+from experiments.common.config import CONF, register_schemas
 from experiments.common.job_names import LONGEST, folder_name
+from experiments.common.program import program
 from experiments.evaluate import listed_agents
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import RANDOM_SHARES, Baselines

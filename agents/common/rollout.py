@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy, check_scores
@@ -24,6 +23,7 @@ from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.prefix_tree.tree_session import TreeSession, check_tree
+from envs.progress import ProgressBar
 from envs.tasks.task import Example, Task
 
 UNDECIDED = -1
@@ -126,7 +126,7 @@ def decode(
     queue = _queue(session, examples, sampling, seed, session.start)
     record = DecisionRecord(rows, max_new_tokens)
     episodes: list[Episode | None] = [None] * len(examples)
-    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+    with ProgressBar(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
         for ended in decode_loop(session, queue, policy, threshold, gather=scheduling.gather, record=record):
             decisions, scores = record.of(ended.row)
             episodes[ended.item] = episode_of(session, task, examples[ended.item], ended, decisions, scores)
@@ -176,7 +176,7 @@ def decode_alone(
     session = Session(pool, rows, max_new_tokens, sampling=sampling)
     queue = _queue(session, examples, sampling, seed, partial(session.start, observed=False))
     episodes: list[Episode | None] = [None] * len(examples)
-    with tqdm(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
+    with ProgressBar(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
         for ended in decode_loop(session, queue, policy=None, first_action=numbers[0]):
             episodes[ended.item] = episode_of(session, task, examples[ended.item], ended)
             progress.update()

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from envs.progress import ProgressBar
 from envs.storage import check_manifest, write_text, write_whole
 
 FORMAT = 1
@@ -93,9 +93,9 @@ class PreferenceStore:
             label: of the progress bar.
         """
         for shard in self.check(discard=True):
-            tqdm.write(f"{self.path(shard)} is damaged; making it again")
+            ProgressBar.write(f"{self.path(shard)} is damaged; making it again")
         missing = self.missing()
-        with tqdm(total=sum(len(part) for part in parts), desc=label, leave=False) as progress:
+        with ProgressBar(total=sum(len(part) for part in parts), desc=label, leave=False) as progress:
             progress.update(sum(len(part) for shard, part in enumerate(parts) if shard not in missing))
             for shard in missing:
                 self.write(shard, *make(shard))

@@ -14,9 +14,9 @@ from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
-from tqdm import tqdm
 
 from agents.common.policy import Track
+from envs.progress import ProgressBar
 
 
 class _Rowwise:
@@ -88,7 +88,7 @@ class Reporting(BaseCallback):
         progress: counts steps.
     """
 
-    def __init__(self, interval: int, progress: tqdm[Any]) -> None:
+    def __init__(self, interval: int, progress: ProgressBar) -> None:
         super().__init__()
         self.interval, self.progress, self._dumped = interval, progress, 0
 

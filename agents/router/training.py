@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.common.policy import Track
 from agents.router.dataset import LabelledTokens, held_out_rows
 from agents.router.network import RouterNetwork
 from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.progress import ProgressBar
 from envs.storage import write_tensors
 
 
@@ -130,7 +130,7 @@ def fit_router(
         fit.restore(checkpoint)
     for row in fit.history:
         track({"run": label, **row})
-    with tqdm(total=settings.epochs, initial=len(fit.history), desc=f"router {label}", leave=False) as progress:
+    with ProgressBar(total=settings.epochs, initial=len(fit.history), desc=f"router {label}", leave=False) as progress:
         while not fit.done():
             row = fit.epoch(validation)
             track({"run": label, **row})

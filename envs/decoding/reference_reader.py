@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.decoding.teacher_forcing import TeacherSession, View
 from envs.models.pool import ModelPool
+from envs.progress import ProgressBar
 from envs.tasks.task import Example
 
 
@@ -95,7 +95,7 @@ class ReferenceReader:
         chosen = range(len(self.prompts)) if chosen is None else chosen
         # alike lengths together, so that passes are even
         order = sorted(chosen, key=lambda e: len(self.prompts[e]) + len(self.solutions[e]))
-        with tqdm(total=len(order), desc=label, disable=label is None, leave=False) as progress:
+        with ProgressBar(total=len(order), desc=label, disable=label is None, leave=False) as progress:
             for first in range(0, len(order), self.rows):
                 part = order[first : first + self.rows]
                 likely: list[FloatArray] | None = [] if log_probabilities else None

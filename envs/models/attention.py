@@ -8,14 +8,12 @@ where they lie, others are copied together, or form a group each where copying w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,6 +194,8 @@ def slot_attention(
     """
     groups: list[Group] | None = getattr(key, "groups", None)
     if groups is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -240,7 +240,11 @@ def _attend(queries: Tensor, key: Tensor, value: Tensor, group: Group, scaling: 
     return attended.reshape(tokens, heads, -1) if group.ragged is None else attended[row, column]
 
 
-AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+@cache
+def register_slot_attention() -> None:
+    """Make the attention known to transformers, as SLOT_ATTENTION; what imports it all is put off until then."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
-
-AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
+    AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+    AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)

@@ -14,14 +14,20 @@ from torch import Tensor
 
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
-from envs.models.attention import SLOT_ATTENTION, padded_tokens_per_pass, split_by_length
+from envs.models.attention import (
+    SLOT_ATTENTION,
+    padded_tokens_per_pass,
+    register_slot_attention,
+    split_by_length,
+)
 from envs.models.checks import check_attention, text_config
-from envs.models.kv_cache import SlotCache
 from envs.models.onednn import use_onednn
 from envs.models.profile import own_weights, profile_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from envs.models.kv_cache import SlotCache
 
 
 # Architectures that hand their attention what the cache returns as it is, so that a pass needs no padding.
@@ -66,6 +72,7 @@ class LanguageModel:
         self.width: int = network.get_output_embeddings().weight.shape[1]
         self._packed = text_config(network.config).model_type in PACKED
         if self._packed:
+            register_slot_attention()
             network.set_attn_implementation(SLOT_ATTENTION)
         self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
         network.get_output_embeddings().register_forward_pre_hook(_keep_hidden)
@@ -114,6 +121,8 @@ class LanguageModel:
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
+        from envs.models.kv_cache import SlotCache
+
         layers = text_config(self.network.config).num_hidden_layers
         token_bytes = self.profile.kv_bytes_per_token // layers
         return SlotCache(layers, rows, capacity, self.device, self._packed, token_bytes)

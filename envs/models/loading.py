@@ -13,9 +13,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import is_accelerate_available, is_gguf_available
 
 from envs.models.checks import (
     check_attention,
@@ -209,6 +206,9 @@ class _Source:
 
     @classmethod
     def find(cls, spec: ModelSpec) -> _Source:
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
         location = spec.name
         options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
         path = Path(spec.name)
@@ -217,6 +217,8 @@ class _Source:
         elif path.suffix == ".gguf":
             if not path.is_file():
                 raise ValueError(f"unknown model {spec.name!r}: there is no such GGUF file")
+            from transformers.utils import is_accelerate_available, is_gguf_available
+
             if not (is_gguf_available() and is_accelerate_available()):
                 raise ValueError(f"{spec.name}: GGUF files need two packages; pip install gguf accelerate")
             location, options["gguf_file"] = str(path.parent), path.name
@@ -261,6 +263,8 @@ class _Source:
     @cached_property
     def _outline(self) -> Any:
         """The network without memory."""
+        from transformers import AutoModelForCausalLM
+
         config = copy.deepcopy(self.config)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=self.spec.trust_remote_code)
@@ -285,6 +289,8 @@ class _Source:
         return int(elements * self.dtype.itemsize * rows * (capacity + 1))
 
     def load(self) -> LanguageModel:
+        from transformers import AutoModelForCausalLM
+
         placed = {"device_map": self.spec.device_map} if self.spec.device_map else {}
         # other checkpoints hold code, which reading them would run
         safely = {} if "gguf_file" in self.options else {"use_safetensors": True}
@@ -323,6 +329,8 @@ def _check_device(spec: ModelSpec) -> None:
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"{spec.name}: device mps is not there; say device=cpu")
+    from transformers.utils import is_accelerate_available
+
     if spec.device_map and not is_accelerate_available():
         raise ValueError(f"{spec.name}: device_map needs the package accelerate; install it, or say device_map=null")
 

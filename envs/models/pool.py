@@ -14,11 +14,12 @@ from torch import Tensor
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
 from envs.models.checks import check_fits, check_same_vocabulary, warn_of_order
-from envs.models.kv_cache import SlotCache
 from envs.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from envs.models.kv_cache import SlotCache
 
 Recipe: TypeAlias = "tuple[Callable[..., ModelPool], Hashable]"
 """What loads a pool, and the specs of its models."""

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from envs.costs import ModelProfile
 from envs.models.checks import head_size, text_config
@@ -198,6 +197,8 @@ def cached_token(network: PreTrainedModel) -> list[Tensor]:
     Groups of heads, single heads and latent vectors are as they are, whatever the configuration calls them. Works on
     networks without memory (device `meta`) too.
     """
+    from transformers.cache_utils import DynamicCache
+
     cache = DynamicCache()
     device = network.get_input_embeddings().weight.device
     token = torch.zeros(1, 1, dtype=torch.long, device=device)

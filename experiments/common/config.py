@@ -2,50 +2,101 @@
 
 A yaml names the dataclass or function it configures in its defaults list, `- /schema@_here_: agents.citer.Citer`, and
 states what it departs from. The signature becomes the schema, so that every setting can be overridden on the command
-line, and a misspelt key or a wrong type is an error that names the key before anything runs.
+line, and a misspelt key or a wrong type is an error that names the key before anything runs. A class is imported when a
+configuration names it, and no other. One that no yaml names is chosen by its name alone, `agent=mine.Mine`, from
+wherever Python finds it.
 """
 
 from __future__ import annotations
 
-import logging
+import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import hydra
 import numpy as np
-import torch
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra_zen import builds
 from hydra_zen import instantiate as zen_instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import experiments.common.job_names  # noqa: F401 (the names of folders are resolved by it)
-from envs.storage import write_text
+from experiments.common.help import CONF as CONF
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-CONF = Path(__file__).parents[2] / "conf"
+Names = list[str]
 Settings = TypeVar("Settings", bound="DataclassInstance")
-_SCHEMA = re.compile(r"^\s*- /schema@\S+: (\S+)\s*$", re.MULTILINE)
-
+_CLASS_NAME = re.compile(r"(?!hydra/)(?:[a-z_]+/)+([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)")
 _FULL_KEY = re.compile(r"^full_key: (\S+)$", re.MULTILINE)
 
 
+class SchemaSource(ConfigSource):
+    """Where Hydra finds the configuration of a class or function: `GROUP/some.module.Name`, in any group."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "signature"
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path.strip("/") == "schema"
+
+    def is_config(self, config_path: str) -> bool:
+        return _CLASS_NAME.fullmatch(config_path.removesuffix(".yaml")) is not None
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> Names:
+        return []  # there is no end to them
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        found = _CLASS_NAME.fullmatch(config_path.removesuffix(".yaml"))
+        assert found is not None
+        config = OmegaConf.structured(schema_of(imported(found[1])))
+        return ConfigResult(provider=self.provider, path=self.full_path(), config=config, header={"package": None})
+
+
+class SchemaSearchPath(SearchPathPlugin):
+    """Lets Hydra look there last: what a yaml names comes first."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("signatures", f"{SchemaSource.scheme()}://")
+
+
 def register_schemas() -> None:
-    """Make a schema of every class or function that a yaml under `conf` names as one."""
-    store = ConfigStore.instance()
-    targets = {target for path in CONF.rglob("*.yaml") for target in _SCHEMA.findall(path.read_text())}
-    for target in sorted(targets):
-        store.store(group="schema", name=target, node=schema_of(hydra.utils.get_object(target)))
+    """Let Hydra make schemas of the classes and functions that a configuration names."""
+    plugins = Plugins.instance()
+    plugins.register(SchemaSource)
+    plugins.register(SchemaSearchPath)
 
 
+def imported(name: str) -> Any:
+    """A class or function, by its full name.
+
+    Raises:
+        ConfigCompositionException: it cannot be imported; the error says why.
+    """
+    module, _, inside = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), inside)
+    except Exception as error:  # whatever goes wrong in a file that somebody writes
+        raise ConfigCompositionException(
+            f"{name} cannot be imported: {type(error).__name__}: {error}. A module that lies elsewhere must be on the "
+            "PYTHONPATH."
+        ) from error
+
+
+@cache
 def schema_of(target: Any) -> Any:
     """A structured config of a signature; settings that are dataclasses themselves become nested schemas."""
     nested = {
@@ -93,9 +144,10 @@ def build_settings(config: DictConfig, settings: type[Settings]) -> Settings:
     return built
 
 
-def prepare(config: DictConfig, folder: Path) -> None:
-    """What every run begins with: `config.yaml` in its folder, threads, and the seed of libraries."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+def prepare(config: DictConfig) -> None:
+    """What every run begins with: its threads, and the seed of libraries."""
+    import torch
+
     if config.get("threads"):
         torch.set_num_threads(config.threads)
     # libraries that draw from the global generators repeat too; our own code is given generators
@@ -103,30 +155,14 @@ def prepare(config: DictConfig, folder: Path) -> None:
     np.random.seed(config.get("seed", 0))  # noqa: NPY002
 
 
-def program(name: str) -> Callable[[Callable[[DictConfig, Path], Any]], Callable[[], None]]:
-    """Turn `run(config, folder)` into a Hydra program configured by `conf/NAME.yaml`.
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules that lie outside, so that what they register is known.
 
-    The run's folder, Hydra's output directory, receives `config.yaml`. An error of the user's making ends the program
-    with its message alone.
-
-    Args:
-        name: of the yaml.
+    Raises:
+        ValueError: one cannot be imported; the error says why.
     """
-
-    def decorate(run: Callable[[DictConfig, Path], Any]) -> Callable[[], None]:
-        def hydra_run(config: DictConfig) -> Any:
-            folder = Path(HydraConfig.get().runtime.output_dir)
-            prepare(config, folder)
-            try:
-                return run(config, folder)
-            except (ValueError, FloatingPointError, OSError) as error:
-                logging.getLogger(name).error("%s", error)
-                raise SystemExit(2) from error
-
-        def main() -> None:
-            register_schemas()
-            hydra.main(version_base=None, config_path=str(CONF), config_name=name)(hydra_run)()
-
-        return main
-
-    return decorate
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever goes wrong in a file that somebody writes
+            raise ValueError(f"imports: {name}: {type(error).__name__}: {error}") from error

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from envs.progress import ProgressBar
 from envs.storage import write_text
 
 Numbers = dict[str, float]
@@ -24,7 +24,7 @@ Numbers = dict[str, float]
 def alternate(actions: dict[str, Callable[[], float]], repeats: int, label: str) -> Numbers:
     """Run each action in turn, `repeats` times; medians of what they return."""
     values: dict[str, list[float]] = {name: [] for name in actions}
-    with tqdm(total=repeats * len(actions), desc=label, leave=False) as progress:
+    with ProgressBar(total=repeats * len(actions), desc=label, leave=False) as progress:
         for _ in range(repeats):
             for name, action in actions.items():
                 values[name].append(action())

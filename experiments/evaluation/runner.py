@@ -17,18 +17,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from agents.common.policy import Policy, Track, untracked
 from agents.oracle import Oracle
 from envs.models.pool import ModelPool, models_manifest
 from envs.prefix_tree.tree import PrefixTree
+from envs.progress import ProgressBar
 from envs.storage import keep_manifest, write_text
 from envs.tasks.task import Example, Task
+from experiments.common.locks import one_at_a_time
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
@@ -158,20 +159,22 @@ class Evaluation:
     def baselines(self) -> Baselines:
         """Each model alone, random routing, speculative decoding and the oracle.
 
-        They are taken from, or kept in, `settings.shared` if it is set.
+        They are taken from, or kept in, `settings.shared` if it is set; another run that measures them there is waited
+        for.
 
         Raises:
             ValueError: other models, problems or settings made what is there.
         """
         settings = self.settings
         place = settings.shared or self.runs
-        baselines = measure_baselines(
-            self.decoder,
-            Oracle(budget=settings.oracle_budget) if settings.oracle_budget else None,
-            settings.draft_tokens,
-            place,
-            {**self._problems, "timed": settings.tree is None},
-        )
+        with nullcontext() if settings.shared is None else one_at_a_time(settings.shared):
+            baselines = measure_baselines(
+                self.decoder,
+                Oracle(budget=settings.oracle_budget) if settings.oracle_budget else None,
+                settings.draft_tokens,
+                place,
+                {**self._problems, "timed": settings.tree is None},
+            )
         if self.runs and place != self.runs:
             baselines.save(self.runs)
         if baselines.exhausted:
@@ -201,7 +204,7 @@ class Evaluation:
         for answers in baselines.frontier(self.settings.cost):
             rows.record("oracle", None, answers)
         runs: dict[str, list[Answers]] = {name: [] for name in policies}
-        with tqdm(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
+        with ProgressBar(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
             for name, policy in policies.items():
                 for number, threshold in enumerate(thresholds[name]):
                     runs[name].append(self.answers(policy, threshold, name, number))
@@ -232,7 +235,10 @@ class Evaluation:
         return transcripts(self.pool, episodes, self.task.name)
 
     def save_tree(self) -> None:
-        """Write the replay tree to `settings.tree`, if there is one."""
+        """Write the replay tree to `settings.tree`, if there is one; what other runs wrote there meanwhile is lost.
+
+        `evaluate` keeps them away.
+        """
         if self.tree is not None and self.settings.tree is not None:
             self.tree.save(self.settings.tree)
 
@@ -282,6 +288,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run every stage, and write everything into `folder`; what is there already is not made again.
 
+    Runs that share a replay tree take turns: each goes on from the states of those before it, and none are lost.
+
     Args:
         pool: the models.
         task: where problems come from.
@@ -295,13 +303,14 @@ def evaluate(
     Returns:
         The contents of `summary.json`.
     """
-    evaluation = Evaluation(pool, task, settings, folder, track)
     settings.shown(list(policies))  # refuses before anything is decoded
-    results = evaluation.run(policies, trained, seed)
-    summary = {**summarize(results, settings.cost, settings.bootstrap, seed), "seed": seed}
-    write_report(summary, folder, settings.columns)
-    if settings.transcripts:
-        write_text(folder / "transcripts.html", evaluation.transcripts(policies, results))
-    evaluation.save_tree()
+    with nullcontext() if settings.tree is None else one_at_a_time(settings.tree):
+        evaluation = Evaluation(pool, task, settings, folder, track)
+        results = evaluation.run(policies, trained, seed)
+        summary = {**summarize(results, settings.cost, settings.bootstrap, seed), "seed": seed}
+        write_report(summary, folder, settings.columns)
+        if settings.transcripts:
+            write_text(folder / "transcripts.html", evaluation.transcripts(policies, results))
+        evaluation.save_tree()
     print(f"wrote {folder}")
     return summary

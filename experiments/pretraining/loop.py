@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from envs.progress import ProgressBar
 from envs.storage import write_text
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.pretraining.batches import packed_batches
@@ -111,7 +111,7 @@ def train_cycle(
     loss_mean = math.nan
     log: list[dict[str, float]] = []
     batches = packed_batches(task, tokenizer, recipe, seed, cycle)
-    with tqdm(batches, total=steps, desc=f"pretrain {name}, cycle {cycle}", mininterval=5) as progress:
+    with ProgressBar(batches, total=steps, desc=f"pretrain {name}, cycle {cycle}", mininterval=5) as progress:
         for step, (ids, positions, documents, labels) in enumerate(progress):
             mask = (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
             loss = compiled(ids, positions, mask, labels)

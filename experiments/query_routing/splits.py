@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from agents.common.policy import Track, untracked
 from agents.query_routing.embeddings import Embedding
@@ -19,6 +18,7 @@ from agents.query_routing.learner import QueryLearner
 from agents.query_routing.outcomes import QueryOutcomes
 from agents.query_routing.router import EmbeddedQueries, choose
 from envs.arrays import FloatArray, IntArray
+from envs.progress import ProgressBar
 from envs.storage import write_tensors
 from experiments.evaluation.metrics import Sweep
 
@@ -227,7 +227,7 @@ def route_splits(
         track: receives what agents measure.
     """
     routed: dict[str, list[Routed]] = {name: [] for name in (*agents, "oracle")}
-    for number, split in enumerate(tqdm(splits, desc="splits", leave=False)):
+    for number, split in enumerate(ProgressBar(splits, desc="splits", leave=False)):
         path = folder and folder / f"{number:03d}.safetensors"
         if path and path.is_file():
             chosen = {name: Routed(choices.numpy()) for name, choices in load_file(path).items()}

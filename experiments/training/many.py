@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import current_process, get_context
+from multiprocessing import current_process
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from tqdm import tqdm
 
+from envs.progress import ProgressBar
 from experiments.common.config import CONF, prepare, register_schemas
+from experiments.common.continuing import TRAINING
+from experiments.common.run_folder import run_folder
+from experiments.common.stopping import Workers
 from experiments.training.run import SUMMARY, train_as_configured
 
 
@@ -99,15 +102,22 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
 def make(run: Run) -> str | None:
     """Make one run, in a process of one thread; what went wrong, or None."""
     torch.set_num_threads(1)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            config = run.config()
-            prepare(config, run.folder)
-            train_as_configured(config, run.folder, run.agent)
-        except Exception as error:  # whatever it is, the other runs go on
-            logging.getLogger(__name__).exception("run failed")
-            return f"{type(error).__name__}: {error}"
+    try:
+        config = run.config()
+        with (
+            run_folder(config, run.folder, TRAINING) as begin,
+            (run.folder / "log.txt").open("w") as log,
+            redirect_stdout(log),
+            redirect_stderr(log),
+        ):
+            try:
+                prepare(config)
+                train_as_configured(config, run.folder, run.agent, begin)
+            except Exception:
+                logging.getLogger(__name__).exception("run failed")
+                raise
+    except Exception as error:  # whatever it is, the other runs go on
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -122,8 +132,8 @@ def make_all(runs: Sequence[Run], workers: int) -> None:
     # torch's own threads would wait for each other where processes share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
     with (
-        tqdm(total=len(runs), initial=len(runs) - len(missing), desc="runs", mininterval=5) as progress,
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes,
+        ProgressBar(total=len(runs), initial=len(runs) - len(missing), desc="runs", mininterval=5) as progress,
+        Workers(workers) as processes,
     ):
         # one run alone makes what all share
         for part in (missing[:1], missing[1:]):

@@ -17,6 +17,7 @@ from envs.models.pool import ModelPool
 from envs.storage import check_manifest, write_text
 from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
+from experiments.common.program import Begin
 from experiments.common.tracking import Tracker
 from experiments.evaluation.kept import MODELS
 from experiments.evaluation.runner import evaluate
@@ -112,19 +113,22 @@ def read_trained(folder: Path, made_by: Mapping[str, Any] | None) -> dict[str, A
     return dict(kept["summary"])
 
 
-def train_as_configured(config: DictConfig, folder: Path, name: str) -> None:
+def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begin) -> None:
     """Build what `config` describes, and train; a run that is complete is left as it is.
 
     Args:
         config: of `experiments.train`.
         folder: of the run.
         name: what results call the agent.
+        begin: called when all is built, before anything is written.
 
     Raises:
         ValueError: a setting is wrong, or others made what is in `folder`; the error names it.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    made_by = {key: plain[key] for key in ("agent", "task", "seed")}
+    made_by = {key: plain[key] for key in ("task", "seed")}
+    # how answers share passes changes none
+    made_by["agent"] = {key: value for key, value in plain["agent"].items() if key != "scheduling"}
     made_by["models"] = {key: plain["models"].get(key) for key in MODELS}
     evaluated_by = plain["evaluation"] if config.evaluate else None
     if read_trained(folder, made_by) is not None and _is_complete(folder, evaluated_by):
@@ -135,6 +139,7 @@ def train_as_configured(config: DictConfig, folder: Path, name: str) -> None:
         evaluation.shown([name])
     agent, task, tracking = build(config, "agent"), build(config, "task"), build(config, "track")
     pool = build(config, "models")
+    begin()
     with tracking.open(folder, plain, "train") as track:
         summary = train(agent, pool, task, folder, track, name, config.seed, evaluation, made_by)
     summary = {**summary, **({"evaluated_by": evaluated_by} if evaluated_by else {})}

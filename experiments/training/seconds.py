@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from agents.common.policy import Policy, policy_from
 from agents.common.saving import POLICY_FILE, load_policy
 from envs.models.pool import ModelPool
+from envs.progress import ProgressBar
 from envs.storage import write_text
 from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
@@ -39,7 +39,7 @@ def measure_seconds(runs: Sequence[Run], seed: int, repeats: int, path: Path) ->
     """
     ratios: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
     missing = [run for run in runs if run.seed == seed and run.agent not in ratios]
-    for run in tqdm(missing, desc="seconds"):
+    for run in ProgressBar(missing, desc="seconds"):
         threshold = threshold_at(run, 0.95)
         if threshold is None:
             ratios[run.agent] = None

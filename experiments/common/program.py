@@ -1,0 +1,134 @@
+"""What makes a Hydra program of a function: help, one line for what goes wrong, one line for Ctrl-C.
+
+Nothing heavy is imported here, nor by the file of a program before its function is called: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.common.continuing import Continuing
+from experiments.common.help import CONF, wants_help, write_help
+from experiments.common.stopping import Progress, command_to_go_on, near, stoppable
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+REFUSED = 2
+"""Exit code of a program that could not do what it was asked."""
+USERS_ERRORS = (ValueError, FloatingPointError, OSError)
+Begin = Callable[[], None]
+"""Called when all was checked, before the first file is written; see `run_folder`."""
+
+
+def program(
+    name: str, continuing: Continuing | None = None
+) -> Callable[[Callable[[DictConfig, Path, Begin], Any]], Callable[[], None]]:
+    """Turn `run(config, folder, begin)` into a Hydra program configured by `conf/NAME.yaml`.
+
+    The run's folder is Hydra's output directory. `run` builds and checks everything, then calls `begin`, then writes:
+    what is refused before that leaves the folder as it was. An error of the user's making ends the program with its
+    message alone (exit code 2); SIGINT (Ctrl-C) and SIGTERM end it with a line that says how to go on (130 and 143).
+
+    Args:
+        name: of the yaml.
+        continuing: which settings may be other ones when a run goes on in its folder; few where None.
+    """
+
+    def decorate(run: Callable[[DictConfig, Path, Begin], Any]) -> Callable[[], None]:
+        def main() -> None:
+            if wants_help(sys.argv[1:]):
+                print(write_help(name, sys.modules[run.__module__].__doc__ or ""))
+                return
+            with stoppable() as progress, one_line():
+                _run_by_hydra(name, run, continuing or Continuing(), progress)
+
+        return main
+
+    return decorate
+
+
+def _run_by_hydra(
+    name: str, run: Callable[[DictConfig, Path, Begin], Any], continuing: Continuing, progress: Progress
+) -> None:
+    """Compose what the command line asks for, and run it, or show it."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from experiments.common.config import register_schemas
+
+    def job(config: DictConfig) -> Any:
+        from experiments.common.config import prepare
+        from experiments.common.run_folder import run_folder
+
+        about = HydraConfig.get()
+        folder = Path(about.runtime.output_dir)
+        many = about.mode is not None and about.mode.name == "MULTIRUN"
+        key, place = ("hydra.sweep.dir", Path(about.sweep.dir)) if many else ("hydra.run.dir", folder)
+        progress.folder, progress.command = folder, command_to_go_on(name, sys.argv[1:], key, place)
+        log = logging.getLogger(name)
+        log.info("in %s", near(folder))
+
+        def refuse(error: Exception) -> SystemExit:
+            log.error("%s", in_words(error, folder))
+            return SystemExit(REFUSED)
+
+        try:
+            with run_folder(config, folder, continuing, f"{name}.log") as begin:
+                prepare(config)
+                try:
+                    return run(config, folder, begin)
+                except USERS_ERRORS as error:  # here the log is open
+                    raise refuse(error) from error
+        except USERS_ERRORS as error:
+            raise refuse(error) from error
+
+    # Hydra takes the program's name, `hydra.job.name`, from it
+    job.__module__ = f"experiments.{name}"
+    register_schemas()
+    hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """End the program in one line where Hydra cannot compose what was asked, or cannot write the folder."""
+    # Hydra prints what goes wrong itself otherwise, an OSError with all frames
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    if before == "1":
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except Exception as error:
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        if not isinstance(error, (HydraException, OSError)):
+            raise
+        cause = error.__cause__
+        print(error, *([cause] if isinstance(cause, OmegaConfBaseException) else []), sep="\n", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, HydraException) else REFUSED) from error
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def in_words(error: Exception, folder: Path) -> str:
+    """What an error says, and where, if it does not: a write to a full disk does not."""
+    if (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and error.filename is None
+        and f"{folder}" not in f"{error}"
+    ):
+        return f"{error}: {folder}"
+    return f"{error}"
