@@ -48,11 +48,11 @@ def listed_agents(arguments: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a multirun over lists.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     lists = [argument for argument in arguments if argument.startswith("agents=[")]
     if len(lists) != 1:
         return list(arguments)
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     override = OverridesParser.create().parse_override(lists[0])
     if override.is_sweep_override():
         raise ValueError(f"{lists[0]}: a multirun does not go over lists of agents; give all of them in one list")
