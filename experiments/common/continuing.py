@@ -90,7 +90,17 @@ def _shown(value: Any) -> str:
     return "unset" if value is _ABSENT else json.dumps(value, default=str)
 
 
-_REPORTED = ("bootstrap", "transcripts", "cost", "scheduling", "tree_memory")
+_REPORTED = (
+    "bootstrap",
+    "transcripts",
+    "transcripts_of",
+    "columns",
+    "cost",
+    "scheduling",
+    "tree_memory",
+    "oracle",
+    "oracle_budget",
+)
 EVALUATING = Continuing(may_differ=_REPORTED)
 """How an evaluation is reported may change, and how its answers share passes; what was measured stays."""
 TRAINING = Continuing(

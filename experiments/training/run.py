@@ -125,7 +125,9 @@ def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begi
         ValueError: a setting is wrong, or others made what is in `folder`; the error names it.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    made_by = {key: plain[key] for key in ("agent", "task", "seed")}
+    made_by = {key: plain[key] for key in ("task", "seed")}
+    # how answers share passes changes none
+    made_by["agent"] = {key: value for key, value in plain["agent"].items() if key != "scheduling"}
     made_by["models"] = {key: plain["models"].get(key) for key in MODELS}
     evaluated_by = plain["evaluation"] if config.evaluate else None
     if read_trained(folder, made_by) is not None and _is_complete(folder, evaluated_by):
