@@ -9,6 +9,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from hydra import compose, initialize_config_dir
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +28,7 @@ from envs.decoding.observation import Observation
 from envs.environments.vector import row_seeds
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
+from experiments.common.config import CONF, build, register_schemas
 
 CPU = torch.device("cpu")
 
@@ -576,6 +578,13 @@ def test_arguments_reach_the_algorithm_and_its_network():
     assert trained.n_steps == 8
     assert trained.policy.lstm_actor.hidden_size == 5
     assert set(DEFAULTS) == set(ALGORITHMS)
+
+
+def test_arguments_are_settings_on_the_command_line():
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", overrides=["agent=ppo", "+agent.arguments.clip_range=0.1"])
+    assert dict(build(config, "agent").arguments) == {"clip_range": 0.1}
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
