@@ -1,22 +1,26 @@
 """Calls the programs of `experiments` without a new Python: in this process, or in one forked from a warm one."""
 
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 
-WARM = get_context("forkserver")
+WARM = multiprocessing.get_context("forkserver")
 # all that a start imports, so that a fork has it: a start of its own takes seconds
 WARM.set_forkserver_preload(
     ["tests.programs", "experiments.train", "experiments.evaluate", "experiments.collect", "experiments.queries",
-     "experiments.leaderboard", "agents.sb3", "agents.rl.inputs", "agents.rl.sb3_extensions", "agents.rl.vec_env",
+     "experiments.leaderboard", "experiments.common.config",
+     "experiments.training.run", "experiments.training.many", "experiments.training.seconds",
+     "experiments.evaluation.runner", "experiments.evaluation.merge", "experiments.reporting.leaderboard_page",
+     "experiments.query_routing.report", "experiments.query_routing.sources", "experiments.query_routing.summary",
+     "agents.citer", "agents.r2r", "agents.collm", "agents.tapo", "agents.query_routing.mlp",
+     "agents.query_routing.routellm", "agents.query_routing.uniroute", "agents.sb3",
+     "agents.rl.inputs", "agents.rl.sb3_extensions", "agents.rl.vec_env",
      "sb3_contrib", "stable_baselines3", "sklearn.cluster", "sklearn.feature_extraction.text", "matplotlib.pyplot",
      "transformers.models.llama.modeling_llama"]
 )  # fmt: skip
@@ -77,8 +81,9 @@ def _started(script, overrides, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     many = importlib.import_module("experiments.training.many")
-    # workers are as warm as their parent, and as spawned ones know nothing of its Hydra
-    many.get_context = lambda method: get_context("fork")
-    many.ProcessPoolExecutor = partial(ProcessPoolExecutor, initializer=GlobalHydra.instance().clear)
+    # workers are forked too, to be as warm as their parent; as spawned ones they know nothing of its Hydra
+    many, fork = importlib.import_module("experiments.training.many"), multiprocessing.get_context("fork")
+    many.get_context = multiprocessing.get_context = lambda method=None: fork
+    os.register_at_fork(after_in_child=GlobalHydra.instance().clear)
     sys.argv = [script, *overrides]
     importlib.import_module(f"experiments.{script}").main()
