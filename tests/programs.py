@@ -59,10 +59,10 @@ class Start:
         self._process.join(seconds)
         return not self._process.is_alive()
 
-    def finish(self):
+    def finish(self, limit=LIMIT):
         """Wait for its end, which must be a good one; seconds since the call."""
         begun = time.monotonic()
-        assert self.ended(), f"it hangs:\n{self.log.read_text()[-3000:]}"
+        assert self.ended(limit), f"it hangs:\n{self.log.read_text()[-3000:]}"
         assert self._process.exitcode == 0, f"it failed:\n{self.log.read_text()[-3000:]}"
         return time.monotonic() - begun
 

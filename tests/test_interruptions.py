@@ -22,7 +22,7 @@ TIMED = ("seconds", "time/fps", "time/time_elapsed")
 COLLECTING = ["agent.examples=24", "agent.shard_examples=6", "agent.scheduling.rows=24", "agent.training.epochs=4"]
 PLAYING = ["agent.examples=20", "agent.num_envs=16", "agent.steps=2000", "agent.net_arch=[8]"]
 EVALUATING = [
-    "examples=8", "threshold_examples=4", "llm_shares=[0.1,0.3]", "bootstrap=10", "transcripts=0", "oracle=4",
+    "examples=8", "threshold_examples=4", "llm_shares=[0.1,0.3]", "bootstrap=10", "transcripts=0", "oracle_budget=4",
     "draft_tokens=0", "max_new_tokens=64",
 ]  # fmt: skip
 EVALUATED = ["evaluate=true", *(f"evaluation.{setting}" for setting in EVALUATING)]
@@ -157,25 +157,30 @@ def test_a_killed_program_ends_where_an_undisturbed_one_does(name, tmp_path):
 
 SWEEP = [
     "-m", "threads=1", "agent=citer_s,citer_agreement,citer_slm", "agent.training.lr=0.001,0.002,0.004",
-    "agent.examples=20", "agent.training.epochs=2", *EVALUATED,
+    "agent.examples=20", "agent.training.epochs=2", *EVALUATED, "evaluation.examples=4", "evaluation.llm_shares=[0.3]",
 ]  # fmt: skip
+
+
+SWEPT = 600.0
+"""Seconds after which nine jobs hang."""
 
 
 def test_a_sweep_of_which_jobs_were_killed_goes_on_and_is_one_table(tmp_path):
     def swept(folder):
-        return Start("train", [*SWEEP, f"hydra.sweep.dir={folder}"], tmp_path / f"{folder.name}.log")
+        shared = f"evaluation.shared={folder / 'shared'}"  # what no policy changes is measured once
+        return Start("train", [*SWEEP, shared, f"hydra.sweep.dir={folder}"], tmp_path / f"{folder.name}.log")
 
     def reported(folder):
         report([str(folder)])
         return untimed(json.loads((folder / "summary.json").read_text()))
 
-    seconds = swept(tmp_path / "whole").finish()
+    seconds = swept(tmp_path / "whole").finish(SWEPT)
     rng = np.random.default_rng(14)
     for early, late in ((0.1, 0.45), (0.1, 0.3)):  # of what is left then, so that two jobs are hit
         start = swept(tmp_path / "cut")
         assert not start.ended(seconds * rng.uniform(early, late))
         start.kill()
-    swept(tmp_path / "cut").finish()
+    swept(tmp_path / "cut").finish(SWEPT)
     summary = reported(tmp_path / "cut")
     assert len(summary["policies"]) == 9
     assert summary == reported(tmp_path / "whole")
