@@ -19,6 +19,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+UNITS = ("bytes", "flops", "llm_tokens", "seconds", "dollars")
+"""Of costs; those of `envs.costs`, which is not imported for `--help`."""
+
 
 class ReportAfterMultirun(Callback):
     """Ends a multirun with its report.
@@ -42,16 +45,13 @@ class ReportAfterMultirun(Callback):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Report on a folder."""
-    from envs.costs import ALL_COSTS
-    from experiments.reporting.tables import COLUMNS
-
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Merge evaluations.")
     parser.add_argument("folder", type=Path, help="of a multirun with evaluate=true")
     parser.add_argument("--out", type=Path, help="where the report is written; into the folder itself if not given")
     parser.add_argument("--first", help="the policy that the others are compared with")
-    parser.add_argument("--cost", default="bytes", choices=[cost.name for cost in ALL_COSTS], help="unit of curves")
+    parser.add_argument("--cost", default="bytes", choices=UNITS, help="unit of curves")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamplings for the intervals")
-    parser.add_argument("--columns", default="few", choices=COLUMNS, help="of the table that is printed")
+    parser.add_argument("--columns", default="few", choices=("few", "all"), help="of the table that is printed")
     parser.add_argument("--partial", action="store_true", help="leave out runs that are not finished")
     options = parser.parse_args(arguments)
     if options.bootstrap < 1:

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from agents.common.rollout import Scheduling
 from agents.heuristics import Random, Uncertainty
+from envs.costs import ALL_COSTS
 from envs.models.loading import embedded_pool
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.common.config import CONF, build_settings, register_schemas
@@ -17,6 +18,7 @@ from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.runner import Evaluation, evaluate
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, summarize
+from experiments.report import UNITS
 from experiments.reporting.tables import (
     WIDTH,
     markdown,
@@ -225,3 +227,7 @@ def test_transcripts_are_of_any_policy(evaluated):
     with pytest.raises(ValueError, match="transcripts_of is 'citer'; choose one of entropy, random, or all"):
         again(transcripts_of="citer")
     assert not page.exists()
+
+
+def test_the_reports_units_are_those_of_costs():
+    assert set(UNITS) == {cost.name for cost in ALL_COSTS}
