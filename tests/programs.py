@@ -1,6 +1,7 @@
 """Calls the programs of `experiments` without a new Python: in this process, or in one forked from a warm one."""
 
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -29,14 +30,16 @@ LIMIT = 300.0
 
 
 def call(script, *overrides):
-    """Call a program in this process, with Hydra's own logging left out."""
-    before = list(sys.argv)
+    """Call a program in this process, whose log is afterwards as it was."""
+    before, root = list(sys.argv), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     GlobalHydra.instance().clear()
-    sys.argv = [script, *overrides, "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv = [script, *overrides]
     try:
         importlib.import_module(f"experiments.{script}").main()
     finally:
         sys.argv = before
+        root.handlers[:], root.level = handlers, level
         GlobalHydra.instance().clear()
 
 

@@ -335,7 +335,7 @@ def test_responses_that_do_not_end_are_an_error_that_says_what_to_raise(pool, ta
 
 def weights_of(agent, pool):
     settings = build(composed(agent), "agent").training
-    width = R2RPolicy.seen_width({"top_logits": 100}, pool)
+    width = R2RPolicy.input_width({"top_logits": 100}, pool)
     return sum(weight.numel() for weight in RouterNetwork(width, units=settings.units).parameters())
 
 
