@@ -98,11 +98,14 @@ _REPORTED = (
     "cost",
     "scheduling",
     "tree_memory",
+    "tree",
+    "shared",
     "oracle",
     "oracle_budget",
 )
 EVALUATING = Continuing(may_differ=_REPORTED)
-"""How an evaluation is reported may change, and how its answers share passes; what was measured stays."""
+"""How an evaluation is reported may change, how its answers share passes, and where states and baselines are kept; what
+was measured stays, which the manifests of its pieces look after."""
 TRAINING = Continuing(
     may_differ=tuple(f"evaluation.{name}" for name in _REPORTED), unless_off={"evaluation": "evaluate"}
 )
