@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-avx2 soak check format bench benchmark pretrained pretrain clean
+.PHONY: help setup demo test test-slow test-avx2 soak soak-inputs soak-kills soak-kinds check format bench benchmark pretrained pretrain clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,18 +31,23 @@ test-slow: pretrained ## run the slow tests
 
 # what promises the same bits: what is saved and read again, decoding, resumed training
 BITS := tests/test_saving.py tests/test_saved_before.py tests/test_session.py tests/test_agents.py
-MORE_BITS := tests/test_tree.py tests/test_rollout.py tests/test_query_learners.py tests/test_preferences.py
 
 test-avx2: $(STAMP) ## run the tests that promise the same bits as on a CPU with AVX2 alone, one thread
 	ATEN_CPU_CAPABILITY=avx2 CITER_THREADS=1 $(BIN)/python -m pytest $(BITS)
 
-soak: $(STAMP) ## try 10,000 drawn inputs, 200 kills, and the tests of bits on each kind of CPU, 1 and 2 threads; two hours or so
+soak: soak-inputs soak-kills soak-kinds ## full counts: inputs, kills, kinds of CPU (three hours or so on two cores)
+
+soak-inputs: $(STAMP) ## try 10,000 drawn inputs
 	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m fuzz
+
+soak-kills: $(STAMP) ## kill programs 200 times
 	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_interruptions.py
+
+soak-kinds: $(STAMP) ## run the tests on each kind of CPU, with 1 and 2 threads
 	set -e; for kind in default avx2 native; do for threads in 1 2; do \
 		echo "kind of CPU $$kind, threads: $$threads"; \
 		if [ $$kind = native ]; then unset ATEN_CPU_CAPABILITY; else export ATEN_CPU_CAPABILITY=$$kind; fi; \
-		CITER_THREADS=$$threads $(BIN)/python -m pytest $(BITS) $(MORE_BITS); \
+		CITER_THREADS=$$threads $(BIN)/python -m pytest; \
 	done; done
 
 check: $(STAMP) ## format, lint and types
