@@ -84,27 +84,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in load_file(path).items()}
 
 
-def check_manifest(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], only: Sequence[str] = ()) -> None:
+def check_manifest(place: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any], only: Sequence[str] = ()) -> None:
     """Refuse what was made by other models, another task or other settings than wanted.
 
     Args:
         place: named in the error.
-        found: the manifest that is there.
+        kept: the manifest that is there.
         wanted: the manifest it should be.
         only: compare these keys; all where empty.
 
     Raises:
         ValueError: they differ; the error names what differs, both ways.
     """
-    for key in only or sorted({*found, *wanted}):
-        there, here = found.get(key), json.loads(json.dumps(wanted.get(key)))
-        if there == here:
+    for key in only or sorted({*kept, *wanted}):
+        old, new = kept.get(key), json.loads(json.dumps(wanted.get(key)))
+        if old == new:
             continue
-        if isinstance(there, dict) and isinstance(here, dict):
-            inner = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
-            there, here = ({k: part.get(k) for k in inner} for part in (there, here))
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            old, new = ({k: part.get(k) for k in inner} for part in (old, new))
         raise ValueError(
-            f"{place} was made with {key} {there}, this run has {here}; give this run another folder, or the settings "
+            f"{place} was made with {key} {old}, this run has {new}; give this run another folder, or the settings "
             "that made it"
         )
 

@@ -199,6 +199,8 @@ def columns_of(models: Sequence[str], known: Sequence[str]) -> IntArray:
 
 def fewest_queries(name: str, count: int, queries: npt.ArrayLike) -> None:
     """Refuse a setting that asks for more of something than there are queries."""
-    there = len(np.asarray(queries))
-    if not 1 <= count <= there:
-        raise ValueError(f"{name} must be in 1..{there}, the number of queries it is fitted on; it is {count}")
+    most = len(np.asarray(queries))
+    if not 1 <= count <= most:
+        raise ValueError(
+            f"{name} must be in 1..{most}, the number of queries it is fitted on; it is {count}"
+        )

@@ -176,8 +176,8 @@ def check_tree(
             f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
             "states each time: leave sampling out, or use citer/TokenRouting-v1"
         )
-    for name, there, here in (("pool", tree.pool, pool), ("task", tree.task, task)):
-        if here is not None and here is not there:
+    for name, of_tree, given in (("pool", tree.pool, pool), ("task", tree.task, task)):
+        if given is not None and given is not of_tree:
             raise ValueError(f"the tree was made for another {name}; give the tree's, or none")
     if tree.max_new_tokens != max_new_tokens:
         raise ValueError(

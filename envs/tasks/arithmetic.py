@@ -217,17 +217,17 @@ def _tell(steps: list[_Step], pair: bool, rng: np.random.Generator) -> tuple[str
     for position, step in enumerate(steps):
         from_end = len(steps) - position
         if pair and from_end == 1:
-            told = "together"  # the question asks for it; the story does not tell it
+            wording = "together"  # the question asks for it; the story does not tell it
         elif pair and from_end == 2:
-            told = "other"
+            wording = "other"
             story.append(pick(EVENTS[f"other_{step.kind}"]).format(b=step.right, **words))
         else:
-            told = step.kind
-            event = _MONEY_EVENTS[told] if words["u"] == "dollars" else told
+            wording = step.kind
+            event = _MONEY_EVENTS[wording] if words["u"] == "dollars" else wording
             story.append(pick(EVENTS[event]).format(b=step.right, **words))
         if step.kind == "sell":
             words["u"] = "dollars"
-        solution.append(pick(STEPS[told]).format(e=step.equation, r=step.result, **words))
+        solution.append(pick(STEPS[wording]).format(e=step.equation, r=step.result, **words))
     if rng.random() < 0.2:
         distractor = pick(DISTRACTORS).format(b=int(rng.integers(2, 61)), **words)
         story.insert(int(rng.integers(1, len(story) + 1)), distractor)

@@ -157,12 +157,12 @@ def _summarize_policy(
 
 def _on_front(results: Results, front: Front, unit: str) -> list[str]:
     """The settings that the front is made of, for any seed: no cheaper point matches or beats one of theirs."""
-    even, found = _even(results.baselines), set()
+    even, on_front = _even(results.baselines), set()
     for owners, one in zip(front.owners, results.sweeps_of(front.runs, unit), strict=True):
         points = one.points(even)
         hull = {tuple(point) for point in monotone_hull(points).tolist()}
-        found |= {owner for owner, point in zip(owners, points[1:-1].tolist(), strict=True) if tuple(point) in hull}
-    return [name for name in dict.fromkeys(front.owners[0]) if name in found]
+        on_front |= {owner for owner, point in zip(owners, points[1:-1].tolist(), strict=True) if tuple(point) in hull}
+    return [name for name in dict.fromkeys(front.owners[0]) if name in on_front]
 
 
 def _explained(measured: dict[str, dict[str, Any]], results: Results) -> dict[str, dict[str, Any]]:
