@@ -201,6 +201,4 @@ def fewest_queries(name: str, count: int, queries: npt.ArrayLike) -> None:
     """Refuse a setting that asks for more of something than there are queries."""
     most = len(np.asarray(queries))
     if not 1 <= count <= most:
-        raise ValueError(
-            f"{name} must be in 1..{most}, the number of queries it is fitted on; it is {count}"
-        )
+        raise ValueError(f"{name} must be in 1..{most}, the number of queries it is fitted on; it is {count}")
