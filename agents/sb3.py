@@ -18,7 +18,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from agents.common.checkpoints import Checkpoints, described
+from agents.common.checkpoints import Checkpoints, described, plain
 from agents.common.policy import Learner, Track, TrainingRun
 from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
 from agents.rl.cost_weights import CostWeights
@@ -248,13 +248,6 @@ class StableBaselines(Learner[Sb3Policy]):
             "stats_window_size": 1000, "learning_rate": self.lr, "gamma": self.gamma, **defaults, **given,
             "policy_kwargs": network,
         }  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """Settings as dictionaries and lists, whatever kinds of mappings and sequences hold them."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def train(

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from agents.citer import Citer
-from agents.common.checkpoints import Checkpoints, described, read, restoring
+from agents.common.checkpoints import (
+    Checkpoints,
+    array_of,
+    described,
+    optimizer_state,
+    read,
+    restore_optimizer,
+    restoring,
+)
 from agents.common.policy import Learner, TrainingRun
 from agents.common.saving import load_policy
 from agents.distillation import OracleDistillation
@@ -217,25 +225,19 @@ class _Improvement:
         with the same bits.
         """
         self.expander.forget(np.arange(self.settings.rows))
-        moments = self.optimizer.state_dict()["state"]
+        moments, others = optimizer_state(self.optimizer)
         arrays = {
-            "network": {name: value.cpu().numpy() for name, value in self.network.state_dict().items()},
-            "optimizer": {
-                number: {name: value.cpu().numpy() for name, value in of.items()} for number, of in moments.items()
-            },
+            "network": {name: array_of(value) for name, value in self.network.state_dict().items()},
+            "optimizer": moments,
             "generator": generator_numbers(self.rng),
         }
         router = {"features": self.features, "width": self.network.width, "units": self.network.units}
-        about = {"made": self.made, "router": router}
+        about = {"made": self.made, "router": router, "optimizer": others}
         checkpoints.save(self.made, arrays, about, lambda folder: self.tree.save(folder / TREE_FILE))
 
     def restore(self, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Go on from what `keep` has kept, but for the network, which is made with its weights."""
-        moments = {
-            int(number): {name: torch.tensor(value) for name, value in of.items()}
-            for number, of in arrays["optimizer"].items()
-        }
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        restore_optimizer(self.optimizer, arrays["optimizer"], about["optimizer"])
         self.rng, self.made = generator_of(arrays["generator"]), about["made"]
 
     def _set_out(self) -> None:

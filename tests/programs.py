@@ -83,10 +83,9 @@ def _started(script, overrides, log):
     with Path(log).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    many = importlib.import_module("experiments.training.many")
     # workers are forked too, to be as warm as their parent; as spawned ones they know nothing of its Hydra
-    many, fork = importlib.import_module("experiments.training.many"), multiprocessing.get_context("fork")
-    many.get_context = multiprocessing.get_context = lambda method=None: fork
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
     os.register_at_fork(after_in_child=GlobalHydra.instance().clear)
     sys.argv = [script, *overrides]
     importlib.import_module(f"experiments.{script}").main()

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from agents.common.saving import POLICY_FILE, SavedPolicy
 from envs.models.pool import ModelPool
@@ -175,12 +177,56 @@ def _with_lists(value: Any) -> Any:
     return [inner[f"#{number}"] for number in range(len(inner))] if "#0" in inner else inner
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Arrays], dict[str, dict[str, Any]]]:
+    """What an optimizer remembers of each parameter: its tensors as arrays, and what else there is."""
+    state = {str(number): of for number, of in optimizer.state_dict()["state"].items()}
+    arrays = {
+        number: {name: array_of(value) for name, value in of.items() if isinstance(value, Tensor)}
+        for number, of in state.items()
+    }
+    others = {
+        number: {name: value for name, value in of.items() if not isinstance(value, Tensor)}
+        for number, of in state.items()
+    }
+    return arrays, others
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, arrays: Mapping[str, Arrays], others: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Let an optimizer of the same parameters remember what `optimizer_state` gave."""
+    state = {
+        int(number): {name: torch.tensor(value) for name, value in arrays.get(number, {}).items()} | dict(of)
+        for number, of in others.items()
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def array_of(tensor: Tensor) -> npt.NDArray[Any]:
+    """A tensor as an array, wherever it lies."""
+    return tensor.detach().cpu().numpy()
+
+
+def plain(value: Any, other: Callable[[Any], Any] = lambda item: item) -> Any:
+    """Settings as dictionaries and lists, whatever kinds of mappings and sequences hold them.
+
+    Args:
+        value: the settings.
+        other: says what stands for what is neither; it itself unless given.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, other) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item, other) for item in value]
+    return other(value)
+
+
 def described(settings: Any) -> Any:
-    """Settings as plain data, whatever kinds of mappings and sequences hold them; other objects by their names."""
-    if isinstance(settings, Mapping):
-        return {str(key): described(item) for key, item in settings.items()}
-    if settings is None or isinstance(settings, str | int | float):
-        return settings
-    if isinstance(settings, Sequence):
-        return [described(item) for item in settings]
-    return getattr(settings, "__qualname__", type(settings).__qualname__)
+    """Settings as plain data; objects by their names."""
+
+    def word(value: Any) -> Any:
+        if value is None or isinstance(value, str | int | float):
+            return value
+        return getattr(value, "__qualname__", type(value).__qualname__)
+
+    return plain(settings, word)

@@ -14,9 +14,15 @@ import numpy.typing as npt
 import torch
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.callbacks import BaseCallback
-from torch import Tensor
 
-from agents.common.checkpoints import Checkpoints, read, restoring
+from agents.common.checkpoints import (
+    Checkpoints,
+    array_of,
+    optimizer_state,
+    read,
+    restore_optimizer,
+    restoring,
+)
 from agents.rl.sb3_extensions import Reporting
 from agents.rl.vec_env import VectorEnvBridge
 from envs.environments.episodes import generator_numbers, generator_of
@@ -87,25 +93,19 @@ class Checkpointing(BaseCallback):
 
 def learner_state(learner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """All that a learner goes on from between two rollouts, but its environment: arrays, and plain data."""
-    optimizer = learner.policy.optimizer.state_dict()["state"]
+    moments, others = optimizer_state(learner.policy.optimizer)
     arrays = {
-        "policy": {name: _array(value) for name, value in learner.policy.state_dict().items()},
-        "optimizer": {
-            str(number): {key: _array(value) for key, value in of.items() if isinstance(value, Tensor)}
-            for number, of in optimizer.items()
-        },
+        "policy": {name: array_of(value) for name, value in learner.policy.state_dict().items()},
+        "optimizer": moments,
         "observations": learner._last_obs,
         "episode_starts": learner._last_episode_starts,
         "random": _random_states(learner),
     }
     if (states := getattr(learner, "_last_lstm_states", None)) is not None:
-        arrays["lstm"] = {"pi": [_array(part) for part in states.pi], "vf": [_array(part) for part in states.vf]}
+        arrays["lstm"] = {"pi": [array_of(part) for part in states.pi], "vf": [array_of(part) for part in states.vf]}
     about = {
         "numbers": {name: getattr(learner, name) for name in NUMBERS if hasattr(learner, name)},
-        "optimizer": {
-            str(number): {key: value for key, value in of.items() if not isinstance(value, Tensor)}
-            for number, of in optimizer.items()
-        },
+        "optimizer": others,
         "episodes": list(learner.ep_info_buffer),
         "successes": list(learner.ep_success_buffer),
         "logged": {key: float(value) for key, value in learner.logger.name_to_value.items()},
@@ -129,13 +129,7 @@ def restore_learner(learner: Any, arrays: Mapping[str, Any], about: Mapping[str,
     """
     device = learner.device
     learner.policy.load_state_dict({name: torch.tensor(value) for name, value in arrays["policy"].items()})
-    moments = arrays.get("optimizer", {})
-    state = {
-        int(number): {key: torch.tensor(value) for key, value in moments.get(number, {}).items()} | others
-        for number, others in about["optimizer"].items()
-    }
-    optimizer = learner.policy.optimizer
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    restore_optimizer(learner.policy.optimizer, arrays.get("optimizer", {}), about["optimizer"])
     for name, value in about["numbers"].items():
         setattr(learner, name, value)
     learner._last_obs, learner._last_episode_starts = arrays["observations"], arrays["episode_starts"]
@@ -153,10 +147,6 @@ def restore_learner(learner: Any, arrays: Mapping[str, Any], about: Mapping[str,
             value[: len(arrays["replay"][name])] = arrays["replay"][name]
         buffer.pos, buffer.full = about["replay"]["pos"], about["replay"]["full"]
     _set_random_states(learner, arrays["random"], about)
-
-
-def _array(tensor: Tensor) -> npt.NDArray[Any]:
-    return tensor.detach().cpu().numpy()
 
 
 def _replayed(buffer: Any) -> dict[str, npt.NDArray[Any]]:

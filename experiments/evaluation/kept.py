@@ -11,10 +11,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from experiments.common.continuing import SETTINGS
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import EXHAUSTED
 
-MANIFEST, CONFIG = "manifest.json", "config.yaml"
+MANIFEST = "manifest.json"
 SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens", "thresholds_at")
 """What the manifests of one experiment agree in."""
 MODELS = ("names", "dtype")
@@ -39,7 +40,7 @@ class KeptEvaluation:
     def read(cls, manifest: Path) -> KeptEvaluation:
         """The evaluation that a manifest describes."""
         run = run_folder(manifest.parent)
-        config = run / CONFIG
+        config = run / SETTINGS
         return cls(manifest.parent, json.loads(manifest.read_text()), _yaml(config) if config.is_file() else {})
 
     @property
@@ -91,7 +92,7 @@ class KeptEvaluation:
 
 def run_folder(runs: Path) -> Path:
     """The folder of the run whose evaluation keeps its pieces in `runs`: training evaluates in a folder of its own."""
-    return runs.parent if (runs.parent / CONFIG).is_file() else runs.parent.parent
+    return runs.parent if (runs.parent / SETTINGS).is_file() else runs.parent.parent
 
 
 def kept_below(folder: Path) -> list[KeptEvaluation]:
@@ -102,7 +103,7 @@ def kept_below(folder: Path) -> list[KeptEvaluation]:
 def not_evaluated_yet(folder: Path) -> list[Path]:
     """Runs below a folder that evaluate what they train, and have not come to it."""
     # the configs of Hydra's own folders and of wandb's lie deeper, and are of no run
-    configs = (path for path in sorted(folder.glob(f"**/{CONFIG}")) if path.parent.name not in (".hydra", "files"))
+    configs = (path for path in sorted(folder.glob(f"**/{SETTINGS}")) if path.parent.name not in (".hydra", "files"))
     return [
         path.parent
         for path in configs
