@@ -1,8 +1,8 @@
 """Pages of the documentation as programs: their blocks and commands run in order, reduced where they are long.
 
-A page's python blocks are one script. A block whose first line is a comment with a path (`# mine.py`) is a file. A line of
-an `sh` block is a command. An HTML comment above a block reduces it: `<!-- test: learn(50_000) -> learn(512) -->` replaces
-text, `<!-- test: agent.examples=8 -->` adds words to the block's commands.
+A page's python blocks are one script. A block whose first line is a comment with a path (`# mine.py`) is a file. A line
+of an `sh` block is a command. An HTML comment above a block reduces it: `<!-- test: learn(50_000) -> learn(512) -->`
+replaces text, `<!-- test: agent.examples=8 -->` adds words to the block's commands.
 """
 
 import contextlib
