@@ -42,7 +42,7 @@ class Mine(Policy):
     patience: float = 30.0
 
     def score(self, observation: Observation) -> torch.Tensor:
-        return torch.sigmoid(torch.from_numpy(observation.positions / self.patience - 1.0))
+        return torch.sigmoid(observation.positions / self.patience - 1.0)
 """
 
 
