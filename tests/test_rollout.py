@@ -11,6 +11,7 @@ from agents.common.rollout import Scheduling, decode, decode_alone
 from agents.heuristics import Always
 from agents.oracle import Oracle
 from envs.costs import COLUMNS, READ, SECONDS
+from envs.decoding.observation import Observation
 from envs.decoding.sampling import Sampling
 from envs.models.loading import embedded_pool, load_model
 from envs.models.pool import ModelPool
@@ -228,6 +229,15 @@ def test_an_observation_is_tensors_on_one_device(pool, task):
             assert seen.positions.data_ptr() == seen.host_positions.ctypes.data, "on the CPU nothing is copied"
     for one, other in zip(*episodes, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_counts_are_where_the_hidden_states_are():
+    counts = np.arange(3)
+    seen = Observation(torch.zeros(3, 4, device="meta"), None, counts, counts, counts)
+    assert {seen.positions.device, seen.episodes.device, seen.since_llm.device} == {torch.device("meta")}
+    assert (seen.hidden[:, 0] + seen.positions).device.type == "meta"
+    assert seen.vector("hidden").device.type == "meta"
+    assert seen.host_positions is counts
 
 
 def test_policies_are_told_apart_by_class_settings_and_weights():

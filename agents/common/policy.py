@@ -232,8 +232,16 @@ def policy_from(
     Raises:
         ValueError: it is neither.
     """
-    if isinstance(agent, Policy):
+    agent = checked_agent(agent)
+    return agent if isinstance(agent, Policy) else agent.fit(pool, task, seed, track, folder)
+
+
+def checked_agent(agent: object) -> Policy | Learner[Policy]:
+    """`agent` if it is a policy or a learner.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(agent, (Policy, Learner)):
         return agent
-    if isinstance(agent, Learner):
-        return agent.fit(pool, task, seed, track, folder)
     raise ValueError(f"{type(agent).__name__} is no agent; derive it from Policy or Learner of agents.common.policy")
