@@ -30,8 +30,8 @@ class MathTask(RecordTask):
 
     Args:
         template: the prompt of records that bring none; `{question}` stands for the problem.
-        path, test_path, dataset, config_name, revision, train_split, validation_split, test_split, name: the source;
-            see `RecordTask`.
+
+    The source (`path`, `test_path`, `dataset` and what belongs to it) and `name`: see `RecordTask`.
 
     Raises:
         ValueError, OSError: as `RecordTask`; a template without `{question}`.

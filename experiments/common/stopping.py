@@ -145,8 +145,7 @@ class Workers(ProcessPoolExecutor):
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self.shutdown(wait=False, cancel_futures=True)
-            end_workers()
+            end_workers()  # its thread sees them end, and is waited for below: it takes their exit codes too
         super().__exit__(kind, *rest)
 
 

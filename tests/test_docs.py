@@ -1,0 +1,102 @@
+"""The documentation is true: its links lead somewhere, its code and its commands run."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.pages import PAGES, ROOT, blocks, check_command, first_job, programs, run_page, short
+from tests.programs import WARM, call
+
+RUN = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
+LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)|<img[^>]*src=\"([^\"]+)\"")
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def slugs(page):
+    """The anchors of a page's headings, and those that are set by hand."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = set(re.findall(r"<a id=\"([^\"]+)\"|\{ ?#([\w-]+) ?\}", text))
+    anchors = {anchor for pair in found for anchor in pair if anchor}
+    for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", re.sub(r"\{.*\}", "", title)).strip().lower()
+        anchors.add(re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", plain)))
+    return anchors
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in (a or b for a, b in LINK.findall(text)):
+        if link.startswith(("http:", "https:", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if anchor and target.suffix == ".md":
+            assert anchor in slugs(target.resolve().relative_to(ROOT)), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_commands_compose(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        for words in block.commands if block.language == "sh" else ():
+            found = programs(words)
+            if found is None:
+                check_command(words)
+            elif found[0] != "report" and not block.words and "mine." not in " ".join(words):
+                call(found[0], *first_job(found[1]), "--cfg", "job")
+                assert "threads" in capsys.readouterr().out
+
+
+def started(page, scratch, log):
+    import os
+
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        run_page(page, scratch)
+
+
+def in_a_process_of_its_own(page, tmp_path):
+    log = tmp_path / "log.txt"
+    (tmp_path / "scratch").mkdir()
+    process = WARM.Process(target=started, args=(page, tmp_path / "scratch", log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-5000:]
+    return log.read_text()
+
+
+def test_the_readmes_blocks_run(tmp_path):
+    in_a_process_of_its_own("README.md", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in RUN if page != "README.md"])
+def test_blocks_and_commands_run(page, tmp_path):
+    in_a_process_of_its_own(page, tmp_path)
+
+
+def test_a_command_is_reduced_where_it_is_long():
+    arguments = short("train", ["-m", "agent=citer,citer_s", "seed=0,1"], ["seed=3"])
+    assert "agent.training.epochs=1" in arguments
+    assert arguments[-1] == "seed=3"
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path):
+    assert importlib.util.find_spec("material"), "the docs extra is part of the set-up"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr
+    assert (tmp_path / "site" / "index.html").is_file()
