@@ -28,7 +28,7 @@ class Always(Policy):
     slm: bool = True
 
     def score(self, observation: Observation) -> Tensor:
-        return torch.full((len(observation.positions),), float(self.slm))
+        return torch.full((len(observation),), float(self.slm))
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Random(Policy):
 
     def score(self, observation: Observation) -> Tensor:
         with np.errstate(over="ignore"):
-            key = np.full(len(observation.positions), self.seed, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            for part in (observation.episodes, observation.positions):
+            key = np.full(len(observation), self.seed, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            for part in (observation.host_episodes, observation.host_positions):
                 key = splitmix64(key ^ part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
         return torch.from_numpy((key >> np.uint64(11)).astype(np.float64) / 2**53)
 

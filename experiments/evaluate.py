@@ -2,6 +2,7 @@
 
     python -m experiments.evaluate +saved.citer=outputs/train/citer-.../policy
     python -m experiments.evaluate agents=[entropy,margin] examples=500
+    python -m experiments.evaluate agents=[mine.Impatient,entropy] agents.Impatient.patience=20
     python -m experiments.evaluate +agent@agents.brief=citer agents.brief.rounds=1
     python -m experiments.evaluate '+agents.mine={_target_: mine.Mine, patience: 20}'
 
@@ -49,10 +50,11 @@ def check(config: DictConfig, settings: EvaluationSettings) -> None:
 def listed_agents(arguments: Sequence[str]) -> list[str]:
     """A command line in which `agents=[a,b]` is written as Hydra has it: these agents, and not those of the defaults.
 
-    The first of the list is the first policy, unless that is said, or saved policies are there.
+    An agent is one of `conf/agent`, or a class by its full name, `mine.Impatient`; then it is called `Impatient`. The
+    first of the list is the first policy, unless that is said, or saved policies are there.
 
     Raises:
-        ValueError: a multirun over lists.
+        ValueError: a multirun over lists, or two agents of one name.
     """
     lists = [argument for argument in arguments if argument.startswith("agents=[")]
     if len(lists) != 1:
@@ -63,14 +65,35 @@ def listed_agents(arguments: Sequence[str]) -> list[str]:
     override = OverridesParser.create().parse_override(lists[0])
     if override.is_sweep_override():
         raise ValueError(f"{lists[0]}: a multirun does not go over lists of agents; give all of them in one list")
-    names = [f"{name}" for name in override.value()]  # type: ignore[union-attr]
+    chosen = [f"{agent}" for agent in override.value()]  # type: ignore[union-attr]
+    names = _names_of(chosen)
     defaults = [key for entry in OmegaConf.load(CONF / "evaluate.yaml").defaults for key in _keys(entry)]
     usual = [key.removeprefix(AGENTS) for key in defaults if key.startswith(AGENTS)]
     written = [f"~{AGENTS}{name}" for name in usual if name not in names]
-    written += [f"+{AGENTS}{name}={name}" for name in names if name not in usual]
+    for name, agent in zip(names, chosen, strict=True):
+        if agent not in usual:
+            written.append(f"{'' if name in usual else '+'}{AGENTS}{name}={agent}")
     if names and not any(argument.lstrip("+").startswith(("first=", "saved")) for argument in arguments):
         written.append(f"first={names[0]}")
     return [argument for argument in arguments if argument != lists[0]] + written
+
+
+def _names_of(agents: Sequence[str]) -> list[str]:
+    """What the agents of a list are called; a class by its own name, for a dot would part keys of Hydra.
+
+    Raises:
+        ValueError: two have one name, or names that one folder stands for where case is not told apart.
+    """
+    named: dict[str, str] = {}
+    for agent in agents:
+        name = agent.rpartition(".")[2]
+        other = named.setdefault(name.casefold(), agent)
+        if other is not agent:
+            raise ValueError(
+                f"agents=[{','.join(agents)}]: {other} and {agent} would both be called {name}; leave {agent} out of "
+                f"the list and add it under another name: +{AGENTS}other={agent}"
+            )
+    return [agent.rpartition(".")[2] for agent in agents]
 
 
 def _keys(entry: object) -> list[str]:
@@ -83,7 +106,7 @@ def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> No
     """Evaluate `config.saved` policies and `config.agents`."""
     from omegaconf import OmegaConf
 
-    from agents.common.policy import policy_from
+    from agents.common.policy import checked_agent, policy_from
     from agents.common.saving import load_policy
     from experiments.common.config import build, build_settings, import_modules
     from experiments.common.tracking import labelled
@@ -93,7 +116,7 @@ def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> No
     import_modules(config.imports)
     settings = build_settings(config, EvaluationSettings)
     check(config, settings)
-    agents = {name: build(config.agents, name) for name in config.agents}
+    agents = {name: checked_agent(build(config.agents, name)) for name in config.agents}
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
     begin()

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 
 from experiments.common.config import CONF, register_schemas
 from experiments.reporting.leaderboard_page import headlines, ranked, standing
@@ -39,13 +40,21 @@ def test_every_agent_and_seed_is_a_run_and_composes(tmp_path):
         ("agents=[citer,citter]", "citter"),
         ('+departures.citter=["seed=1"]', "citter"),
         ("first=nobody", "nobody"),
+        ("agents=[citer,agents.heuristics.Nobody]", "Nobody cannot be imported"),
         ("seeds=[]", "seed"),
         ("workers=0", "workers"),
     ],
 )
 def test_bad_settings_are_named(override, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, HydraException), match=message):
         runs_of(settings(override), tmp_path)
+
+
+def test_a_class_is_an_agent_too(tmp_path):
+    chosen = settings("agents=[citer,agents.heuristics.Uncertainty]", "seeds=[0]")
+    run = next(run for run in runs_of(chosen, tmp_path) if run.agent != "citer")
+    assert run.folder == tmp_path / "runs" / "agents.heuristics.Uncertainty-seed0"
+    assert run.config().agent["_target_"].endswith("Uncertainty")
 
 
 def test_a_run_is_done_when_its_summary_is_there(tmp_path):

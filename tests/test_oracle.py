@@ -272,7 +272,7 @@ def test_counterfactual_advantages_equal_plain_decoding(pool, task, examples):
 
         def score(self, observation):
             scores = shifted.score(observation).detach()
-            scores[torch.from_numpy(observation.positions == position)] = float(self.action == 0)
+            scores[observation.positions == position] = float(self.action == 0)
             return scores
 
     values = []

@@ -42,7 +42,7 @@ class Mine(Policy):
     patience: float = 30.0
 
     def score(self, observation: Observation) -> torch.Tensor:
-        return torch.sigmoid(torch.from_numpy(observation.positions / self.patience - 1.0))
+        return torch.sigmoid(observation.positions / self.patience - 1.0)
 """
 
 
@@ -334,6 +334,52 @@ def test_a_policy_outside_is_trained_and_evaluated(mine, start, tmp_path):
     assert code == 0, printed
     rows = [json.loads(line) for line in (tmp_path / "evaluate" / "results.jsonl").read_text().splitlines()]
     assert "mine" in {row["policy"] for row in rows}
+
+
+MY_HEURISTIC = """
+import torch
+
+from agents.common.policy import Policy
+
+
+class Patient(Policy):
+    \"\"\"Trusts the SLM more the longer the answer is.\"\"\"
+
+    def score(self, observation):
+        return torch.sigmoid(observation.positions / 10 - 1)
+"""
+
+
+def test_a_class_without_settings_is_evaluated_by_a_list_and_goes_on(mine, start, tmp_path):
+    (tmp_path / "elsewhere" / f"{mine}.py").write_text(MINE + MY_HEURISTIC)
+    from experiments.evaluate import main
+
+    small = ["examples=3", "threshold_examples=2", "llm_shares=[0.5]", "bootstrap=5", "transcripts=0", "oracle=0"]
+    small += ["draft_tokens=0", "max_new_tokens=16", "threads=1", f"hydra.run.dir={tmp_path / 'run'}"]
+    chosen = [f"agents=[{mine}.Patient,{mine}.Mine,entropy]", "agents.Mine.patience=7"]
+    code, printed = start("evaluate", *chosen, *small, run=main)
+    assert code == 0, printed
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert {"Patient", "Mine", "entropy"} <= {row["policy"] for row in rows}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["first"] == "Patient"
+    # its fingerprint is the same in another process, and so is what the folder keeps
+    sys.modules.pop(mine)
+    code, printed = start("evaluate", *chosen, *small, "bootstrap=6", run=main)
+    assert code == 0, printed
+
+
+def test_what_is_no_agent_or_has_no_score_is_refused_before_models_are_loaded(mine, start, tmp_path):
+    (tmp_path / "elsewhere" / f"{mine}.py").write_text(MY_HEURISTIC.replace("score", "scores") + "class No: pass\n")
+    for name, message in (
+        ("Patient", "Patient.* abstract .*score"),
+        ("No", "No is no agent; derive it from Policy"),
+        ("Yes", rf"{mine}\.Yes cannot be imported"),
+    ):
+        code, printed = start("evaluate", f"+agent@agents.it={mine}.{name}", f"hydra.run.dir={tmp_path / name}")
+        assert code in (1, 2)
+        assert re.search(message, printed), printed
+        assert "Traceback" not in printed
+        assert contents(tmp_path / name) == {}
 
 
 def test_a_module_to_import_first_that_is_not_there_is_named(start, tmp_path):

@@ -11,6 +11,7 @@ from agents.common.rollout import Scheduling, decode, decode_alone
 from agents.heuristics import Always
 from agents.oracle import Oracle
 from envs.costs import COLUMNS, READ, SECONDS
+from envs.decoding.observation import Observation
 from envs.decoding.sampling import Sampling
 from envs.models.loading import embedded_pool, load_model
 from envs.models.pool import ModelPool
@@ -141,7 +142,11 @@ WRONG = [
     (lambda n: torch.tensor(0.5), ValueError, r"Scoring gave scores of shape \(\) to 3"),
     (lambda n: torch.ones(n, dtype=torch.int64), ValueError, r"Scoring gave scores of type torch\.int64"),
     (lambda n: torch.ones(n, dtype=torch.bool), ValueError, r"Scoring gave scores of type torch\.bool"),
-    (lambda n: np.full(n, 0.5), TypeError, r"Scoring scored with numpy\.ndarray; score must return a floating-point"),
+    (lambda n: [0.5] * n, TypeError, r"Scoring scored with builtins\.list; score must return a floating-point"),
+    (lambda n: np.full((n, 1), 0.5), ValueError, r"Scoring gave scores of shape \(3, 1\) to 3"),
+    (lambda n: np.ones(n, dtype=np.int32), ValueError, r"Scoring gave scores of type torch\.int32"),
+    (lambda n: np.array(["half"] * n), TypeError, r"Scoring scored with an array of <U4; score must"),
+    (lambda n: np.full(n, 1.5), ValueError, r"Scoring scored 1\.5; .* in \[0, 1\]"),
     (lambda n: None, TypeError, r"Scoring scored with builtins\.NoneType"),
     (lambda n: torch.full((n,), 1.5), ValueError, r"Scoring scored 1\.5; .* in \[0, 1\]"),
     (lambda n: torch.full((n,), -0.1, dtype=torch.float64), ValueError, r"Scoring scored -0\.1"),
@@ -172,6 +177,88 @@ def test_search_names_the_policy_whose_scores_are_none(pool, task):
 def test_scores_of_any_floating_point_type_pass_to_the_ends_of_the_range(pool, task, dtype):
     policy = Scoring(lambda n: torch.linspace(0, 1, n, dtype=dtype))
     assert len(decode(pool, task, task.examples("test", 3), policy, max_new_tokens=20)) == 3
+
+
+def test_scores_may_be_arrays_of_any_layout_and_choose_what_tensors_choose(pool, task):
+    def rising(n):
+        return np.linspace(0, 1, n, dtype=np.float32)
+
+    examples = task.examples("test", 3)
+    expected = decode(pool, task, examples, Scoring(lambda n: torch.from_numpy(rising(n))), max_new_tokens=20)
+    assert {0, 1} == {int(writer) for episode in expected for writer in episode.writers}
+    decoder = ExampleDecoder(pool, task, examples, 20, Scheduling(), None)
+    thresholds = choose_thresholds(decoder, {"mine": Scoring(lambda n: torch.from_numpy(rising(n)))}, [0.3, 0.6])
+    layouts = (
+        rising, lambda n: rising(n)[::-1].copy()[::-1], lambda n: np.stack([rising(n)] * 2, axis=1)[:, 0],
+        lambda n: np.frombuffer(rising(n).tobytes(), dtype=np.float32),  # read-only
+    )  # fmt: skip
+    for scores in layouts:
+        found = decode(pool, task, examples, Scoring(scores), max_new_tokens=20)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one.writers, other.writers)
+            np.testing.assert_array_equal(one.scores, other.scores)
+        assert choose_thresholds(decoder, {"mine": Scoring(scores)}, [0.3, 0.6]) == thresholds
+
+
+def test_an_observation_is_tensors_on_one_device(pool, task):
+    class Spy(Policy):
+        def __init__(self):
+            self.seen = []
+
+        def score(self, observation):
+            self.seen.append(observation)
+            # what a user writes: counts and states in one expression
+            return torch.sigmoid(observation.hidden[:, 0] + observation.positions / 30 - observation.since_llm.log1p())
+
+    tree, episodes = PrefixTree(pool, task, 20), []
+    for decoded in (None, tree):
+        spy = Spy()
+        episodes.append(decode(pool, task, task.examples("test", 3), spy, max_new_tokens=20, tree=decoded))
+        for seen in spy.seen:
+            n = len(seen)
+            shapes = {
+                "hidden": ((n, pool.slm.width), torch.float32), "logit_features": ((n, 11), torch.float32),
+                "positions": ((n,), torch.int64), "since_llm": ((n,), torch.int64), "episodes": ((n,), torch.int64),
+            }  # fmt: skip
+            for name, (shape, dtype) in shapes.items():
+                value = getattr(seen, name)
+                assert isinstance(value, torch.Tensor), name
+                assert (value.shape, value.dtype, value.device) == (shape, dtype, seen.hidden.device), name
+            np.testing.assert_array_equal(seen.positions, seen.host_positions)
+            np.testing.assert_array_equal(seen.since_llm, seen.host_since_llm)
+            assert seen.positions.data_ptr() == seen.host_positions.ctypes.data, "on the CPU nothing is copied"
+    for one, other in zip(*episodes, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_counts_are_where_the_hidden_states_are():
+    counts = np.arange(3)
+    seen = Observation(torch.zeros(3, 4, device="meta"), None, counts, counts, counts)
+    assert {seen.positions.device, seen.episodes.device, seen.since_llm.device} == {torch.device("meta")}
+    assert (seen.hidden[:, 0] + seen.positions).device.type == "meta"
+    assert seen.vector("hidden").device.type == "meta"
+    assert seen.host_positions is counts
+
+
+def test_policies_are_told_apart_by_class_settings_and_weights():
+    class Plain(Policy):
+        def __init__(self, value=None):
+            self.value = value
+
+        def score(self, observation):
+            return torch.ones(len(observation))
+
+    class Other(Plain):
+        pass
+
+    assert Plain(1).fingerprint == Plain(1).fingerprint
+    torch.manual_seed(0)
+    one, two = torch.nn.Linear(40, 40), torch.nn.Linear(40, 40)
+    tensors = [torch.zeros(5000), torch.zeros(5000).index_fill(0, torch.tensor([2500]), 1e-6)]
+    distinct = [Plain(), Plain(1), Plain(2), Other(1), *map(Plain, (one, two)), *map(Plain, tensors)]
+    assert len({policy.fingerprint for policy in distinct}) == len(distinct)
+    assert Plain(one).fingerprint == Plain(one).fingerprint
+    assert [policy.parameters for policy in (Plain(), Plain(one))] == [0, 41 * 40]
 
 
 def test_a_score_that_becomes_nan_later_is_named_too(pool, task):

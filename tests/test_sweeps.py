@@ -361,5 +361,12 @@ def test_agents_are_evaluated_by_a_list():
     assert config_of("evaluate", *listed_agents(["agents=[]", "+saved.x=there"])).agents == {}
     added = config_of("evaluate", *listed_agents(["+agent@agents.mine=margin"]))
     assert set(added.agents) == {"random", "entropy", "mine"}
+    outside = ["agents=[agents.heuristics.Uncertainty,random]", "agents.Uncertainty.measure=margin"]
+    classes = config_of("evaluate", *listed_agents(outside))
+    assert list(classes.agents) == ["random", "Uncertainty"]
+    assert (classes.first, classes.agents.Uncertainty.measure) == ("Uncertainty", "margin")
+    assert "agent@agents.random=mine.random" in listed_agents(["agents=[mine.random]"])
+    with pytest.raises(ValueError, match=r"mine\.Random and random would both be called random; .*other=random"):
+        listed_agents(["agents=[mine.Random,random]"])
     with pytest.raises(ValueError, match="one list"):
         listed_agents(["-m", "agents=[random],[entropy]"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
 
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
@@ -19,6 +23,8 @@ from envs.tasks.task import Task
 
 Track = Callable[[Mapping[str, Any]], None]
 """Where a learner reports what it measures: a row of named numbers."""
+Scores = Tensor | npt.NDArray[np.floating[Any]]
+"""What a policy may score with: a tensor on any device, or an array."""
 
 
 def untracked(row: Mapping[str, Any]) -> None:
@@ -29,7 +35,8 @@ class Policy(ABC):
     """Chooses which model writes the next token.
 
     The SLM writes where `score >= threshold`, the last model of the pool elsewhere; sweeping the threshold draws the
-    policy's accuracy-cost curve. `score` is all that a policy must have.
+    policy's accuracy-cost curve. `score` is all that a policy must have. Torch modules that it decides with are
+    best attributes of its own: then they are part of its cost and of its fingerprint.
 
     Attributes:
         per_response: whether it chooses one model for a whole response. It is then asked once a response, and the SLM
@@ -39,13 +46,21 @@ class Policy(ABC):
     per_response: ClassVar[bool] = False
 
     @abstractmethod
-    def score(self, observation: Observation) -> Tensor:
-        """The probability that the SLM should write, in [0, 1], for each of n decisions: (n,)."""
+    def score(self, observation: Observation) -> Scores:
+        """The probability that the SLM should write, in [0, 1], for each of n decisions.
+
+        Args:
+            observation: n responses that await a decision; see its class.
+
+        Returns:
+            A floating-point tensor or array, (n,).
+        """
 
     @property
     def parameters(self) -> int:
-        """Parameters read at every decision; they are part of the cost. None by default."""
-        return 0
+        """Parameters read at every decision; they are part of the cost. Those of its torch modules by default."""
+        modules = [value for value in self._attributes.values() if isinstance(value, nn.Module)]
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     @property
     def inputs_per_decision(self) -> int:
@@ -54,11 +69,33 @@ class Policy(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Tells policies apart that would score differently."""
-        return repr(self)
+        """Tells policies apart that would score differently: by their class, settings and weights."""
+        # the repr of a class that writes none says where in memory it lies, which no other run repeats
+        unwritten = type(self).__repr__ is object.__repr__
+        text = f"{type(self).__qualname__}({self._attributes})" if unwritten else repr(self)
+        weights = _weights(self._attributes)
+        if weights:
+            digest = hashlib.sha256()
+            for weight in weights:
+                digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+            text += f" {digest.hexdigest()[:16]}"
+        return text
+
+    @property
+    def _attributes(self) -> dict[str, Any]:
+        return getattr(self, "__dict__", {})
 
     def forget(self, episodes: IntArray) -> None:  # noqa: B027 (most policies keep nothing)
         """Called when `episodes`, (n,), have ended; what a policy has kept of them is not asked for again."""
+
+
+def _weights(attributes: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among some attributes, and those of the torch modules among them."""
+    weights: list[Tensor] = []
+    for value in attributes.values():
+        weights += [value] if isinstance(value, Tensor) else []
+        weights += value.state_dict().values() if isinstance(value, nn.Module) else []
+    return weights
 
 
 ROUNDING = 1e-5
@@ -74,12 +111,17 @@ def check_scores(policy: Policy, scores: object, count: int) -> Tensor:
         count: decisions it was asked for.
 
     Raises:
-        TypeError: they are no tensor.
+        TypeError: they are no tensor and no array of numbers.
         FloatingPointError: one is not a number.
         ValueError: their shape is not (count,), they are no floating-point numbers, or one lies outside [0, 1].
     """
     name = type(policy).__name__
-    promised = f"score must return a floating-point tensor of shape ({count},), in [0, 1]"
+    promised = f"score must return a floating-point tensor or array of shape ({count},), in [0, 1]"
+    if isinstance(scores, np.ndarray):
+        try:
+            scores = as_tensor(scores)
+        except TypeError as error:
+            raise TypeError(f"{name} scored with an array of {scores.dtype}; {promised}") from error
     if not isinstance(scores, Tensor):
         raise TypeError(f"{name} scored with {type(scores).__module__}.{type(scores).__name__}; {promised}")
     if scores.shape != (count,):
@@ -92,6 +134,11 @@ def check_scores(policy: Policy, scores: object, count: int) -> Tensor:
     if len(outside):
         raise ValueError(f"{name} scored {outside[0].item():g}; {promised}")
     return scores
+
+
+def as_tensor(scores: Scores) -> Tensor:
+    """Scores as a tensor: itself, or a copy of an array."""
+    return scores if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores, order="C"))
 
 
 def decision_profile(policy: Policy) -> ModelProfile:
@@ -185,8 +232,16 @@ def policy_from(
     Raises:
         ValueError: it is neither.
     """
-    if isinstance(agent, Policy):
+    agent = checked_agent(agent)
+    return agent if isinstance(agent, Policy) else agent.fit(pool, task, seed, track, folder)
+
+
+def checked_agent(agent: object) -> Policy | Learner[Policy]:
+    """`agent` if it is a policy or a learner.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(agent, (Policy, Learner)):
         return agent
-    if isinstance(agent, Learner):
-        return agent.fit(pool, task, seed, track, folder)
     raise ValueError(f"{type(agent).__name__} is no agent; derive it from Policy or Learner of agents.common.policy")

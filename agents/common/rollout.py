@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from agents.common.episode_queue import EpisodeQueue
-from agents.common.policy import Policy, check_scores
+from agents.common.policy import Policy, as_tensor, check_scores
 from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.decoder import Decoder
@@ -316,17 +316,17 @@ def decode_loop(
         undecided = busy[actions[busy] == NO_ACTION]
         if policy is not None and len(undecided):
             observation = session.observe(undecided)
-            asked[undecided], episodes[undecided] = True, observation.episodes
+            asked[undecided], episodes[undecided] = True, observation.host_episodes
             begun = time.perf_counter()
             with torch.no_grad():
                 scored = policy.score(observation)
                 if not checked:
                     scored, checked = check_scores(policy, scored, len(undecided)), True
-                score = scored.float().cpu().numpy()
+                score = as_tensor(scored).float().cpu().numpy()
             if np.isnan(score).any():
                 raise FloatingPointError(f"{type(policy).__name__} scored NaN; check its weights and its inputs")
             if record is not None:
-                record.add(undecided, observation.positions, score, time.perf_counter() - begun)
+                record.add(undecided, observation.host_positions, score, time.perf_counter() - begun)
             actions[undecided] = np.where(score >= threshold, 0, llm)
             if policy.per_response:
                 lasting[undecided] = actions[undecided]

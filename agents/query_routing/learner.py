@@ -125,9 +125,9 @@ class _FirstStates(Policy):
         self.states: dict[int, Tensor] = {}
 
     def score(self, observation: Observation) -> Tensor:
-        for i in np.flatnonzero(observation.positions == 0):
-            self.states[int(observation.episodes[i])] = observation.hidden[i].float().cpu()
-        return torch.ones(len(observation.positions))
+        for i in np.flatnonzero(observation.host_positions == 0):
+            self.states[int(observation.host_episodes[i])] = observation.hidden[i].float().cpu()
+        return torch.ones(len(observation))
 
 
 def answer_alone(

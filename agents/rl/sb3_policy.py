@@ -112,19 +112,19 @@ class Sb3Policy(SavedPolicy):
 
     def _recurrent(self, inputs: Tensor, observation: Observation) -> Tensor:
         """Probabilities of the SLM, (n x weights,), and one step of the state of every episode."""
-        lstm, n = self.network.lstm_actor, len(observation.positions)
+        lstm, n = self.network.lstm_actor, len(observation)
         fresh = inputs.new_zeros(2, lstm.num_layers, len(inputs) // max(1, n), lstm.hidden_size)
         # a response forked from another starts without a state: what was read before is not known here
         states = torch.stack(
             [
                 fresh if position == 0 else self._states.get(int(episode), fresh)
-                for episode, position in zip(observation.episodes, observation.positions, strict=True)
+                for episode, position in zip(observation.host_episodes, observation.host_positions, strict=True)
             ],
             dim=2,
         )  # (2, layers, n, weights, hidden)
         begun = states.flatten(2, 3)
         distribution, after = self.network.get_distribution(inputs, (begun[0], begun[1]), inputs.new_zeros(len(inputs)))
-        for episode, state in zip(observation.episodes, torch.stack(after).view_as(states).unbind(2), strict=True):
+        for episode, state in zip(observation.host_episodes, torch.stack(after).view_as(states).unbind(2), strict=True):
             self._states[int(episode)] = state.clone()
         return cast(Tensor, distribution.distribution.probs[:, 0])
 

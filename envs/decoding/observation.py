@@ -59,27 +59,65 @@ def history_features(positions: IntArray, since_llm: IntArray) -> Tensor:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a router may see of n rows that await a decision.
+    """What a policy may see of n responses that await a decision, n differing from one call to the next.
+
+    All of it is tensors on one device, the SLM's:
+
+    | | type, shape | |
+    |---|---|---|
+    | `hidden` | float32, (n, width) | the SLM's last hidden state, after the final norm |
+    | `logit_features` | float32, (n, 11) | entropy (nats) and the 10 largest log-probabilities of its next token |
+    | `logits` | the SLM's, (n, vocab), or None | its next-token logits; a replay tree keeps only their features |
+    | `positions` | int64, (n,) | tokens of the response written so far |
+    | `since_llm` | int64, (n,) | tokens since another model than the SLM last wrote, or since the response began |
+    | `episodes` | int64, (n,) | a number for the response; with its position it names the decision |
+
+    `vector(features)` puts them together as a network reads them. Counts are kept on the host, where they are made, and
+    copied when they are asked for: `host_positions`, `host_since_llm` and `host_episodes` are the same numbers as numpy
+    arrays, for what is looked up by number, which on a GPU then waits for nothing.
 
     Attributes:
-        hidden: the SLM's last hidden state after the final norm, float32, (n, width).
-        logits: the SLM's next-token logits, (n, vocab); None where a replay tree kept their features alone.
-        positions: tokens of the response written so far, (n,).
-        episodes: a number for each row's episode, (n,); together with the position it names the decision.
-        since_llm: tokens since another model than the SLM last wrote, or since the response began, (n,).
+        hidden: as above.
+        logits: as above.
+        host_positions: `positions`, on the host.
+        host_episodes: `episodes`, on the host.
+        host_since_llm: `since_llm`, on the host.
         kept_logit_features: what `logit_features` are where the logits are not there.
     """
 
     hidden: Tensor
     logits: Tensor | None
-    positions: IntArray
-    episodes: IntArray
-    since_llm: IntArray
+    host_positions: IntArray
+    host_episodes: IntArray
+    host_since_llm: IntArray
     kept_logit_features: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of decisions, n."""
+        return len(self.hidden)
+
+    @property
+    def positions(self) -> Tensor:
+        """Tokens of the response written so far, int64, (n,)."""
+        return self._on_device(self.host_positions)
+
+    @property
+    def episodes(self) -> Tensor:
+        """A number for each row's episode, int64, (n,)."""
+        return self._on_device(self.host_episodes)
+
+    @property
+    def since_llm(self) -> Tensor:
+        """Tokens since another model than the SLM last wrote, or since the response began, int64, (n,)."""
+        return self._on_device(self.host_since_llm)
+
+    def _on_device(self, counts: IntArray) -> Tensor:
+        # on the CPU it shares the memory; to a GPU it is copied without waiting for what runs there
+        return torch.from_numpy(counts).to(self.hidden.device)
 
     @property
     def logit_features(self) -> Tensor:
-        """Entropy and top log-probabilities of the SLM's next token, float32, (n, 1 + TOP)."""
+        """Entropy (nats) and top log-probabilities of the SLM's next token, float32, (n, 1 + TOP)."""
         if self.logits is not None:
             return logit_features(self.logits)
         assert self.kept_logit_features is not None
@@ -92,7 +130,7 @@ class Observation:
         if level > 0:
             parts.append(self.logit_features)
         if level > 1:
-            parts.append(history_features(self.positions, self.since_llm).to(self.hidden.device))
+            parts.append(history_features(self.host_positions, self.host_since_llm).to(self.hidden.device))
         return torch.cat(parts, dim=-1) if level else parts[0]
 
 

@@ -188,7 +188,7 @@ class RoutingEpisodes(EpisodeRows):
     def _next_reference_tokens(self, rows: IntArray) -> IntArray:
         tokens = np.full(len(rows), UNKNOWN)
         if self.reward.uses_reference:
-            positions = self.session.observe(rows).positions
+            positions = self.session.observe(rows).host_positions
             for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
                 if self._on_reference[row] and position < len(self._references[row]):
                     tokens[i] = self._references[row][position]

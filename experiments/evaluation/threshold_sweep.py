@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.common.policy import Policy, check_scores
+from agents.common.policy import Policy, as_tensor, check_scores
 from envs.arrays import IntArray
 from envs.decoding.observation import Observation
 from experiments.evaluation.answers import Answers
@@ -27,17 +27,17 @@ class ScoreRecorder(Policy):
         self.scores: dict[str, list[Tensor]] = {name: [] for name in policies}
 
     def score(self, observation: Observation) -> Tensor:
-        first = torch.from_numpy(observation.positions == 0)
+        first = torch.from_numpy(observation.host_positions == 0)
         for name, policy in self.policies.items():
             once = policy.per_response
             if once and not first.any():
                 continue  # it is asked once a response
-            scores = policy.score(observation)
+            scored = policy.score(observation)
             if not self.scores[name]:  # its first decision: before minutes of work
-                check_scores(policy, scores, len(first))
-            scores = scores.float().cpu()
+                check_scores(policy, scored, len(first))
+            scores = as_tensor(scored).float().cpu()
             self.scores[name].append(scores[first] if once else scores)
-        return torch.ones(len(observation.positions))
+        return torch.ones(len(observation))
 
     def forget(self, episodes: IntArray) -> None:
         for policy in self.policies.values():

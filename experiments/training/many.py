@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from envs.progress import ProgressBar
-from experiments.common.config import CONF, prepare, register_schemas
+from experiments.common.config import CONF, imported, prepare, register_schemas
 from experiments.common.continuing import TRAINING
 from experiments.common.run_folder import run_folder
 from experiments.common.stopping import Workers
@@ -28,7 +28,7 @@ class Run:
     """One agent with one seed.
 
     Attributes:
-        agent: its name in `conf/agent`.
+        agent: its name in `conf/agent`, or the full name of a class.
         seed: of training.
         overrides: of `experiments.train`, besides these two.
         folder: of the run.
@@ -69,13 +69,16 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
     """Every run, those that depart from their defaults first: they take longest.
 
     Raises:
-        ValueError: an agent that is not there.
+        ValueError: an agent that is not there, or a setting out of range.
+        ConfigCompositionException: a class that cannot be imported.
     """
     known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
     names = list(config.agents or known)
     for name in (*names, *config.departures, *config.live):
-        if name not in known:
-            raise ValueError(f"there is no agent {name!r}; there are {', '.join(known)}")
+        if "." in name:
+            imported(name)  # a class that lies outside
+        elif name not in known:
+            raise ValueError(f"there is no agent {name!r}; there are {', '.join(known)}, or classes, as mine.Impatient")
     if config.first not in names:
         raise ValueError(f"first is {config.first!r}, the agents are {', '.join(names)}; choose one of them")
     if not config.seeds or min(config.seeds) < 0 or config.workers < 1 or config.timings < 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from agents.common.policy import Learner, Policy, policy_from
+from agents.common.policy import Learner, Policy, checked_agent, policy_from
 from agents.common.saving import POLICY_FILE, SavedPolicy, load_policy
 from agents.router.policy import RouterPolicy
 from envs.models.pool import ModelPool
@@ -136,7 +136,7 @@ def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begi
     evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
     if evaluation is not None:
         evaluation.shown([name])
-    agent, task, tracking = build(config, "agent"), build(config, "task"), build(config, "track")
+    agent, task, tracking = checked_agent(build(config, "agent")), build(config, "task"), build(config, "track")
     pool = build(config, "models")
     begin()
     with tracking.open(folder, plain, "train") as track:
