@@ -19,9 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## create .venv with everything in it
 
-demo: $(STAMP) ## train the CITER router and draw its accuracy-cost curve into outputs/demo
-	$(BIN)/python -m experiments.train experiment=demo_train
-	$(BIN)/python -m experiments.evaluate experiment=demo_evaluate
+demo: $(STAMP) ## train CITER, compare it, and write one page: outputs/demo/index.html (two minutes on two cores)
+	$(BIN)/python -m experiments.demo
 
 test: $(STAMP) ## run the tests, except the slow ones
 	$(BIN)/python -m pytest

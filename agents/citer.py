@@ -24,6 +24,7 @@ from agents.preferences.store import COLUMNS, Columns, PreferenceStore, shard_ra
 from agents.router.dataset import LabelledTokens
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router
+from envs.arrays import UNKNOWN
 from envs.decoding.observation import feature_width
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import check_manifest
@@ -93,6 +94,9 @@ class Citer(Learner[RouterPolicy]):
         collection = CiterRounds(self, run.pool, run.task, run.seed)
         first = collection.given() if self.preferences else collection.collect(run.workspace / "round-1", None)
         columns = {name: first.column(name) for name in COLUMNS}
+        # preferences that were given may hold rollouts that these labels do not ask for
+        unasked = ~self.labels.rolled_out(columns)
+        columns["slm_outcome"][unasked] = columns["llm_outcome"][unasked] = UNKNOWN
         policy: RouterPolicy | None = None
         for number in range(1, (self.rounds if rolls and self.continuation == "router" else 1) + 1):
             if policy is not None:

@@ -6,9 +6,10 @@
     python -m experiments.evaluate +agent@agents.brief=citer agents.brief.rounds=1
     python -m experiments.evaluate '+agents.mine={_target_: mine.Mine, patience: 20}'
 
-The run's folder receives `config.yaml`, `results.jsonl` (a row per policy and threshold), `summary.json`, `table.md`,
-`curve.png`, `transcripts.html`, and in `runs/` the outcome of every example at every threshold. Started again in the
-same folder (`hydra.run.dir=...`), an evaluation goes on after the last threshold that is done.
+The run's folder receives `index.html`, the page to look at, and what it is made of: `config.yaml`, `results.jsonl` (a
+row per policy and threshold), `summary.json`, `table.md`, `curve.png`, `transcripts.json`, and in `runs/` the outcome
+of every example at every threshold. Started again in the same folder (`hydra.run.dir=...`), an evaluation goes on after
+the last threshold that is done.
 """
 
 from __future__ import annotations

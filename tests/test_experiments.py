@@ -28,7 +28,7 @@ from experiments.evaluation.summary import summarize
 from experiments.reporting.figures import plot_curves
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
+SCRIPTS = ("demo", "train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
 QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
 
 
@@ -235,7 +235,7 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
     assert {"config.yaml", "metrics.jsonl", "summary.json", "policy", "wandb"} <= {p.name for p in trained.iterdir()}
     run("evaluate", f"+saved.citer={trained / 'policy'}", *QUICK, f"hydra.run.dir={evaluated}")
     names = {path.name for path in evaluated.iterdir()}
-    assert {"config.yaml", "results.jsonl", "summary.json", "curve.png", "table.md", "transcripts.html"} <= names
+    assert {"config.yaml", "results.jsonl", "summary.json", "curve.png", "table.md", "index.html"} <= names
     rows = [json.loads(line) for line in (evaluated / "results.jsonl").read_text().splitlines()]
     assert {row["policy"] for row in rows} == {"slm", "llm", "speculative", "oracle", "citer", "random", "entropy"}
     assert all(
@@ -249,7 +249,7 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
         costs, accuracies = zip(*policy["curve"], strict=True)
         assert list(costs) == sorted(costs)
         assert list(accuracies) == sorted(accuracies)
-    assert (evaluated / "transcripts.html").read_text().count("<article") == 2
+    assert (evaluated / "index.html").read_text().count("<article") == 2
     assert (evaluated / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -308,7 +308,7 @@ def test_five_lines_lead_from_a_pool_a_task_and_policies_to_a_curve(pool, task, 
         # the dearer the threshold, the more the LLM writes
         fewer, more = (run.llm_tokens.sum() for run in results.policies[name][0])
         assert fewer < more
-    assert evaluation.transcripts({"entropy": Uncertainty()}, results).count("<article") == 6
+    assert len(evaluation.transcripts({"entropy": Uncertainty()}, results)["entropy"]) == 6
 
 
 def test_settings_of_an_evaluation_are_those_of_its_yaml_in_both_commands():

@@ -214,7 +214,7 @@ def test_folders_of_before_are_known_and_searches_that_ran_out_are_warned_of(eva
 
 def test_transcripts_are_of_any_policy(evaluated):
     again, _, folder = evaluated
-    page = folder / "transcripts.html"
+    page = folder / "index.html"
     for of, title in ((None, "routed by entropy"), ("random", "routed by random")):
         again(transcripts_of=of)
         assert title in page.read_text()

@@ -313,6 +313,7 @@ def test_a_sweep_of_which_jobs_died_goes_on_and_ends_in_one_table(tmp_path, monk
 
     monkeypatch.setattr(training, "policy_from", fit)
     monkeypatch.setattr(experiments.evaluation.report, "plot_curves", lambda summary, path: None)
+    monkeypatch.setattr(experiments.evaluation.report, "page", lambda summary, parts: "")
     sweep = ["agent=ppo", "agent.cost_weight=0.02,0.05,0.1", "evaluate=true", "threads=1", *SMALL]
     sweep += [f"evaluation.shared={tmp_path / 'shared'}"]
 

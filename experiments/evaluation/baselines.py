@@ -153,8 +153,12 @@ def measure_baselines(
         path = folder and folder / f"{name}.safetensors"
         return Answers.kept(path, lambda: Answers.of(decode(), decoder.pool, timed=decoder.timed))
 
+    # a tree that knows nothing yet is no help, and filling it with random answers takes longer than decoding them
+    new = decoder.tree is not None and not len(decoder.tree)
+    drawn_by = replace(decoder, tree=None) if new else decoder
+
     def randomly(share: float) -> Sequence[Episode]:
-        return decoder.decode(Random(0), share, f"random, {share:.0%} LLM")
+        return drawn_by.decode(Random(0), share, f"random, {share:.0%} LLM")
 
     slm = kept("slm", lambda: decoder.decode(Always(slm=True), 0.5, "slm only"))
     llm = kept("llm", lambda: decoder.llm_only("llm only"))

@@ -15,6 +15,7 @@ from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.kept import KeptEvaluation, kept_below, not_evaluated_yet, told_apart
 from experiments.evaluation.report import write_report
 from experiments.evaluation.summary import Front, Results, summarize
+from experiments.reporting.page import PAGE, PageParts
 
 LONGEST = 60
 """Characters that settings take in a name."""
@@ -137,7 +138,7 @@ def _merged(named: Sequence[NamedRun], folder: Path, first: str | None) -> Resul
     about = {key: place.manifest[key] for key in ("task", "pool", "split", "start", "max_new_tokens")}
     answers = {name: [run.evaluation.answers(run.agent) for run in by_seed[name]] for name in names}
     baselines = Baselines.load(place.runs)
-    # evaluations that walk a replay tree are not timed: seconds are compared where all of them have some
+    # evaluations through a replay tree are not timed: seconds are compared where all of them have some
     units = set(baselines.slm.costs).intersection(*(one.costs for seeds in answers.values() for one in _each(seeds)))
     policies = {name: [[one.in_units(units) for one in runs] for runs in seeds] for name, seeds in answers.items()}
     return Results(
@@ -196,6 +197,11 @@ def result_rows(named: Sequence[NamedRun]) -> str:
     return "".join(lines)
 
 
+def _summary_of(evaluation: KeptEvaluation) -> dict[str, Any]:
+    path = evaluation.runs.parent / "summary.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
 def report(
     folder: Path,
     first: str | None,
@@ -204,6 +210,8 @@ def report(
     out: Path | None = None,
     partial: bool = False,
     columns: str = "few",
+    seconds: Mapping[str, float | None] | None = None,
+    parts: PageParts | None = None,
 ) -> dict[str, Any]:
     """Write the merged report.
 
@@ -215,6 +223,9 @@ def report(
         out: where it is written; into `folder` where None.
         partial: leave out runs that are not finished.
         columns: of the table that is printed, `few` or `all`.
+        seconds: of each policy at 95 % of the LLM's accuracy over those of LLM-only decoding, where they were measured
+            apart.
+        parts: what the page shows besides.
 
     Returns:
         The contents of `summary.json`.
@@ -222,7 +233,11 @@ def report(
     place = out or folder
     named = named_runs(_finished(folder, partial))
     summary = summarize(_merged(named, folder, first), unit, samples, seed=0)
+    for name, ratio in (seconds or {}).items():
+        summary["policies"][name]["cost_at_by_unit"]["seconds"] = {"0.95": ratio}
+    # what evaluations of before do not say stays unsaid
+    summary["parameters"] = _summary_of(named[0].evaluation).get("parameters")
     write_text(place / "results.jsonl", result_rows(named))
-    write_report(summary, place, columns)
-    print(f"wrote {place}")
+    write_report(summary, place, columns, parts)
+    print(f"wrote {place}; open {place / PAGE}")
     return summary

@@ -37,7 +37,11 @@ from experiments.evaluation.report import write_report
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, ran_out, summarize
 from experiments.evaluation.threshold_sweep import choose_thresholds, pick_threshold
+from experiments.reporting.page import PAGE, PageParts, Training
 from experiments.reporting.transcripts import transcripts
+
+TRANSCRIPTS = "transcripts.json"
+"""In a folder: the answers that its page shows."""
 
 
 class Evaluation:
@@ -221,10 +225,10 @@ class Evaluation:
 
         return Answers.kept(path, decoded)
 
-    def transcripts(self, policies: Mapping[str, Policy], results: Results) -> str:
-        """A page of the first `settings.transcripts` answers of those policies that the settings name.
+    def transcripts(self, policies: Mapping[str, Policy], results: Results) -> dict[str, list[dict[str, Any]]]:
+        """The first `settings.transcripts` answers of those policies that the settings name, as plain data.
 
-        Each is shown at the threshold to use it at.
+        Each policy is used at the threshold to use it at.
         """
         some = self.decoder.on(self.examples[: self.settings.transcripts])
         episodes = {}
@@ -232,7 +236,7 @@ class Evaluation:
             runs, thresholds = results.policies[name][0], results.thresholds[name][0]
             chosen = thresholds[pick_threshold(runs, results.baselines.llm, self.settings.cost)]
             episodes[name] = some.decode(policies[name], chosen, "transcripts")
-        return transcripts(self.pool, episodes, self.task.name)
+        return transcripts(self.pool, episodes)
 
     def save_tree(self) -> None:
         """Write the replay tree to `settings.tree`, if there is one; what other runs wrote there meanwhile is lost.
@@ -285,6 +289,7 @@ def evaluate(
     track: Track = untracked,
     trained: Sequence[str] = (),
     seed: int = 0,
+    trainings: Sequence[Training] = (),
 ) -> dict[str, Any]:
     """Run every stage, and write everything into `folder`; what is there already is not made again.
 
@@ -299,6 +304,7 @@ def evaluate(
         track: receives rows.
         trained: names of the policies that learned anything.
         seed: that they were trained with; the bootstrap draws from it too.
+        trainings: whose learning curves the page shows.
 
     Returns:
         The contents of `summary.json`.
@@ -307,10 +313,14 @@ def evaluate(
     with nullcontext() if settings.tree is None else one_at_a_time(settings.tree):
         evaluation = Evaluation(pool, task, settings, folder, track)
         results = evaluation.run(policies, trained, seed)
-        summary = {**summarize(results, settings.cost, settings.bootstrap, seed), "seed": seed}
-        write_report(summary, folder, settings.columns)
-        if settings.transcripts:
-            write_text(folder / "transcripts.html", evaluation.transcripts(policies, results))
+        summary = {
+            **summarize(results, settings.cost, settings.bootstrap, seed),
+            "seed": seed,
+            "parameters": [profile.parameters for profile in pool.profiles],
+        }
+        shown = evaluation.transcripts(policies, results) if settings.transcripts else {}
+        write_text(folder / TRANSCRIPTS, json.dumps(shown, indent=1) + "\n")
+        write_report(summary, folder, settings.columns, PageParts(trainings=trainings, transcripts=shown))
         evaluation.save_tree()
-    print(f"wrote {folder}")
+    print(f"wrote {folder}; open {folder / PAGE}")
     return summary

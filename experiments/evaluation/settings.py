@@ -31,7 +31,7 @@ class EvaluationSettings:
             answers alone; about this share of decisions goes to the LLM.
         threshold_examples: validation problems that thresholds are chosen on.
         bootstrap: resamplings behind every interval.
-        transcripts: problems whose answers are shown as a page; 0 for no page.
+        transcripts: problems whose answers the page shows; 0 for none.
         transcripts_of: the policy whose answers are shown, or `all`; the first one where None.
         draft_tokens: tokens that speculative decoding, the price to beat, drafts at a time; 0 for none of it.
         oracle_budget: answers that the oracle tries per problem; 0 for no oracle.

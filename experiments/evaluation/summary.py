@@ -112,6 +112,7 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
         "models": {name: {"accuracy": row["accuracy"], "cost": row[f"cost_{unit}"]} for name, row in rows.items()},
         "limits": _summarize_baselines(results, unit),
         "policies": policies,
+        "thresholds": {name: [list(seed) for seed in seeds] for name, seeds in results.thresholds.items()},
         **({"fronts": fronts} if fronts else {}),
         "notes": _notes(results, policies, fronts),
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.arrays import FloatArray
 from envs.storage import write_whole
+from experiments.reporting.labels import Label, place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +32,14 @@ BASELINE_NAMES = {
     "speculative": "speculative decoding",
     "oracle": "oracle",
 }
+IN_PICTURES = {"random": "random routing, 10 to 90 % LLM"}
+"""Names in pictures that say more: a policy that draws may be there too."""
 FEW_POINTS = 25
 """A curve of fewer shows each."""
+NAMED = 8
+"""Policies that are named in a picture; more cannot be told apart."""
+TARGET = 0.95
+"""Share of the LLM's accuracy that a line marks."""
 
 
 def front_name(name: str, front: Mapping[str, Any]) -> str:
@@ -39,19 +48,30 @@ def front_name(name: str, front: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _figure(path: Path, dpi: int, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
-    """Panels in a row, written to a PNG file at the end."""
+def _figure(target: Path | IO[bytes], dpi: int, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
+    """Panels in a row, written at the end: to a PNG file, or as an SVG drawing on no ground."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, columns, figsize=size, dpi=dpi, layout="constrained", squeeze=False)
     try:
         yield list(axes[0])
-        write_whole(path, lambda partial: figure.savefig(partial, dpi=dpi, format="png"))
+        if isinstance(target, Path):
+            write_whole(target, lambda partial: figure.savefig(partial, dpi=dpi, format="png"))
+        else:
+            with mpl.rc_context({"svg.hashsalt": "citer-gym"}):  # the same drawing has the same bytes
+                figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     finally:
         plt.close(figure)
+
+
+def _svg(draw: Callable[[IO[bytes]], object]) -> str:
+    """What `draw` writes, as text."""
+    file = BytesIO()
+    draw(file)
+    return file.getvalue().decode()
 
 
 def plot_curves(summary: Mapping[str, Any], path: Path, axis: str | None = None, alone: Sequence[str] = ALONE) -> None:
@@ -63,63 +83,144 @@ def plot_curves(summary: Mapping[str, Any], path: Path, axis: str | None = None,
         axis: what the cost is; relative to LLM-only decoding where None.
         alone: what the two ends of all curves are called.
     """
+    _draw_curves(summary, path, axis, alone)
+
+
+def curves_svg(summary: Mapping[str, Any]) -> str:
+    """The same as an SVG drawing on no ground, for a page."""
+    return _svg(lambda file: _draw_curves(summary, file, None, ALONE))
+
+
+def _draw_curves(summary: Mapping[str, Any], target: Path | IO[bytes], axis: str | None, alone: Sequence[str]) -> None:
     from matplotlib import colormaps
 
-    colours = colormaps["tab10"]
-    with _figure(path, dpi=130, columns=1, size=(8, 5)) as (axes,):
-        for position, (name, policy) in enumerate(summary["policies"].items()):
-            _draw_policy(axes, name, policy, colours(position % 10))
+    colours, named = colormaps["tab10"], named_policies(summary)
+    unnamed = [name for name in summary["policies"] if name not in named]
+    slm, llm = summary["models"]["slm"], summary["models"]["llm"]
+    with _figure(target, dpi=130, columns=1, size=(8, 5)) as (axes,):
+        labels = []
+        for name in unnamed:
+            _draw_policy(axes, summary["policies"][name], "lightgrey", banded=False)
+        for position, name in enumerate(named):
+            colour = colours(position)
+            labels.append(Label(name, _draw_policy(axes, summary["policies"][name], colour), colour))
         for name, front in summary.get("fronts", {}).items():
-            costs, accuracies = zip(*front["curve"], strict=True)
+            points = _to_the_end(front["curve"])
             # below the curves it is made of, which stay visible on it
-            axes.plot(costs, accuracies, color="gold", linewidth=6, alpha=0.5, zorder=1, label=front_name(name, front))
+            axes.plot(*points.T, color="gold", linewidth=6, alpha=0.5, zorder=1)
+            labels.append(Label(front_name(name, front), points, "darkgoldenrod"))
         for name, baseline in summary["limits"].items():
+            shown = IN_PICTURES.get(name, BASELINE_NAMES[name])
             if "curve" in baseline:
-                _draw_baseline(axes, name, baseline["curve"])
+                labels.append(_draw_baseline(axes, name, shown, baseline["curve"]))
             else:  # one point
-                _mark(axes, baseline[f"cost_{summary['cost']}"], baseline["accuracy"], "k*", BASELINE_NAMES[name])
-        slm, llm = summary["models"]["slm"], summary["models"]["llm"]
-        _mark(axes, slm["cost"], slm["accuracy"], "ks", alone[0])
-        _mark(axes, llm["cost"], llm["accuracy"], "k^", alone[1])
-        axes.axhline(0.95 * llm["accuracy"], color="grey", linewidth=0.8, linestyle=":")
+                labels.append(_mark(axes, baseline[f"cost_{summary['cost']}"], baseline["accuracy"], "k*", shown))
+        labels.append(_mark(axes, slm["cost"], slm["accuracy"], "ks", alone[0]))
+        labels.append(_mark(axes, llm["cost"], llm["accuracy"], "k^", alone[1]))
+        target_line = np.array([[0.0, TARGET * llm["accuracy"]], [1.0, TARGET * llm["accuracy"]]])
+        axes.plot(*target_line.T, color="grey", linewidth=0.8, linestyle=":")
+        best = "the LLM" if alone is ALONE else "the best model"
+        labels.append(Label(f"{TARGET:.0%} of {best}'s accuracy".replace("%", " %"), target_line, "dimgrey"))
         axes.set_xlabel(axis or f"cost relative to LLM-only decoding ({UNITS[summary['cost']]})")
         axes.set_ylabel(f"accuracy ({summary['examples']} {summary['split']} problems)")
         few = f": {' -> '.join(summary['pool'])}" if len(summary["pool"]) < 4 else ""
-        axes.set_title(f"{summary['task']}{few}", fontsize="medium")
+        grey = f"; in grey, not named: {len(unnamed)} more" if unnamed else ""
+        axes.set_title(f"{summary['task']}{few}{grey}", fontsize="medium")
         axes.set_xlim(0, 1.03)
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(*_accuracies(labels))
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        place_labels(axes, sorted(labels, key=lambda label: len(label.points) > 1))  # a point has one place
 
 
-def _draw_policy(axes: Axes, name: str, policy: Mapping[str, Any], colour: Any) -> None:
-    """A curve and the band of its intervals; one that was not trained is dashed."""
-    costs, accuracies = zip(*policy["curve"], strict=True)
-    marker = "." if len(costs) < FEW_POINTS else ""
-    axes.plot(costs, accuracies, "-" if policy["trained"] else "--", marker=marker, color=colour, label=name)
-    grid, low, high = (np.array(column, dtype=float) for column in zip(*policy["band"], strict=True))
-    axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
+def named_policies(summary: Mapping[str, Any]) -> list[str]:
+    """The policies that a picture names, in the order of the summary: the first, and the cheapest for their accuracy.
+
+    At most NAMED of them.
+    """
+    policies = summary["policies"]
+
+    def dear(name: str) -> tuple[bool, bool, float]:
+        cost = policies[name].get("cost_at", {}).get(f"{TARGET:.2f}")
+        return name != summary.get("first"), cost is None, cost or 0.0
+
+    chosen = sorted(policies, key=dear)[:NAMED]
+    return [name for name in policies if name in chosen]
 
 
-def _draw_baseline(axes: Axes, name: str, curve: Sequence[Sequence[float]]) -> None:
+def _to_the_end(curve: Sequence[Sequence[float]]) -> FloatArray:
+    """A curve up to the cost of LLM-only decoding, (n, 2): who pays for more keeps the accuracy there is."""
+    points = np.array(curve, dtype=float)
+    return points if points[-1, 0] >= 1 else np.concatenate([points, [[1.0, points[-1, 1]]]])
+
+
+def _accuracies(labels: Sequence[Label]) -> tuple[float, float]:
+    """The range of accuracies that is shown: down to a tenth below the lowest of what is named."""
+    lowest = min(float(label.points[:, 1].min()) for label in labels)
+    return max(0.0, np.floor(10 * lowest - 0.5) / 10), 1.04
+
+
+def _draw_policy(axes: Axes, policy: Mapping[str, Any], colour: Any, banded: bool = True) -> FloatArray:
+    """A curve and the band of its intervals; one that was not trained is dashed. Its points, (n, 2)."""
+    measured, points = np.array(policy["curve"], dtype=float), _to_the_end(policy["curve"])
+    axes.plot(*points.T, "-" if policy["trained"] else "--", color=colour)
+    if len(measured) < FEW_POINTS:
+        axes.plot(*measured.T, ".", color=colour)
+    if banded:
+        grid, low, high = (np.array(column, dtype=float) for column in zip(*policy["band"], strict=True))
+        axes.fill_between(grid, low, high, color=colour, alpha=0.12, linewidth=0)
+    return points
+
+
+def _draw_baseline(axes: Axes, name: str, shown: str, curve: Sequence[Sequence[float]]) -> Label:
     """A dotted curve: random routing in grey, the oracles in black."""
-    costs, accuracies = zip(*curve, strict=True)
     colour = "grey" if name == "random" else "black"
-    style = "-." if name == "query_oracle" else ":"
-    axes.plot(costs, accuracies, color=colour, linestyle=style, label=BASELINE_NAMES[name])
+    points = _to_the_end(curve)
+    axes.plot(*points.T, color=colour, linestyle="-." if name == "query_oracle" else ":")
+    return Label(shown, points, colour)
 
 
-def _mark(axes: Axes, cost: float, accuracy: float, marker: str, label: str) -> None:
+def _mark(axes: Axes, cost: float, accuracy: float, marker: str, name: str) -> Label:
     """One point, above all curves."""
-    axes.plot(cost, accuracy, marker, label=label, zorder=3)
+    axes.plot(cost, accuracy, marker, zorder=3)
+    return Label(name, np.array([[cost, accuracy]]))
+
+
+@dataclass(frozen=True)
+class LearningAxis:
+    """How a learner counts its progress.
+
+    Attributes:
+        name: of the axis, with its unit.
+        shown: what is drawn over it, and how each is called.
+        measure: what that is, the name of the other axis.
+        first: what the first count is shown as.
+    """
+
+    name: str
+    shown: Mapping[str, str]
+    measure: str
+    first: int = 0
 
 
 LEARNING = {
-    "time/total_timesteps": ("rollout/ep_rew_mean", "rollout/success_rate"),
-    "iteration": ("return", "accuracy", "llm_share"),
-    "epoch": ("loss", "validation_loss"),
+    "time/total_timesteps": LearningAxis(
+        "tokens decided on",
+        {"rollout/ep_rew_mean": "return", "rollout/success_rate": "share of right answers"},
+        "mean over the last training responses",
+    ),
+    "iteration": LearningAxis(
+        "iteration",
+        {"return": "return", "accuracy": "share of right answers", "llm_share": "share of tokens by the LLM"},
+        "mean over the iteration's responses",
+    ),
+    "epoch": LearningAxis(
+        "epoch (passes over the training tokens)",
+        {"loss": "training", "validation_loss": "validation (problems held out)"},
+        "loss (cross-entropy, nats per token)",
+        first=1,
+    ),
 }
-"""By what a learner counts its progress: the measurements that are drawn over it."""
+"""By what a learner counts its progress, and what is drawn over it."""
 
 
 @dataclass
@@ -132,10 +233,19 @@ class _LearningCurve:
 
 def plot_learning(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draw learning curves to a PNG file, a panel per run of the learner; False where its rows hold none."""
+    return _plot_learning(rows, path)
+
+
+def learning_svg(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same as an SVG drawing on no ground, for a page; empty where rows hold none."""
+    return _svg(lambda file: _plot_learning(rows, file))
+
+
+def _plot_learning(rows: Sequence[Mapping[str, Any]], target: Path | IO[bytes]) -> bool:
     curves = _learning_curves(rows)
     if not curves:
         return False
-    with _figure(path, dpi=110, columns=len(curves), size=(6 * len(curves), 4)) as panels:
+    with _figure(target, dpi=110, columns=len(curves), size=(5 * len(curves), 3.5)) as panels:
         for panel, (name, curve) in zip(panels, curves.items(), strict=True):
             _draw_learning(panel, name, curve)
     return True
@@ -152,11 +262,17 @@ def _learning_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, _LearningCu
 
 
 def _draw_learning(panel: Axes, name: str, curve: _LearningCurve) -> None:
-    for key in LEARNING[curve.progress]:
-        points = [(row[curve.progress], row[key]) for row in curve.rows if key in row and curve.progress in row]
+    from matplotlib.ticker import MaxNLocator
+
+    axis = LEARNING[curve.progress]
+    for key, shown in axis.shown.items():
+        points = [(row[curve.progress] + axis.first, row[key]) for row in curve.rows if {key, curve.progress} <= {*row}]
         if points:
-            panel.plot(*zip(*points, strict=True), label=key.removeprefix("rollout/"))
-    panel.set_title(name)
-    panel.set_xlabel("tokens" if curve.progress == "time/total_timesteps" else curve.progress)
+            panel.plot(*zip(*points, strict=True), marker="." if len(points) < FEW_POINTS else "", label=shown)
+    panel.set_title(name, fontsize="medium")
+    panel.set_xlabel(axis.name)
+    panel.set_ylabel(axis.measure)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
-    panel.legend()
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(framealpha=0.3)

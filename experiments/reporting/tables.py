@@ -41,7 +41,7 @@ COMPARED_QUERIES = {"qnc": "QNC less\n{first}'s", "aiq": "AIQ less\n{first}'s"}
 def table(summary: Summary) -> Table:
     """The comparison as a table, with 95 % intervals: costs at shares of the LLM's accuracy, areas, and gains."""
     first, areas = summary["first"], _measured_of(summary, AREAS)
-    levels = list(summary["policies"][first]["cost_at"])
+    levels, timed = list(summary["policies"][first]["cost_at"]), any(map(_seconds, summary["policies"].values()))
     headers = [
         "policy (seeds)",
         "accuracy",
@@ -50,6 +50,7 @@ def table(summary: Summary) -> Table:
         *_headers(COMPARED, first),
         *_headers({key: AREAS[key] for key in areas}, first),
         "LLM tokens\nat 95%",
+        *(["seconds\nat 95%"] if timed else []),
     ]
     rows = []
     for name in ("slm", "llm"):
@@ -66,6 +67,7 @@ def table(summary: Summary) -> Table:
                 *_compared(policy, name, first, "against", COMPARED),
                 *(_measured(policy["measures"][key]) for key in areas),
                 number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]),
+                *([number(_seconds(policy))] if timed else []),
             ]
         )
     rows += [_baseline_row(summary, name, len(COMPARED) + len(areas)) for name in summary["limits"]]
@@ -76,6 +78,12 @@ def table(summary: Summary) -> Table:
     return _table(title, headers, rows)
 
 
+def _seconds(policy: Mapping[str, Any]) -> float | None:
+    """Seconds at 95 % of the LLM's accuracy over those of LLM-only decoding; None where they were not measured."""
+    seconds: float | None = policy["cost_at_by_unit"].get("seconds", {}).get("0.95")
+    return seconds
+
+
 def most_wanted(rich_table: Table) -> list[int]:
     """The columns of what `table` makes, by number, in the order in which they are left out last."""
     headers = [str(column.header) for column in rich_table.columns]
@@ -83,7 +91,7 @@ def most_wanted(rich_table: Table) -> list[int]:
     def of(*beginnings: str) -> list[int]:
         return [i for beginning in beginnings for i, header in enumerate(headers) if header.startswith(beginning)]
 
-    wanted = of("policy", "cost at 95%", "accuracy", "LLM tokens", "cost at 99%", "cost at 90%")
+    wanted = of("policy", "cost at 95%", "accuracy", "LLM tokens", "seconds", "cost at 99%", "cost at 90%")
     wanted += [headers.index("cost")]
     return wanted + [i for i in range(len(headers)) if i not in wanted]
 
@@ -215,6 +223,18 @@ def markdown(rich_table: Table) -> str:
     headers = [str(column.header).replace("\n", " ") for column in rich_table.columns]
     rows = zip(*([str(cell) for cell in column.cells] for column in rich_table.columns), strict=True)
     return f"{rich_table.title}\n\n{markdown_table(headers, list(map(list, rows)))}"
+
+
+def cells(rich_table: Table) -> dict[str, list[Any]]:
+    """The `headers` of a table, and its `rows`: each cell in two parts, a number and its interval."""
+    headers = [str(column.header) for column in rich_table.columns]
+    rows = zip(*([str(cell) for cell in column.cells] for column in rich_table.columns), strict=True)
+    return {"headers": headers, "rows": [[_parted(cell) for cell in row] for row in rows]}
+
+
+def _parted(cell: str) -> tuple[str, str]:
+    value, bracket, interval = cell.partition(" [")
+    return value, f"[{interval}" if bracket else ""
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

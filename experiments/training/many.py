@@ -33,7 +33,7 @@ class Run:
         overrides: of `experiments.train`, besides these two.
         folder: of the run.
         shared: folder of what no agent changes.
-        live: decode every token; otherwise the runs of a process walk one replay tree of what was decoded.
+        live: decode every token; otherwise the runs of a process share one replay tree of what was decoded.
     """
 
     agent: str
@@ -62,7 +62,7 @@ class Run:
             return [f"evaluation.shared={self.shared / 'live'}"]
         # processes that wrote one file would undo each other's work
         tree = self.shared / f"{current_process().name}.tree"
-        return [f"evaluation.shared={self.shared / 'walked'}", f"evaluation.tree={tree}"]
+        return [f"evaluation.shared={self.shared / 'replayed'}", f"evaluation.tree={tree}"]
 
 
 def runs_of(config: DictConfig, folder: Path) -> list[Run]:

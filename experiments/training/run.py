@@ -23,6 +23,7 @@ from experiments.evaluation.kept import MODELS
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.reporting.figures import plot_learning
+from experiments.reporting.page import Training
 
 SUMMARY = "summary.json"
 """Written last: a run in a folder is complete with it."""
@@ -76,7 +77,8 @@ def train(
     if evaluation is not None:
         place = folder / "evaluation"
         trained = [name] if isinstance(policy, SavedPolicy) else []
-        evaluated = evaluate(pool, task, {name: policy}, evaluation, place, track=track, trained=trained, seed=seed)
+        trainings = [Training(name, known["seconds"], track.rows())] if trained else []
+        evaluated = evaluate(pool, task, {name: policy}, evaluation, place, track, trained, seed, trainings)
         summary["policies"], images["curve"] = evaluated["policies"], place / "curve.png"
     track.summary(summary, images)
     return summary
