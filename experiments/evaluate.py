@@ -76,7 +76,8 @@ def listed_agents(arguments: Sequence[str]) -> list[str]:
             written.append(f"{'' if name in usual else '+'}{AGENTS}{name}={agent}")
     if names and not any(argument.lstrip("+").startswith(("first=", "saved")) for argument in arguments):
         written.append(f"first={names[0]}")
-    return [argument for argument in arguments if argument != lists[0]] + written
+    at = arguments.index(lists[0])  # in its place: Hydra takes no overrides after an option
+    return [*arguments[:at], *written, *arguments[at + 1 :]]
 
 
 def _names_of(agents: Sequence[str]) -> list[str]:
