@@ -1,7 +1,7 @@
 """Train CITER, compare it with two controls and two heuristics, and write a page: outputs/demo/index.html.
 
     python -m experiments.demo                                            # `make demo`
-    python -m experiments.demo 'train=[experiment=demo,task=arithmetic_hard]' hydra.run.dir=outputs/hard
+    python -m experiments.demo 'train=["experiment=demo","task=arithmetic_hard"]' hydra.run.dir=outputs/hard
 
 Each policy is a run of `experiments.train` in a folder of its own in `train/`, with a log; two are made at a time.
 Policies are evaluated through a replay tree, so that no state is decoded twice. Seconds are measured at the end, while

@@ -23,7 +23,7 @@ PAGES = sorted(
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "envs").rglob("*.md")]
 )
 _FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1`*$", re.MULTILINE | re.DOTALL)
-_REDUCED = re.compile(r"<!-- test: (.*?) -->\s*\Z", re.DOTALL)
+_REDUCED = re.compile(r"<!-- test: ((?:(?!-->).)*) -->\s*\Z", re.DOTALL)
 _FILE = re.compile(r"# ([\w/-]+\.(?:py|yaml|jsonl))\n")
 
 EVALUATION = ["examples=3", "threshold_examples=2", "llm_shares=[0.3]", "bootstrap=5", "oracle_budget=2"]

@@ -22,7 +22,8 @@ WARM.set_forkserver_preload(
      "agents.citer", "agents.r2r", "agents.collm", "agents.tapo", "agents.query_routing.mlp",
      "agents.query_routing.routellm", "agents.query_routing.uniroute", "agents.sb3",
      "agents.rl.inputs", "agents.rl.sb3_extensions", "agents.rl.vec_env",
-     "sb3_contrib", "stable_baselines3", "sklearn.cluster", "sklearn.feature_extraction.text", "matplotlib.pyplot",
+     "sb3_contrib", "stable_baselines3", "sklearn.cluster", "sklearn.feature_extraction.text", "matplotlib.figure",
+     "matplotlib.backends.backend_svg",
      "transformers.models.llama.modeling_llama"]
 )  # fmt: skip
 LIMIT = 300.0

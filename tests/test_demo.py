@@ -8,7 +8,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 
 from agents.citer import Citer
 from agents.common.policy import policy_from
@@ -18,13 +17,13 @@ from experiments.common.config import CONF, register_schemas
 from experiments.common.locks import only_writer
 from experiments.common.program import REFUSED
 from experiments.training.demonstration import Demonstration
-from tests.programs import Start
+from tests.programs import Start, call
 
 SMALL = (
-    "train=[experiment=demo,evaluation.examples=6,evaluation.threshold_examples=4,'evaluation.llm_shares=[0.1,0.5]',"
-    "evaluation.bootstrap=5,evaluation.transcripts=2,evaluation.max_new_tokens=32,evaluation.oracle_budget=2,"
-    "evaluation.draft_tokens=4,'+agent.scheduling.rows=8']"
-)
+    "experiment=demo", "evaluation.examples=6", "evaluation.threshold_examples=4", "evaluation.llm_shares=[0.1,0.5]",
+    "evaluation.bootstrap=5", "evaluation.transcripts=2", "evaluation.max_new_tokens=32", "evaluation.oracle_budget=2",
+    "evaluation.draft_tokens=4",
+)  # fmt: skip
 
 
 def config_of(*overrides):
@@ -108,37 +107,38 @@ def test_controls_begin_when_the_first_is_trained_and_failures_are_named(monkeyp
     assert begun == ["random", "entropy", "citer_agreement"]
 
 
-def start(folder, *overrides):
-    return Start("demo", [SMALL, "bootstrap=5", f"hydra.run.dir={folder}", *overrides], folder.parent / "log.txt")
+def overrides_of(folder):
+    quoted = ",".join(f'"{override}"' for override in SMALL)
+    return [f"train=[{quoted}]", "bootstrap=5", f"hydra.run.dir={folder}"]
 
 
-def test_a_second_demo_is_refused_in_one_line_and_a_finished_one_ends_at_once(tmp_path):
-    folder, log = tmp_path / "demo", tmp_path / "log.txt"
-    with only_writer(folder):
-        refused = start(folder)
-        assert refused.ended()
-    assert refused._process.exitcode == REFUSED
-    *_, line = log.read_text().splitlines()
+def test_a_second_demo_is_refused_in_one_line_and_a_finished_one_ends_at_once(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    with only_writer(folder), pytest.raises(SystemExit) as refused:
+        call("demo", *overrides_of(folder))
+    assert refused.value.code == REFUSED
+    printed = capsys.readouterr()
+    *_, line = (printed.out + printed.err).splitlines()
     assert "is in use by process" in line
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in printed.err
     assert {path.name for path in folder.iterdir()} == {".lock"}
     (folder / "index.html").write_text("done")
-    start(folder).finish()
-    assert log.read_text().splitlines()[-1] == f"nothing is left to do: open {folder / 'index.html'}"
+    call("demo", *overrides_of(folder))
+    assert capsys.readouterr().out.splitlines()[-1] == f"nothing is left to do: open {folder / 'index.html'}"
     assert (folder / "index.html").read_text() == "done"
 
 
 @pytest.mark.slow
 def test_a_demo_that_was_killed_goes_on_and_ends_in_a_page(tmp_path):
     folder, log = tmp_path / "demo", tmp_path / "log.txt"
-    killed = start(folder)
+    killed = Start("demo", overrides_of(folder), log)
     begun = time.monotonic()
     while not list(folder.glob("train/citer/round-1/*.arrow")) and time.monotonic() - begun < 200:
         time.sleep(0.2)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("train/citer/round-1/*.arrow")}
     killed.kill()
     assert kept
-    start(folder).finish()
+    Start("demo", overrides_of(folder), log).finish()
     assert log.read_text().splitlines()[-1] == f"open {folder / 'index.html'}"
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     page, summary = (folder / "index.html").read_text(), json.loads((folder / "summary.json").read_text())
@@ -150,5 +150,3 @@ def test_a_demo_that_was_killed_goes_on_and_ends_in_a_page(tmp_path):
     assert shown == timings
     assert not (folder / "shared").exists()
     assert not list(folder.rglob("*.tree"))
-    weights = load_file(folder / "train/citer_slm/policy/router.safetensors")
-    assert weights

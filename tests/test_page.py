@@ -3,10 +3,10 @@
 import json
 from html.parser import HTMLParser
 
-import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from agents.common.rollout import decode
 from agents.heuristics import Uncertainty
@@ -16,7 +16,6 @@ from experiments.reporting.labels import Label, place_labels
 from experiments.reporting.page import PageParts, Training, page
 from experiments.reporting.transcripts import transcripts
 
-mpl.use("Agg")
 EPOCHS = [
     {"run": f"round {number}", "epoch": epoch, "loss": 0.2 / (epoch + 1), "validation_loss": 0.3 / (epoch + 1)}
     for number in (1, 2)
@@ -121,9 +120,10 @@ def test_lines_go_on_as_far_as_their_bands(summary, drawn, tmp_path):
     assert len(colours) >= len(summary["policies"])
 
 
-def test_a_policy_that_draws_is_told_from_the_limit(summary, drawn, tmp_path):
+def test_a_policy_that_draws_is_told_from_the_limit(summary, drawn, tmp_path, monkeypatch):
     plot_curves(summary, tmp_path / "curve.png")
     assert {"random", "random routing, 10 to 90 % LLM"} <= drawn["names"].keys()
+    monkeypatch.setattr(figures, "curves_svg", lambda summary: "<svg/>")
     assert "both draw the writer" in page(summary, PageParts())
     without = {name: one for name, one in summary["policies"].items() if name != "random"}
     assert "both draw the writer" not in page({**summary, "policies": without}, PageParts())
@@ -139,12 +139,13 @@ def test_at_most_eight_policies_are_named_the_first_and_the_cheapest(drawn, tmp_
 
 
 def test_a_label_goes_where_nothing_is():
-    figure, axes = plt.subplots(layout="constrained")
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     line = np.array([[0.0, 0.0], [1.0, 1.0]])
     axes.plot(*line.T)
     texts = place_labels(axes, [Label(f"name {number}", line) for number in range(6)])
     boxes = {text.get_text(): text.get_window_extent(figure.canvas.get_renderer()) for text in texts}
-    plt.close(figure)
     assert overlapping(boxes) == []
 
 
@@ -234,7 +235,8 @@ def test_a_page_says_everything_and_needs_nothing_else(summary, pool, task):
     assert "walk" not in words
 
 
-def test_what_is_written_by_a_model_is_escaped(summary):
+def test_what_is_written_by_a_model_is_escaped(summary, monkeypatch):
+    monkeypatch.setattr(figures, "curves_svg", lambda summary: "<svg/>")
     answer = {"id": "<i>", "prompt": "<b>", "right": False, "answer": "<u>", "tokens": 1, "llm_share": 1.0}
     text = page(summary, PageParts(transcripts={"citer": [{**answer, "stretches": [[1, "#fff", "<script>"]]}]}))
     assert "<script>" not in text

@@ -28,7 +28,7 @@ from experiments.common.program import program
 from experiments.common.stopping import Workers, command_to_go_on
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("train", "evaluate", "collect", "leaderboard", "queries", "speed", "pretrain")
+PROGRAMS = ("demo", "train", "evaluate", "collect", "leaderboard", "queries", "speed", "pretrain")
 MINE = """
 from dataclasses import dataclass
 
@@ -102,6 +102,7 @@ def test_a_refused_start_in_a_finished_folder_changes_nothing(start, tmp_path):
 
 
 REFUSED = {
+    "demo": "seed",
     "train": "seed",
     "evaluate": "examples",
     "collect": "agent.examples",

@@ -51,20 +51,18 @@ def front_name(name: str, front: Mapping[str, Any]) -> str:
 def _figure(target: Path | IO[bytes], dpi: int, columns: int, size: tuple[float, float]) -> Iterator[list[Axes]]:
     """Panels in a row, written at the end: to a PNG file, or as an SVG drawing on no ground."""
     import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=size, dpi=dpi, layout="constrained", squeeze=False)
-    try:
-        yield list(axes[0])
-        if isinstance(target, Path):
-            write_whole(target, lambda partial: figure.savefig(partial, dpi=dpi, format="png"))
-        else:
-            with mpl.rc_context({"svg.hashsalt": "citer-gym"}):  # the same drawing has the same bytes
-                figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    finally:
-        plt.close(figure)
+    # without pyplot, which keeps every figure and takes long to import
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield list(figure.subplots(1, columns, squeeze=False)[0])
+    if isinstance(target, Path):
+        write_whole(target, lambda partial: figure.savefig(partial, dpi=dpi, format="png"))
+    else:
+        with mpl.rc_context({"svg.hashsalt": "citer-gym"}):  # the same drawing has the same bytes
+            figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
 
 
 def _svg(draw: Callable[[IO[bytes]], object]) -> str:

@@ -119,7 +119,8 @@ def _best_place(
         overlaps = (low < np.array(box[2:])).all(1) & (high > np.array(box[:2])).all(1)
         cost = cost + 1e4 * overlaps
     everything = np.concatenate([*others, line]) if others else line
-    hidden = ((everything[None] > low[:, None]) & (everything[None] < high[:, None])).all(-1).sum(1)
+    x, y = everything.T
+    hidden = ((x > low[:, :1]) & (x < high[:, :1]) & (y > low[:, 1:]) & (y < high[:, 1:])).sum(1)
     cost = cost + 0.5 * hidden
     if others and not single:  # where another line is near, nobody can tell which of the two is named
         near = np.min(np.hypot(*np.moveaxis(anchors[:, None] - np.concatenate(others)[None], -1, 0)), axis=1)

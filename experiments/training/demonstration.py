@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -14,6 +13,8 @@ from logging import Logger
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from experiments.common.help import CONF
 from experiments.common.stopping import Workers
 from experiments.common.timing import lasting_clock, machine
@@ -21,7 +22,7 @@ from experiments.common.tracking import METRICS, read_rows
 from experiments.evaluation.merge import report
 from experiments.evaluation.runner import TRANSCRIPTS
 from experiments.reporting.page import PageParts, Training
-from experiments.training.many import Run, make
+from experiments.training.many import OWN_THREADS, Run, make
 from experiments.training.run import SUMMARY
 from experiments.training.seconds import TIMED, measure_seconds
 
@@ -76,8 +77,12 @@ class Demonstration:
 
         def run(name: str, *overrides: str) -> Run:
             shown = () if name == config["first"] else ("evaluation.transcripts=0",)
+            # training with threads of torch's own gives the weights that `experiments.train` does; decoding is the same
+            # with any number of them
+            threads = 1 if name in config["heuristics"] else None
             overrides = (*config["train"], *shown, *overrides)
-            return Run(name, config["seed"], overrides, folder / "train" / name, folder / "shared")
+            place = folder / "train" / name
+            return Run(name, config["seed"], overrides, place, folder / "shared", threads=threads)
 
         first = run(config["first"])
         given = f"agent.preferences='{first.folder / 'round-1'}'"
@@ -106,8 +111,6 @@ class Demonstration:
         Raises:
             ValueError: runs failed; the error names them and what they said.
         """
-        # torch's own threads would wait for each other where processes share the cores
-        os.environ["OMP_NUM_THREADS"] = "1"
         with lasting_clock(self.folder / CLOCK) as spent, Workers(self.workers) as processes:
             self._make_runs(processes, log)
             log.info("measuring seconds, then intervals")
@@ -145,6 +148,7 @@ class Demonstration:
 
     def _write_page(self, spent: float, since: float) -> None:
         """Measure seconds, merge the evaluations, and write the page, which took `spent` seconds until `since`."""
+        torch.set_num_threads(OWN_THREADS)  # nothing else runs
         seconds = measure_seconds(self.runs, self.first.seed, self.timings, self.folder / "timings.json")
         transcripts = self.first.folder / "evaluation" / TRANSCRIPTS
         report(

@@ -22,6 +22,9 @@ from experiments.common.run_folder import run_folder
 from experiments.common.stopping import Workers
 from experiments.training.run import SUMMARY, train_as_configured
 
+OWN_THREADS = torch.get_num_threads()
+"""Those that torch has chosen, or its user, before any run."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -34,6 +37,7 @@ class Run:
         folder: of the run.
         shared: folder of what no agent changes.
         live: decode every token; otherwise the runs of a process share one replay tree of what was decoded.
+        threads: of torch; those it chooses by itself where None, which the last bits of a training depend on.
     """
 
     agent: str
@@ -42,6 +46,7 @@ class Run:
     folder: Path
     shared: Path
     live: bool = False
+    threads: int | None = 1
 
     @property
     def done(self) -> bool:
@@ -103,8 +108,8 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
 
 
 def make(run: Run) -> str | None:
-    """Make one run, in a process of one thread; what went wrong, or None."""
-    torch.set_num_threads(1)
+    """Make one run; what went wrong, or None."""
+    torch.set_num_threads(run.threads or OWN_THREADS)
     try:
         config = run.config()
         with (
