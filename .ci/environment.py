@@ -27,7 +27,7 @@ SOURCES = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
 WANTED = ".[dev,docs,gguf]"
 VERSIONS = {"3.11", "3.12", "3.13"}
 ROOM = 3_000_000_000
-"""Bytes that `.venv` takes with PyTorch for CPUs and some to spare; PyTorch for CUDA takes 8 GB."""
+"""Bytes that `.venv` takes with PyTorch for CPUs and some to spare; PyTorch for CUDA takes 6 GB."""
 ROOM_FOR_DOWNLOADS = 1_000_000_000
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input"]
 

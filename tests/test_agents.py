@@ -23,7 +23,7 @@ from experiments.common.config import CONF, build, register_schemas
 
 AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
 QUICK = {
-    "examples": 24,
+    "examples": 12,
     "training.epochs": 2,
     "training.batch_size": 64,
     "scheduling.rows": 16,
@@ -31,12 +31,12 @@ QUICK = {
     "num_envs": 8,
     "memory": 2**26,
     "iterations": 2,
-    "batch": 8,
+    "batch": 4,
     "rows": 8,
-    **{f"{part}.examples": 24 for part in ("citer", "expert")},
+    **{f"{part}.examples": 12 for part in ("citer", "expert")},
     **{f"{part}.training.epochs": 2 for part in ("citer", "expert")},
     "expert.memory": 2**26,
-    "validation_examples": 8,
+    "validation_examples": 4,
 }
 
 
@@ -101,9 +101,9 @@ def test_programs_take_policies_and_learners_and_nothing_else(pool, task):
 
 @pytest.mark.parametrize("policy", [Random(seed=5), Uncertainty("margin")])
 def test_scheduling_changes_no_token(policy, pool, task):
-    examples = task.examples("test", 14)
+    examples = task.examples("test", 7)
     expected = decode(pool, task, examples, policy, 0.6, scheduling=Scheduling(rows=1, gather=0))
-    for scheduling in (Scheduling(rows=5, gather=0), Scheduling(rows=5, gather=1), Scheduling(rows=14, gather=0.5)):
+    for scheduling in (Scheduling(rows=3, gather=0), Scheduling(rows=3, gather=1), Scheduling(rows=7, gather=0.5)):
         assert same(expected, decode(pool, task, examples, policy, 0.6, scheduling=scheduling))
 
 

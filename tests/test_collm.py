@@ -18,7 +18,7 @@ from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example, FirstExamples
 
 QUICK = {
-    "examples": 24,
+    "examples": 12,
     "weak_epochs": 2,
     "validation_examples": 6,
     "training": RouterTraining(epochs=3, batch_size=64, units=[]),

@@ -89,9 +89,9 @@ def plain_preferences(pool, task, example, policy, threshold, limit, branches=("
 @pytest.mark.parametrize("branches", ["slm", "both"])
 @torch.no_grad()
 def test_preferences_equal_the_plain_algorithm(policy, branches, pool, task):
-    examples = task.examples("train", 4, start=50)
+    examples = task.examples("train", 2, start=50)
     collector = PreferenceCollector(pool, task, examples, max_new_tokens=100, scheduling=Scheduling(rows=3))
-    columns = collector.collect(range(4), Labels(branches=branches), policy, 0.8)
+    columns = collector.collect(range(2), Labels(branches=branches), policy, 0.8)
     assert (columns["case"] == 3).any()
     for number, example in enumerate(examples):
         cases, outcomes = plain_preferences(

@@ -22,8 +22,8 @@ from envs.tasks.task import Example, FirstExamples, Task
 from experiments.common.config import CONF, build, register_schemas
 
 QUICK = {
-    "examples": 20,
-    "shard_examples": 6,
+    "examples": 11,
+    "shard_examples": 3,
     "training": RouterTraining(epochs=2, batch_size=64),
     "scheduling": Scheduling(rows=16),
 }
@@ -167,7 +167,7 @@ def test_a_router_is_trained_on_what_its_policy_sees(fitted, pool, task, monkeyp
             hook.remove()
             return torch.zeros(len(observation.positions))
 
-    for number in (0, 7, 19):
+    for number in (0, 7, 10):
         example = task.example("train", 2_000_000 + number)
         seen.clear()
         [episode] = decode(pool, task, [example], Spy(), max_new_tokens=128)
@@ -245,9 +245,9 @@ def test_rows_say_what_was_collected(fitted):
     store = PreferenceStore.open(folder / "paths")
     columns = {name: store.column(name) for name in COLUMNS}
     assert store.shards == 4
-    assert np.unique(columns["example"]).tolist() == list(range(20))
+    assert np.unique(columns["example"]).tolist() == list(range(11))
     assert rows[0]["tokens"] == len(columns["label"])
-    assert (rows[0]["walked"], rows[0]["skipped"]) == (20, 0)
+    assert (rows[0]["walked"], rows[0]["skipped"]) == (11, 0)
     assert rows[0]["divergent"] == (columns["label"] == 0).mean()
     assert rows[0]["differ"] > rows[0]["divergent"] > 0
     assert {"ece", "reliability"} <= set(rows[-1])
@@ -273,7 +273,7 @@ def test_an_interrupted_collection_goes_on_after_the_last_shard(fitted, pool, ta
     assert PreferenceStore.open(tmp_path / "paths").missing() == [2, 3]
     again = []
     found = R2R(**QUICK).fit(pool, task, seed=1, track=again.append, folder=tmp_path)
-    assert begun == [6, 6, 6, 6, 2]
+    assert begun == [3, 3, 3, 3, 2]
     assert contents(tmp_path / "paths") == contents(folder / "paths")
     assert again == rows
     assert same_weights(found, policy)
@@ -325,7 +325,7 @@ def test_bad_input_is_refused_before_any_model_runs(pool, task, monkeypatch):
 
 def test_responses_that_do_not_end_are_an_error_that_says_what_to_raise(pool, task):
     with pytest.raises(
-        ValueError, match=r"to 0 of 20 training problems ended by themselves.*raise max_new_tokens \(9\)"
+        ValueError, match=r"to 0 of 11 training problems ended by themselves.*raise max_new_tokens \(9\)"
     ):
         R2R(**QUICK, max_new_tokens=9).fit(pool, task, seed=1)
 

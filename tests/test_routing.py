@@ -89,7 +89,7 @@ def test_public_names_are_those_of_the_modules_that_define_them():
 @pytest.mark.parametrize("reward", [OutcomeReward(cost_weight=0.1), ShortcutReward()])
 def test_vector_environment_goes_through_the_episodes_of_single_ones(pool, sampling, reward):
     settings = {"pool": pool, "sampling": sampling, "reward": reward, "cost": MemoryTraffic(), "max_new_tokens": 60}
-    count, horizon, seed = 5, 130, 11
+    count, horizon, seed = 3, 130, 11
     actions = np.random.default_rng(0).integers(0, 2, size=(horizon, count))
     vector = RoutingVectorEnv(num_envs=count, **settings)
     observations, infos = vector.reset(seed=seed)
