@@ -19,6 +19,22 @@ def test_the_readme_is_read_in_five_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_files_shown_pass_the_linter(tmp_path):
+    shown = {}
+    for page in RUN:
+        shown |= {f"{Path(page).stem}/{block.file}": block.text for block in blocks(page) if block.file}
+    for name, text in shown.items():
+        if name.endswith(".py"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+    settings = ["--config", ROOT / "pyproject.toml", tmp_path]
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *settings], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def slugs(page):
     """The anchors of a page's headings, and those that are set by hand."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
