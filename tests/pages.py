@@ -124,8 +124,11 @@ def _training(program, arguments):
     return [f"agent.{key}={value}" for key, value in TRAINING.items() if OmegaConf.select(agent, key) is not None]
 
 
-def run_page(page, scratch):
-    """Run all blocks and commands of a page in the folder `scratch`, in this process."""
+def run_page(page, scratch, training=True):
+    """Run all blocks and commands of a page in the folder `scratch`, in this process.
+
+    Without `training`, commands that train, and those that need what is trained, are left out.
+    """
     os.chdir(scratch)
     sys.path.insert(0, str(scratch))
     namespace = {"__name__": "__main__"}
@@ -137,7 +140,13 @@ def run_page(page, scratch):
             exec(compile(block.short, f"{page}, block {number}", "exec"), namespace)
         elif block.language == "sh":
             for words in block.commands:
-                _run_command(words, block.words)
+                if training or not _trains(words):
+                    _run_command(words, block.words)
+
+
+def _trains(words):
+    found = programs(words)
+    return found is not None and (found[0] != "evaluate" or any(word.startswith("+saved") for word in found[1]))
 
 
 def _run_command(words, reduced):

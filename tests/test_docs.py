@@ -1,6 +1,7 @@
 """The documentation is true: its links lead somewhere, its code and its commands run."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -79,19 +80,18 @@ def test_commands_compose(page, tmp_path, monkeypatch, capsys):
                 assert capsys.readouterr().out.strip()
 
 
-def started(page, scratch, log):
-    import os
+def started(page, scratch, log, training):
 
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        run_page(page, scratch)
+        run_page(page, scratch, training)
 
 
-def in_a_process_of_its_own(page, tmp_path):
+def in_a_process_of_its_own(page, tmp_path, training=True):
     log = tmp_path / "log.txt"
     (tmp_path / "scratch").mkdir()
-    process = WARM.Process(target=started, args=(page, tmp_path / "scratch", log))
+    process = WARM.Process(target=started, args=(page, tmp_path / "scratch", log, training))
     process.start()
     process.join()
     assert process.exitcode == 0, log.read_text()[-5000:]
@@ -99,11 +99,11 @@ def in_a_process_of_its_own(page, tmp_path):
 
 
 def test_the_readmes_blocks_run(tmp_path):
-    in_a_process_of_its_own("README.md", tmp_path)
+    assert "Impatient" in in_a_process_of_its_own("README.md", tmp_path, training=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in RUN if page != "README.md"])
+@pytest.mark.parametrize("page", RUN)
 def test_blocks_and_commands_run(page, tmp_path):
     in_a_process_of_its_own(page, tmp_path)
 
