@@ -77,11 +77,9 @@ class Demonstration:
 
         def run(name: str, *overrides: str) -> Run:
             shown = () if name == config["first"] else ("evaluation.transcripts=0",)
-            # two processes of one thread each do 1.6 times as much as one of two: these models are small. Nor do
-            # weights then depend on how many threads a machine has.
             overrides = (*config["train"], *shown, *overrides)
             place = folder / "train" / name
-            return Run(name, config["seed"], overrides, place, folder / "shared", threads=1)
+            return Run(name, config["seed"], overrides, place, folder / "shared")
 
         first = run(config["first"])
         given = f"agent.preferences='{first.folder / 'round-1'}'"

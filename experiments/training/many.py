@@ -37,7 +37,6 @@ class Run:
         folder: of the run.
         shared: folder of what no agent changes.
         live: decode every token; otherwise the runs of a process share one replay tree of what was decoded.
-        threads: of torch; those it chooses by itself where None, which the last bits of a training depend on.
     """
 
     agent: str
@@ -46,7 +45,6 @@ class Run:
     folder: Path
     shared: Path
     live: bool = False
-    threads: int | None = 1
 
     @property
     def done(self) -> bool:
@@ -108,8 +106,8 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
 
 
 def make(run: Run) -> str | None:
-    """Make one run; what went wrong, or None."""
-    torch.set_num_threads(run.threads or OWN_THREADS)
+    """Make one run, in a process of one thread; what went wrong, or None."""
+    torch.set_num_threads(1)
     try:
         config = run.config()
         with (
