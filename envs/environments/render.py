@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
@@ -39,16 +38,6 @@ def ansi(stretches: Iterable[tuple[int, str]]) -> str:
     return "".join(
         text if writer <= 0 else f"{colour_of(ANSI_COLOURS, writer)}{text}{ANSI_COLOURS[0]}"
         for writer, text in stretches
-    )
-
-
-def html(pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8]) -> str:
-    """The response as HTML; tokens of other models than the SLM are marked."""
-    return "".join(
-        escape(text)
-        if writer == 0
-        else f'<mark style="background:{colour_of(HTML_COLOURS, writer)}">{escape(text)}</mark>'
-        for writer, text in runs(pool, tokens, writers)
     )
 
 
