@@ -131,7 +131,8 @@ def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> No
         summary = evaluate(
             pool, task, policies, settings, folder, track=track, trained=list(config.saved), seed=config.seed
         )
-        track.summary({"policies": summary["policies"]}, {"curve": folder / "curve.png"})
+        if summary is not None:
+            track.summary({"policies": summary["policies"]}, {"curve": folder / "curve.png"})
 
 
 def main() -> None:

@@ -118,6 +118,8 @@ class Answers:
         return cls(costs=costs, **plain)
 
 
+Answered = Sequence[Sequence[Answers]]
+"""Of one policy: for each training seed, the answers at each threshold."""
 _PLAIN = ("correct", "terminated", "llm_tokens", "tokens")
 _UNITS = [cost.name for cost in ALL_COSTS]
 

@@ -1,18 +1,17 @@
-"""What no policy changes: each model alone, random routing, speculative decoding, and the oracle."""
+"""What no policy changes: each model alone, speculative decoding, and the oracle."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agents.common.rollout import Episode
-from agents.heuristics import Always, Random
+from agents.heuristics import Always
 from agents.oracle import Oracle, SearchResult
 from envs.costs import ALL_COSTS, WRITTEN, Price, response_entries
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
@@ -20,9 +19,9 @@ from envs.storage import keep_manifest, write_text
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.decoder import ExampleDecoder
 
-RANDOM_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Shares of tokens that random routing gives to the LLM."""
 FRONTIER_POINTS = 24
+VALIDATION = ("validation-slm", "validation-llm")
+"""Names on disk of the models' answers to validation problems."""
 MANIFEST = "limits.json"
 EXHAUSTED = "oracle_exhausted.json"
 """Written last: the baselines in a folder are complete with it."""
@@ -35,28 +34,24 @@ class Baselines:
     Attributes:
         slm: the SLM alone.
         llm: the LLM alone.
-        random: random routing, at RANDOM_SHARES.
         speculative: greedy speculative decoding, which gives the LLM's answers; None where it was not asked.
         oracle: the cheapest right answer to each example, the SLM's where none was found; None where it was not asked.
         exhausted: how many searches ran out of their budget.
+        validation: the SLM's and the LLM's answers to the validation problems; None where there are none.
     """
 
     slm: Answers
     llm: Answers
-    random: Sequence[Answers]
     speculative: Answers | None
     oracle: Answers | None
     exhausted: int
+    validation: tuple[Answers, Answers] | None = None
 
     def in_units(self, units: Collection[str]) -> Baselines:
         """The same with costs in some units alone."""
         speculative, oracle = (one and one.in_units(units) for one in (self.speculative, self.oracle))
-        slm, llm, random = (
-            self.slm.in_units(units),
-            self.llm.in_units(units),
-            [one.in_units(units) for one in self.random],
-        )
-        return Baselines(slm, llm, random, speculative, oracle, self.exhausted)
+        ends = self.validation and (self.validation[0].in_units(units), self.validation[1].in_units(units))
+        return Baselines(self.slm.in_units(units), self.llm.in_units(units), speculative, oracle, self.exhausted, ends)
 
     def frontier(self, unit: str) -> list[Answers]:
         """The oracle with rising budgets: examples go from the SLM's answer to the oracle's, the cheapest first."""
@@ -81,7 +76,7 @@ class Baselines:
     def save(self, folder: Path) -> None:
         """Write all of it into `folder`."""
         pieces = {"slm": self.slm, "llm": self.llm, "speculative": self.speculative, "oracle": self.oracle}
-        pieces |= {random_name(share): run for share, run in zip(RANDOM_SHARES, self.random, strict=True)}
+        pieces |= dict(zip(VALIDATION, self.validation or (), strict=False))
         for name, answers in pieces.items():
             if answers is not None:
                 answers.save(folder / f"{name}.safetensors")
@@ -97,19 +92,15 @@ class Baselines:
         def asked(name: str) -> Answers | None:
             return piece(name) if (folder / f"{name}.safetensors").is_file() else None
 
+        ends = asked(VALIDATION[0]), asked(VALIDATION[1])
         return cls(
             slm=piece("slm"),
             llm=piece("llm"),
-            random=[piece(random_name(share)) for share in RANDOM_SHARES],
             speculative=asked("speculative"),
             oracle=asked("oracle"),
             exhausted=json.loads((folder / EXHAUSTED).read_text()),
+            validation=None if ends[0] is None or ends[1] is None else (ends[0], ends[1]),
         )
-
-
-def random_name(share: float) -> str:
-    """What random routing with this share of LLM tokens is called on disk."""
-    return f"random-{share}"
 
 
 def _chosen(one: Answers, other: Answers, where: np.ndarray) -> Answers:
@@ -133,6 +124,7 @@ def measure_baselines(
     draft_tokens: int = 0,
     folder: Path | None = None,
     about: Mapping[str, Any] | None = None,
+    validation: ExampleDecoder | None = None,
 ) -> Baselines:
     """Measure all baselines, or read those that are there.
 
@@ -142,6 +134,7 @@ def measure_baselines(
         draft_tokens: of speculative decoding; 0 for none of it.
         folder: where each piece is kept when it is made; nothing is kept where None.
         about: what makes the baselines.
+        validation: the decoder of validation problems; None for none of them.
 
     Raises:
         ValueError: something else made the pieces in `folder`; the error names what differs.
@@ -153,20 +146,18 @@ def measure_baselines(
         path = folder and folder / f"{name}.safetensors"
         return Answers.kept(path, lambda: Answers.of(decode(), decoder.pool, timed=decoder.timed))
 
-    # a tree that knows nothing yet is no help, and filling it with random answers takes longer than decoding them
-    new = decoder.tree is not None and not len(decoder.tree)
-    drawn_by = replace(decoder, tree=None) if new else decoder
+    def ends(one: ExampleDecoder, names: Sequence[str]) -> tuple[Answers, Answers]:
+        return (
+            kept(names[0], lambda: one.decode(Always(slm=True), 0.5, "slm only")),
+            kept(names[1], lambda: one.llm_only("llm only")),
+        )
 
-    def randomly(share: float) -> Sequence[Episode]:
-        return drawn_by.decode(Random(0), share, f"random, {share:.0%} LLM")
-
-    slm = kept("slm", lambda: decoder.decode(Always(slm=True), 0.5, "slm only"))
-    llm = kept("llm", lambda: decoder.llm_only("llm only"))
-    random = [kept(random_name(share), partial(randomly, share)) for share in RANDOM_SHARES]
+    slm, llm = ends(decoder, ("slm", "llm"))
+    validated = None if validation is None else ends(validation, VALIDATION)
     speculative = kept("speculative", lambda: decoder.speculate(draft_tokens)) if draft_tokens else None
     if folder is not None and (folder / EXHAUSTED).is_file():
         return Baselines.load(folder)
-    baselines = Baselines(slm, llm, random, speculative, None, 0)
+    baselines = Baselines(slm, llm, speculative, None, 0, validated)
     if oracle is not None:
         tree, results = decoder.search(oracle)
         best = oracle_outcomes(tree, results, slm)

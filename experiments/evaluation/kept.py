@@ -16,6 +16,10 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import EXHAUSTED
 
 MANIFEST = "manifest.json"
+CHOSEN = "thresholds.json"
+"""All thresholds of each policy; written when the validation problems are answered at each."""
+VALIDATED = "validation"
+"""The folder of the answers to validation problems."""
 SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens", "thresholds_at")
 """What the manifests of one experiment agree in."""
 MODELS = ("names", "dtype")
@@ -76,18 +80,29 @@ class KeptEvaluation:
             return {"saved": self.config["saved"][policy]}
         return dict(flat(self.config.get("agents", {}).get(policy, {})))
 
+    @cached_property
+    def thresholds(self) -> dict[str, list[float]]:
+        """All thresholds of each policy."""
+        path = self.runs / CHOSEN
+        return dict(json.loads(path.read_text()) if path.is_file() else self.manifest["thresholds"])
+
     def missing(self) -> Path | None:
         """The first piece that is not there; None where it is complete."""
-        pieces = [self.runs / EXHAUSTED, *(path for name in self.manifest["policies"] for path in self._paths(name))]
+        pieces = [self.runs / CHOSEN] if "quantiles" in self.manifest else []  # not so in evaluations of before
+        pieces += [self.runs / EXHAUSTED, *(path for name in self.manifest["policies"] for path in self._paths(name))]
         return next((path for path in pieces if not path.is_file()), None)
 
     def answers(self, policy: str) -> list[Answers]:
         """A policy's answers at each of its thresholds."""
         return [Answers.load(path) for path in self._paths(policy)]
 
-    def _paths(self, policy: str) -> list[Path]:
-        count = len(self.manifest["thresholds"][policy])
-        return [self.runs / policy / f"{number:02d}.safetensors" for number in range(count)]
+    def validated(self, policy: str) -> list[Answers] | None:
+        """The same to the validation problems; None in evaluations of before, which did not keep them."""
+        paths = self._paths(policy, VALIDATED)
+        return [Answers.load(path) for path in paths] if all(path.is_file() for path in paths) else None
+
+    def _paths(self, policy: str, under: str = "") -> list[Path]:
+        return [self.runs / under / policy / f"{i:02d}.safetensors" for i in range(len(self.thresholds[policy]))]
 
 
 def run_folder(runs: Path) -> Path:

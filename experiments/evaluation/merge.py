@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from envs.storage import write_text
-from experiments.evaluation.answers import Answers
+from experiments.evaluation.answers import Answered, Answers
 from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.kept import KeptEvaluation, kept_below, not_evaluated_yet, told_apart
 from experiments.evaluation.report import write_report
@@ -133,30 +133,42 @@ def _merged(named: Sequence[NamedRun], folder: Path, first: str | None) -> Resul
         runs, key=lambda name: (name != first, name not in trained, any_run[name].agent, any_run[name].order)
     )
     by_seed = {name: [runs[name][seed] for seed in sorted(runs[name])] for name in names}
-    thresholds = {name: [run.evaluation.manifest["thresholds"][run.agent] for run in by_seed[name]] for name in names}
+    thresholds = {name: [run.evaluation.thresholds[run.agent] for run in by_seed[name]] for name in names}
     place = named[0].evaluation
     about = {key: place.manifest[key] for key in ("task", "pool", "split", "start", "max_new_tokens")}
     answers = {name: [run.evaluation.answers(run.agent) for run in by_seed[name]] for name in names}
     baselines = Baselines.load(place.runs)
     # evaluations through a replay tree are not timed: seconds are compared where all of them have some
     units = set(baselines.slm.costs).intersection(*(one.costs for seeds in answers.values() for one in _each(seeds)))
-    policies = {name: [[one.in_units(units) for one in runs] for runs in seeds] for name, seeds in answers.items()}
+    policies = {name: _in_units(seeds, units) for name, seeds in answers.items()}
+    tried = {name: [run.evaluation.validated(run.agent) for run in by_seed[name]] for name in names}
+    validated = {
+        name: _in_units([one for one in seeds if one], units)
+        for name, seeds in tried.items()
+        if baselines.validation and all(seeds)
+    }
     return Results(
         about,
         baselines.in_units(units),
         policies=policies,
         trained=frozenset(trained),
         thresholds=thresholds,
-        fronts=_fronts(by_seed, policies),
+        fronts=_fronts(by_seed, policies, validated),
+        validated=validated,
     )
 
 
-def _each(seeds: Sequence[Sequence[Answers]]) -> Iterator[Answers]:
+def _in_units(seeds: Answered, units: Collection[str]) -> list[list[Answers]]:
+    """The same with costs in some units alone."""
+    return [[one.in_units(units) for one in runs] for runs in seeds]
+
+
+def _each(seeds: Answered) -> Iterator[Answers]:
     return (one for runs in seeds for one in runs)
 
 
 def _fronts(
-    runs: Mapping[str, Sequence[NamedRun]], policies: Mapping[str, Sequence[Sequence[Answers]]]
+    runs: Mapping[str, Sequence[NamedRun]], policies: Mapping[str, Answered], validated: Mapping[str, Answered]
 ) -> dict[str, Front]:
     """For each agent with several settings: all of them as one policy, for the seeds that they share."""
     settings: dict[str, list[str]] = {}
@@ -164,15 +176,19 @@ def _fronts(
         settings.setdefault(of_seeds[0].agent, []).append(name)
     fronts = {}
     for agent, names in settings.items():
-        by_seed = {
-            name: {run.evaluation.seed: answers for run, answers in zip(runs[name], policies[name], strict=True)}
-            for name in names
-        }
-        seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in by_seed.values())))
+        places = {name: {run.evaluation.seed: place for place, run in enumerate(runs[name])} for name in names}
+        seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in places.values())))
+
+        def together(
+            some: Mapping[str, Answered], names: Sequence[str] = names, places: Any = places, seeds: Any = seeds
+        ) -> list[list[Answers]]:
+            return [[one for name in names for one in some[name][places[name][seed]]] for seed in seeds]
+
         if len(names) > 1 and seeds:
             fronts[agent] = Front(
-                owners=[[name for name in names for _ in by_seed[name][seed]] for seed in seeds],
-                runs=[[one for name in names for one in by_seed[name][seed]] for seed in seeds],
+                owners=[[name for name in names for _ in policies[name][places[name][seed]]] for seed in seeds],
+                runs=together(policies),
+                validated=together(validated) if validated.keys() >= set(names) else None,
             )
     return fronts
 
@@ -195,11 +211,6 @@ def result_rows(named: Sequence[NamedRun]) -> str:
             row = json.loads(line)
             lines.append(json.dumps({**row, "policy": names.get((evaluation, row["policy"]), row["policy"])}) + "\n")
     return "".join(lines)
-
-
-def _summary_of(evaluation: KeptEvaluation) -> dict[str, Any]:
-    path = evaluation.runs.parent / "summary.json"
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def report(
@@ -236,7 +247,7 @@ def report(
     for name, ratio in (seconds or {}).items():
         summary["policies"][name]["cost_at_by_unit"]["seconds"] = {"0.95": ratio}
     # what evaluations of before do not say stays unsaid
-    summary["parameters"] = _summary_of(named[0].evaluation).get("parameters")
+    summary["parameters"] = named[0].evaluation.manifest.get("parameters")
     write_text(place / "results.jsonl", result_rows(named))
     write_report(summary, place, columns, parts)
     print(f"wrote {place}; open {place / PAGE}")

@@ -7,9 +7,9 @@ From a pool, a task and policies to a curve:
     summary = summarize(results)
     plot_curves(summary, Path("curve.png"))
 
-Each stage can be called by itself: `thresholds`, `baselines` and `sweep` of an `Evaluation`, then `summarize` and
-`write_report`. Given a folder, an evaluation keeps every piece that is made, and goes on after the last one when it is
-started again.
+Each stage can be called by itself: `thresholds`, `baselines`, `validate` and `sweep` of an `Evaluation`, then
+`summarize` and `write_report`. Given a folder, an evaluation keeps every piece that is made, and goes on after the last
+one when it is started again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from agents.common.policy import Policy, Track, untracked
 from agents.oracle import Oracle
 from envs.models.pool import ModelPool, models_manifest
@@ -33,10 +35,12 @@ from experiments.common.locks import one_at_a_time
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
+from experiments.evaluation.kept import CHOSEN, VALIDATED
+from experiments.evaluation.operating_points import SHARES, finer_thresholds, threshold_to_use
 from experiments.evaluation.report import write_report
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, ran_out, summarize
-from experiments.evaluation.threshold_sweep import choose_thresholds, pick_threshold
+from experiments.evaluation.threshold_sweep import choose_thresholds, record_scores
 from experiments.reporting.page import PAGE, PageParts, Training
 from experiments.reporting.transcripts import transcripts
 
@@ -69,6 +73,7 @@ class Evaluation:
     ) -> None:
         self.pool, self.task, self.settings = pool, task, settings or EvaluationSettings()
         self.folder, self.track = folder, track
+        self._quantiles: Mapping[str, Sequence[float]] = {}
         self.examples: Sequence[Example] = task.examples(
             self.settings.split, self.settings.examples, start=self.settings.start
         )
@@ -99,6 +104,11 @@ class Evaluation:
             self.pool, self.task, self.examples, self.settings.max_new_tokens, self.settings.scheduling, self.tree
         )
 
+    @cached_property
+    def validation(self) -> ExampleDecoder:
+        """Answers the validation problems."""
+        return self.decoder.on(self.task.examples("validation", self.settings.threshold_examples))
+
     def about(self) -> dict[str, Any]:
         """Which problems are answered by which models, as summaries say it."""
         return {
@@ -110,15 +120,16 @@ class Evaluation:
         }
 
     def run(self, policies: Mapping[str, Policy], trained: Sequence[str] = (), seed: int = 0) -> Results:
-        """All that is measured: thresholds, baselines, and every policy at each of its thresholds.
+        """All that is measured: thresholds, baselines, and every policy at each threshold, on validation problems too.
 
         Args:
             policies: by name; summaries compare the others with the first.
             trained: names of those that learned anything.
             seed: that they were trained with.
         """
-        thresholds = self.thresholds(policies, trained, seed)
+        first = self.thresholds(policies, trained, seed)
         baselines = self.baselines()
+        thresholds, validated = self.validate(policies, first, baselines)
         runs = self.sweep(policies, thresholds, baselines, seed)
         return Results(
             self.about(),
@@ -126,12 +137,13 @@ class Evaluation:
             policies={name: [runs[name]] for name in policies},
             trained=frozenset(trained),
             thresholds={name: [thresholds[name]] for name in policies},
+            validated={name: [validated[name]] for name in policies},
         )
 
     def thresholds(
         self, policies: Mapping[str, Policy], trained: Sequence[str] = (), seed: int = 0
     ) -> dict[str, list[float]]:
-        """The thresholds of each policy, chosen on validation problems; in a folder, kept with what made them.
+        """The first thresholds of each policy, quantiles of its score; in a folder, kept with what made them.
 
         Args:
             policies: by name.
@@ -143,9 +155,15 @@ class Evaluation:
         """
 
         def chosen() -> dict[str, Any]:
-            examples = self.task.examples("validation", self.settings.threshold_examples)
-            thresholds = choose_thresholds(self.decoder.on(examples), policies, self.settings.llm_shares)
-            return {"thresholds": thresholds, "trained": list(trained), "seed": seed}
+            scores = record_scores(self.validation, policies)
+            self._quantiles = {name: np.quantile(some, SHARES).tolist() for name, some in scores.items()}
+            return {
+                "thresholds": choose_thresholds(scores, self.settings.llm_shares),
+                "quantiles": self._quantiles if self.settings.refine else {},
+                "trained": list(trained),
+                "seed": seed,
+                "parameters": [profile.parameters for profile in self.pool.profiles],
+            }
 
         if self.runs is None:
             return dict(chosen()["thresholds"])
@@ -154,14 +172,17 @@ class Evaluation:
             "thresholds_at": {
                 "llm_shares": list(self.settings.llm_shares),
                 "examples": self.settings.threshold_examples,
+                "refine": self.settings.refine,
             },
             "timed": self.settings.tree is None,
             "policies": {name: policy.fingerprint for name, policy in policies.items()},
         }
-        return dict(keep_manifest(self.runs / "manifest.json", manifest, self.runs, chosen)["thresholds"])
+        kept = keep_manifest(self.runs / "manifest.json", manifest, self.runs, chosen)
+        self._quantiles = kept["quantiles"]
+        return dict(kept["thresholds"])
 
     def baselines(self) -> Baselines:
-        """Each model alone, random routing, speculative decoding and the oracle.
+        """Each model alone, on validation problems too, speculative decoding and the oracle.
 
         They are taken from, or kept in, `settings.shared` if it is set; another run that measures them there is waited
         for.
@@ -177,13 +198,53 @@ class Evaluation:
                 Oracle(budget=settings.oracle_budget) if settings.oracle_budget else None,
                 settings.draft_tokens,
                 place,
-                {**self._problems, "timed": settings.tree is None},
+                {**self._problems, "timed": settings.tree is None, "validation": settings.threshold_examples},
+                self.validation,
             )
         if self.runs and place != self.runs:
             baselines.save(self.runs)
         if baselines.exhausted:
             logging.getLogger(__name__).warning(ran_out(baselines))
         return baselines
+
+    def validate(
+        self, policies: Mapping[str, Policy], thresholds: Mapping[str, Sequence[float]], baselines: Baselines
+    ) -> tuple[dict[str, list[float]], dict[str, list[Answers]]]:
+        """The answers of every policy to the validation problems, which operating points are chosen on.
+
+        Where two neighbouring thresholds, one on each side of a share of the LLM's accuracy, are further apart in cost
+        than the interval of the cost there, another one is put between them, `refine` times at most.
+
+        Args:
+            policies: by name.
+            thresholds: of each policy, as `thresholds` gives them.
+            baselines: with the models' answers to the same problems.
+
+        Returns:
+            All thresholds of each policy, those that were added last, and its answers at each.
+        """
+        assert baselines.validation is not None
+        chosen: dict[str, list[float]] = {name: list(some) for name, some in thresholds.items()}
+        validated: dict[str, list[Answers]] = {name: [] for name in policies}
+        with ProgressBar(total=sum(map(len, chosen.values())), desc="validate", mininterval=0.5) as progress:
+            for name, policy in policies.items():
+                runs = validated[name]
+                for turn in range(1 + self.settings.refine):
+                    for threshold in chosen[name][len(runs) :]:
+                        runs.append(self.answers(policy, threshold, name, len(runs), self.validation))
+                        progress.update()
+                    if turn == self.settings.refine:
+                        break
+                    more = finer_thresholds(
+                        chosen[name], runs, baselines.validation, self._quantiles[name], self.settings.cost
+                    )
+                    if not more:
+                        break
+                    chosen[name] += more
+                    progress.total = (progress.total or 0) + len(more)
+        if self.runs is not None:
+            write_text(self.runs / CHOSEN, json.dumps(chosen, indent=1) + "\n")
+        return chosen, validated
 
     def sweep(
         self,
@@ -216,25 +277,35 @@ class Evaluation:
                     progress.update()
         return runs
 
-    def answers(self, policy: Policy, threshold: float, name: str, number: int) -> Answers:
-        """The answers of the policy `name` at its threshold `number`, kept in the folder if there is one."""
-        path = self.runs and self.runs / name / f"{number:02d}.safetensors"
+    def answers(
+        self, policy: Policy, threshold: float, name: str, number: int, decoder: ExampleDecoder | None = None
+    ) -> Answers:
+        """The answers of the policy `name` at its threshold `number`, kept in the folder if there is one.
+
+        Those of `validation` are kept apart; they are to the problems that are evaluated on where `decoder` is None.
+        """
+        place = self.runs and (self.runs if decoder is None else self.runs / VALIDATED)
+        path = place and place / name / f"{number:02d}.safetensors"
+        by = decoder or self.decoder
 
         def decoded() -> Answers:
-            return Answers.of(self.decoder.decode(policy, threshold, name), self.pool, policy, self.decoder.timed)
+            return Answers.of(by.decode(policy, threshold, name), self.pool, policy, by.timed)
 
         return Answers.kept(path, decoded)
 
     def transcripts(self, policies: Mapping[str, Policy], results: Results) -> dict[str, list[dict[str, Any]]]:
         """The first `settings.transcripts` answers of those policies that the settings name, as plain data.
 
-        Each policy is used at the threshold to use it at.
+        Each policy is used at its operating point for 95 % of the LLM's accuracy.
         """
         some = self.decoder.on(self.examples[: self.settings.transcripts])
         episodes = {}
         for name in self.settings.shown(list(policies)):
-            runs, thresholds = results.policies[name][0], results.thresholds[name][0]
-            chosen = thresholds[pick_threshold(runs, results.baselines.llm, self.settings.cost)]
+            thresholds, validation = results.thresholds[name][0], results.baselines.validation
+            assert validation is not None
+            number = threshold_to_use(results.validated[name][0], validation[1], self.settings.cost)
+            # who never gets there is shown where it asks most of the LLM
+            chosen = max(thresholds) if number is None else thresholds[number]
             episodes[name] = some.decode(policies[name], chosen, "transcripts")
         return transcripts(self.pool, episodes)
 
@@ -290,7 +361,7 @@ def evaluate(
     trained: Sequence[str] = (),
     seed: int = 0,
     trainings: Sequence[Training] = (),
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run every stage, and write everything into `folder`; what is there already is not made again.
 
     Runs that share a replay tree take turns: each goes on from the states of those before it, and none are lost.
@@ -307,20 +378,23 @@ def evaluate(
         trainings: whose learning curves the page shows.
 
     Returns:
-        The contents of `summary.json`.
+        The contents of `summary.json`; None where settings ask for no report.
     """
     settings.shown(list(policies))  # refuses before anything is decoded
     with nullcontext() if settings.tree is None else one_at_a_time(settings.tree):
         evaluation = Evaluation(pool, task, settings, folder, track)
         results = evaluation.run(policies, trained, seed)
-        summary = {
-            **summarize(results, settings.cost, settings.bootstrap, seed),
-            "seed": seed,
-            "parameters": [profile.parameters for profile in pool.profiles],
-        }
         shown = evaluation.transcripts(policies, results) if settings.transcripts else {}
         write_text(folder / TRANSCRIPTS, json.dumps(shown, indent=1) + "\n")
-        write_report(summary, folder, settings.columns, PageParts(trainings=trainings, transcripts=shown))
         evaluation.save_tree()
+    if not settings.report:
+        print(f"wrote {folder}; experiments.report makes a table of it")
+        return None
+    summary = {
+        **summarize(results, settings.cost, settings.bootstrap, seed),
+        "seed": seed,
+        "parameters": [profile.parameters for profile in pool.profiles],
+    }
+    write_report(summary, folder, settings.columns, PageParts(trainings=trainings, transcripts=shown))
     print(f"wrote {folder}; open {folder / PAGE}")
     return summary

@@ -30,6 +30,9 @@ class EvaluationSettings:
         llm_shares: the thresholds of a policy are these quantiles of its score on validation problems that the SLM
             answers alone; about this share of decisions goes to the LLM.
         threshold_examples: validation problems that thresholds are chosen on.
+        refine: how often a threshold is put between two that a share of the LLM's accuracy lies between, at most; it
+            ends where their costs are as close as can be measured.
+        report: whether a table, pictures and a page are made; where not, `experiments.report` can make them later.
         bootstrap: resamplings behind every interval.
         transcripts: problems whose answers the page shows; 0 for none.
         transcripts_of: the policy whose answers are shown, or `all`; the first one where None.
@@ -55,6 +58,8 @@ class EvaluationSettings:
     cost: str = "bytes"
     llm_shares: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.21, 0.28, 0.4, 0.6, 0.8)
     threshold_examples: int = 200
+    refine: int = 6
+    report: bool = True
     bootstrap: int = 1000
     transcripts: int = 10
     transcripts_of: str | None = None
@@ -122,6 +127,7 @@ class EvaluationSettings:
 _AT_LEAST = {
     "examples": 1,
     "threshold_examples": 1,
+    "refine": 0,
     "bootstrap": 1,
     "max_new_tokens": 1,
     "start": 0,

@@ -9,22 +9,20 @@ from typing import Any
 import numpy as np
 
 from envs.arrays import FloatArray
-from experiments.evaluation.answers import Answers, sweep
+from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
+from experiments.evaluation.intervals import Estimate, described, estimates, resampled
 from experiments.evaluation.metrics import (
+    COSTS,
     LEVELS,
+    Hull,
     Sweep,
-    above_random,
-    accuracy_at,
-    bootstrap,
-    comparison,
-    cost_at,
     finite,
     measures,
-    monotone_hull,
+    oracle_share,
     over_price,
-    over_seeds,
 )
+from experiments.evaluation.operating_points import operating_points
 
 BAND_POINTS, BAND_SAMPLES = 40, 200
 
@@ -36,10 +34,12 @@ class Front:
     Attributes:
         owners: for each training seed that the settings share, the policy that each run is of.
         runs: for each of these seeds, the answers at each threshold of each setting.
+        validated: the same on validation problems; None where that is not known.
     """
 
     owners: Sequence[Sequence[str]]
-    runs: Sequence[Sequence[Answers]]
+    runs: Answered
+    validated: Answered | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,10 @@ class Results:
 
     Attributes:
         about: task, pool, split and their like.
-        baselines: each model alone, random routing, speculative decoding and the oracle.
+        baselines: each model alone, speculative decoding and the oracle.
         policies: for each policy, for each training seed, the answers at each threshold.
+        validated: the same on validation problems, which operating points are chosen on; without policies for which
+            that is not known.
         trained: which policies were trained.
         thresholds: for each policy, for each training seed, the thresholds.
         fronts: of agents that were trained with several settings, by agent.
@@ -57,10 +59,11 @@ class Results:
 
     about: Mapping[str, Any]
     baselines: Baselines
-    policies: Mapping[str, Sequence[Sequence[Answers]]]
+    policies: Mapping[str, Answered]
     trained: frozenset[str]
     thresholds: Mapping[str, Sequence[Sequence[float]]]
     fronts: Mapping[str, Front] = field(default_factory=dict)
+    validated: Mapping[str, Answered] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
@@ -71,11 +74,18 @@ class Results:
         """Some runs between the two ends every policy has."""
         return sweep(runs, self.baselines.slm, self.baselines.llm, unit)
 
-    def sweeps(self, name: str, unit: str) -> list[Sweep]:
-        """A policy's sweep for each training seed."""
-        return self.sweeps_of(self.policies[name], unit)
+    @property
+    def units(self) -> list[str]:
+        """Of all costs that are known."""
+        return list(self.baselines.slm.costs)
 
-    def sweeps_of(self, seeds: Sequence[Sequence[Answers]], unit: str) -> list[Sweep]:
+    @property
+    def even(self) -> FloatArray:
+        """The same weight for every example, (examples,)."""
+        count = len(self.baselines.slm.correct)
+        return np.full(count, 1 / count)
+
+    def sweeps_of(self, seeds: Answered, unit: str) -> list[Sweep]:
         """The sweep of each training seed."""
         return [self.sweep(runs, unit) for runs in seeds]
 
@@ -90,16 +100,35 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
         seed: of its draws.
     """
     baselines = results.baselines
+    weights = resampled(len(baselines.slm.correct), samples, seed)
+    measured = {name: _measured(results, seeds, unit, weights) for name, seeds in results.policies.items()}
+    least = cheapest(measured)
 
-    def summarized(seeds: Sequence[Sequence[Answers]], trained: bool) -> dict[str, Any]:
-        return {"trained": trained, **_summarize_policy(results, seeds, unit, samples, seed)}
+    def summarized(
+        name: str, own: Mapping[str, Estimate], answers: Answered, validated: Answered | None
+    ) -> dict[str, Any]:
+        thresholds = results.thresholds.get(name)
+        return {
+            **_summarize_policy(results, own, answers, unit, weights),
+            "operating_points": {}
+            if validated is None
+            else operating_points(baselines, answers, validated, thresholds, unit, weights),
+            **{f"against_{other}": _compared(own, measured[other]) for other in (results.first, least)},
+        }
 
-    policies = {name: summarized(seeds, name in results.trained) for name, seeds in results.policies.items()}
+    policies = {
+        name: {
+            "trained": name in results.trained,
+            **summarized(name, measured[name], seeds, results.validated.get(name)),
+        }
+        for name, seeds in results.policies.items()
+    }
     fronts = {
         agent: {
+            "trained": front.owners[0][0] in results.trained,
             "settings": list(dict.fromkeys(front.owners[0])),
             "on_front": _on_front(results, front, unit),
-            **summarized(front.runs, front.owners[0][0] in results.trained),
+            **summarized("", _measured(results, front.runs, unit, weights), front.runs, front.validated),
         }
         for agent, front in results.fronts.items()
     }
@@ -109,6 +138,7 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
         "cost": unit,
         "examples": len(baselines.slm.correct),
         "first": results.first,
+        "cheapest": least,
         "models": {name: {"accuracy": row["accuracy"], "cost": row[f"cost_{unit}"]} for name, row in rows.items()},
         "limits": _summarize_baselines(results, unit),
         "policies": policies,
@@ -118,50 +148,65 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
     }
 
 
+def cheapest(measured: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """The policy whose hull is cheapest at 95 % of the LLM's accuracy."""
+    return min(measured, key=lambda name: measured[name]["cost_at_0.95"].value)
+
+
 def _summarize_policy(
-    results: Results, answers: Sequence[Sequence[Answers]], unit: str, samples: int, seed: int
+    results: Results, own: Mapping[str, Estimate], answers: Answered, unit: str, weights: FloatArray
 ) -> dict[str, Any]:
-    """Measures of one policy and its comparison with the first, both with intervals; its curve and costs."""
+    """Measures of one policy, or of a front, with intervals; its curve and its costs in all units."""
+    sweeps = results.sweeps_of(answers, unit)
+    values = {key: one.described() for key, one in own.items()}
+    return {
+        "seeds": len(sweeps),
+        "cost_at": {f"{level:.2f}": values[f"cost_at_{level:.2f}"]["value"] for level in LEVELS},
+        "cost_at_interval": {f"{level:.2f}": values[f"cost_at_{level:.2f}"]["interval"] for level in LEVELS},
+        "cost_at_by_unit": {other: _costs_at(results.sweeps_of(answers, other), weights[0]) for other in results.units},
+        "measures": _explained(values, results),
+        "curve": mean_curve(sweeps, weights[0]),
+        "band": band(sweeps, weights),
+    }
+
+
+def _measured(results: Results, answers: Answered, unit: str, weights: FloatArray) -> dict[str, Estimate]:
+    """All that is measured of one policy's curve, by name."""
     baselines = results.baselines
-    sweeps, calls = results.sweeps_of(answers, unit), results.sweeps_of(answers, "llm_tokens")
-    others = results.sweeps(results.first, unit)
-    random = results.sweep(baselines.random, unit)
     oracle = results.sweep(baselines.frontier(unit), unit) if baselines.oracle else None
 
-    def own(number: int, weights: FloatArray) -> dict[str, float]:
-        values = measures(sweeps[number], calls[number], weights)
-        values |= above_random(sweeps[number], random, oracle, weights)
+    def of_seed(sweep: Sweep, calls: Sweep) -> dict[str, FloatArray]:
+        values = measures(sweep, calls, weights)
+        if oracle is not None:
+            values["oracle_share"] = oracle_share(sweep, oracle, weights)
         if baselines.speculative is not None:
             values |= over_price(values, baselines.speculative.costs[unit], baselines.llm.costs[unit], weights)
         return values
 
-    def above(number: int, weights: FloatArray) -> dict[str, float]:
-        # seeds are paired as far as they go; one that is not trained has one
-        return comparison(sweeps[number], others[number % len(others)], weights)
+    calls = results.sweeps_of(answers, "llm_tokens")
+    return estimates(list(map(of_seed, results.sweeps_of(answers, unit), calls)))
 
-    seeds, even = len(sweeps), _even(baselines)
-    values = over_seeds(own, range(seeds), even)
-    intervals = bootstrap(own, seeds, len(even), samples, seed)
-    against = over_seeds(above, range(seeds), even)
-    against_intervals = bootstrap(above, seeds, len(even), samples, seed)
-    return {
-        "seeds": seeds,
-        "cost_at": {f"{level:.2f}": finite(values[f"cost_at_{level:.2f}"]) for level in LEVELS},
-        "cost_at_interval": {f"{level:.2f}": intervals[f"cost_at_{level:.2f}"] for level in LEVELS},
-        "cost_at_by_unit": {other: _costs_at(results.sweeps_of(answers, other), even) for other in baselines.slm.costs},
-        "measures": _explained(with_intervals(values, intervals), results),
-        f"against_{results.first}": with_intervals(against, against_intervals),
-        "curve": mean_curve(sweeps, even),
-        "band": band(sweeps, min(samples, BAND_SAMPLES), seed),
-    }
+
+def _compared(ours: Mapping[str, Estimate], theirs: Mapping[str, Estimate]) -> dict[str, dict[str, Any]]:
+    """A policy beside another one, paired: ratios of costs, what is saved, and accuracies gained at fixed costs."""
+    compared = {}
+    for level in (f"{level:.2f}" for level in LEVELS):
+        ratio, (low, high) = ours[f"cost_at_{level}"].over(theirs[f"cost_at_{level}"])
+        compared[f"ratio_at_{level}"] = described(ratio, (low, high))
+        saved = (None if high is None else finite(1 - high), None if low is None else finite(1 - low))
+        compared[f"saving_at_{level}"] = described(1 - ratio, saved)
+    for cost in (f"{cost:.2f}" for cost in COSTS):
+        compared[f"gain_at_{cost}"] = described(*ours[f"accuracy_at_{cost}"].less(theirs[f"accuracy_at_{cost}"]))
+    compared["aiq_gain"] = described(*ours["aiq"].less(theirs["aiq"]))
+    return compared
 
 
 def _on_front(results: Results, front: Front, unit: str) -> list[str]:
-    """The settings that the front is made of, for any seed: no cheaper point matches or beats one of theirs."""
-    even, on_front = _even(results.baselines), set()
+    """The settings that the front is made of, for any seed: those with a vertex of its hull."""
+    even, on_front = results.even, set()
     for owners, one in zip(front.owners, results.sweeps_of(front.runs, unit), strict=True):
         points = one.points(even)
-        hull = {tuple(point) for point in monotone_hull(points).tolist()}
+        hull = {tuple(point) for point in Hull.of(points).vertices.tolist()}
         on_front |= {owner for owner, point in zip(owners, points[1:-1].tolist(), strict=True) if tuple(point) in hull}
     return [name for name in dict.fromkeys(front.owners[0]) if name in on_front]
 
@@ -204,17 +249,10 @@ def ran_out(baselines: Baselines) -> str:
     )
 
 
-def with_intervals(
-    values: Mapping[str, float], intervals: Mapping[str, tuple[float | None, float | None]]
-) -> dict[str, dict[str, Any]]:
-    """Each value beside its interval, as summaries hold them."""
-    return {key: {"value": finite(value), "interval": intervals[key]} for key, value in values.items()}
-
-
 def _summarize_baselines(results: Results, unit: str) -> dict[str, Any]:
-    """Curve and costs of random routing and of the oracles, and how many of its searches were cut short."""
-    baselines, even = results.baselines, _even(results.baselines)
-    runs = {"random": baselines.random, "query_oracle": baselines.query_frontier(unit)}
+    """Curve and costs of a coin per query and of the oracles, and how many of its searches were cut short."""
+    baselines, even = results.baselines, results.even
+    runs: dict[str, Sequence[Answers]] = {"line": (), "query_oracle": baselines.query_frontier(unit)}
     runs |= {"oracle": baselines.frontier(unit)} if baselines.oracle else {}
     summaries: dict[str, Any] = {
         name: {
@@ -238,42 +276,36 @@ def _summarize_baselines(results: Results, unit: str) -> dict[str, Any]:
     return summaries
 
 
-def _even(baselines: Baselines) -> FloatArray:
-    """The same weight for every example, (examples,)."""
-    count = len(baselines.slm.correct)
-    return np.full(count, 1 / count)
-
-
 def _costs_at(sweeps: Sequence[Sweep], weights: FloatArray) -> dict[str, float | None]:
     """Costs at shares of the LLM's accuracy, means over seeds."""
     curves = [one.points(weights) for one in sweeps]
-    hulls = [(monotone_hull(points), points[-1, 1]) for points in curves]
+    hulls = [(Hull.of(points), points[-1, 1]) for points in curves]
     return {
-        f"{level:.2f}": finite(float(np.mean([cost_at(hull, level * accuracy) for hull, accuracy in hulls])))
+        f"{level:.2f}": finite(float(np.mean([hull.cost_at(level * accuracy) for hull, accuracy in hulls])))
         for level in LEVELS
     }
 
 
 def mean_curve(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float]]:
     """The hull of one seed; over several, the mean accuracy at every cost of theirs that all of them reach down to."""
-    hulls = [monotone_hull(one.points(weights)) for one in sweeps]
-    costs = np.unique(np.concatenate([hull[:, 0] for hull in hulls]))
-    costs = costs[costs >= max(hull[0, 0] for hull in hulls)]
-    accuracies = np.mean([np.interp(costs, hull[:, 0], hull[:, 1]) for hull in hulls], axis=0)
-    return [[round(float(c), 6), round(float(a), 6)] for c, a in zip(costs, accuracies, strict=True)]
+    hulls = [Hull.of(one.points(weights)) for one in sweeps]
+    costs = np.unique(np.concatenate([hull.vertices[:, 0] for hull in hulls]))
+    costs = costs[costs >= max(hull.costs[0] for hull in hulls)]
+    return [[round(float(c), 6), round(float(np.mean([hull.accuracy_at(c) for hull in hulls])), 6)] for c in costs]
 
 
-def band(sweeps: Sequence[Sweep], samples: int, seed: int) -> list[list[float | None]]:
-    """Cost, and the 95 % interval of the accuracy there."""
-    count = sweeps[0].correct.shape[1]
-    even = np.full(count, 1 / count)
-    lowest = max(monotone_hull(one.points(even))[0, 0] for one in sweeps)
-    grid = np.linspace(lowest, 1, BAND_POINTS)
-    at = {f"{cost:.9f}": cost for cost in grid}
+def band(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float | None]]:
+    """Cost, and the 95 % interval of the hull's accuracy there, each by itself.
 
-    def statistic(number: int, weights: FloatArray) -> dict[str, float]:
-        hull = monotone_hull(sweeps[number].points(weights))
-        return {name: accuracy_at(hull, max(cost, hull[0, 0])) for name, cost in at.items()}
-
-    intervals = bootstrap(statistic, len(sweeps), count, samples, seed)
-    return [[round(float(cost), 6), *intervals[name]] for name, cost in at.items()]
+    Args:
+        sweeps: of each training seed.
+        weights: of the examples, as `resampled` gives them; the first BAND_SAMPLES draws are used.
+    """
+    some = weights[: 1 + BAND_SAMPLES]
+    hulls = [Hull.of(one.points(some)) for one in sweeps]
+    lowest = max(hull.costs[0, 0] for hull in hulls)
+    rows: list[list[float | None]] = []
+    for cost in np.linspace(lowest, 1, BAND_POINTS):
+        at = np.stack([hull.accuracy_at(np.maximum(cost, hull.costs[:, 0])) for hull in hulls])
+        rows.append([round(float(cost), 6), *Estimate(at).interval()])
+    return rows

@@ -1,4 +1,4 @@
-"""The thresholds a policy's curve is drawn at, and the one it would be used at."""
+"""The thresholds a policy's curve is drawn at first."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from agents.common.policy import Policy, as_tensor, check_scores
-from envs.arrays import IntArray
+from envs.arrays import FloatArray, IntArray
 from envs.decoding.observation import Observation
-from experiments.evaluation.answers import Answers
 from experiments.evaluation.decoder import ExampleDecoder
 
 
@@ -44,31 +43,26 @@ class ScoreRecorder(Policy):
             policy.forget(episodes)
 
 
-def choose_thresholds(
-    decoder: ExampleDecoder, policies: Mapping[str, Policy], llm_shares: Sequence[float]
-) -> dict[str, list[float]]:
+def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy]) -> dict[str, FloatArray]:
+    """The score that each policy gives each decision where the SLM answers alone, (decisions,) by name.
+
+    Args:
+        decoder: of validation problems.
+        policies: by name.
+    """
+    recorder = ScoreRecorder(policies)
+    decoder.decode(recorder, 0.5, "thresholds")
+    return {name: torch.cat(scores).double().numpy() for name, scores in recorder.scores.items()}
+
+
+def choose_thresholds(scores: Mapping[str, FloatArray], llm_shares: Sequence[float]) -> dict[str, list[float]]:
     """Thresholds at quantiles of each policy's score, so that curves are evenly covered.
 
     Args:
-        decoder: of validation problems; the SLM answers them alone.
-        policies: by name.
+        scores: of each policy, see `record_scores`.
         llm_shares: the quantiles, each in (0, 1).
 
     Returns:
         Rising thresholds of each policy, those that are equal once.
     """
-    recorder = ScoreRecorder(policies)
-    decoder.decode(recorder, 0.5, "thresholds")
-    return {
-        name: np.unique(np.quantile(torch.cat(scores).double().numpy(), np.array(llm_shares))).tolist()
-        for name, scores in recorder.scores.items()
-    }
-
-
-def pick_threshold(runs: Sequence[Answers], llm: Answers, unit: str) -> int:
-    """The cheapest run that reaches 95 % of the LLM's accuracy, or the most accurate one."""
-    rows = [run.row(llm) for run in runs]
-    reaching = [i for i, row in enumerate(rows) if row["accuracy"] >= 0.95 * float(llm.correct.mean())]
-    if reaching:
-        return min(reaching, key=lambda i: rows[i][f"cost_{unit}"])
-    return max(range(len(rows)), key=lambda i: rows[i]["accuracy"])
+    return {name: np.unique(np.quantile(some, np.array(llm_shares))).tolist() for name, some in scores.items()}

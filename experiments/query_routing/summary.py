@@ -11,24 +11,21 @@ import numpy as np
 
 from agents.query_routing.outcomes import QueryOutcomes
 from envs.arrays import FloatArray
-from experiments.evaluation.metrics import Sweep, area, bootstrap, finite, measures, over_seeds
-from experiments.evaluation.summary import BAND_SAMPLES, band, mean_curve
+from experiments.evaluation.intervals import estimates, resampled
+from experiments.evaluation.metrics import Sweep, finite, measures
+from experiments.evaluation.summary import band, mean_curve
 from experiments.query_routing.splits import Routed, Split
 
 
-def measured(sweep: Sweep, calls: Sweep | None, weights: FloatArray) -> dict[str, float]:
+def measured(sweep: Sweep, calls: Sweep | None, weights: FloatArray) -> dict[str, FloatArray]:
     """`experiments.evaluation.metrics.measures` of one agent in one split.
 
-    Also area_above_random: of the deferral curve above the line between the two ends. peak_accuracy: the best the agent
-    itself reaches at any cost weight.
+    Also peak_accuracy: the best the agent itself reaches at any cost weight.
     """
-    points = sweep.points(weights)
-    values = measures(sweep, calls, weights)
-    low, high = points[0][0], points[-1][0]
-    line = area(points[[0, -1]], low, high) if high > low else float("nan")
-    values["area_above_random"] = (values["deferral_area"] - line) / (high - low) if high > low else float("nan")
-    values["peak_accuracy"] = float(points[1:-1, 1].max())
-    return values
+    return {
+        **measures(sweep, calls, weights),
+        "peak_accuracy": sweep.points(weights)[..., 1:-1, 1].max(-1),
+    }
 
 
 @dataclass(frozen=True)
@@ -73,19 +70,21 @@ class QueryResults:
         count = len(self.tests[0])
         return np.full(count, 1 / count)
 
-    def measured(self, name: str, number: int, weights: FloatArray) -> dict[str, float]:
-        """Measures of one agent in split `number`."""
-        return measured(self.sweeps[name][number], self.calls[name][number], weights)
+    def measured(self, name: str, weights: FloatArray) -> list[dict[str, FloatArray]]:
+        """Measures of one agent in each split, for weights (..., queries)."""
+        return [
+            measured(sweep, calls, weights) for sweep, calls in zip(self.sweeps[name], self.calls[name], strict=True)
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per split and agent, the contents of `results.jsonl`."""
-        even = self.even()
+        of = {name: self.measured(name, self.even()) for name in self.routed}
         return [
             {
                 "policy": name,
                 "split": number,
                 "models": list(split.routed),
-                **{key: finite(value) for key, value in self.measured(name, number, even).items()},
+                **{key: finite(float(value)) for key, value in of[name][number].items()},
             }
             for number, split in enumerate(self.splits)
             for name in sorted(self.routed)
@@ -124,40 +123,22 @@ def summarize_queries(results: QueryResults, first: str, samples: int = 300, see
 
 def _summarize_policies(results: QueryResults, first: str, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     """Measures of every agent, its differences from the first, and its curve."""
-    even, splits = results.even(), len(results.splits)
-
-    def statistic(number: int, weights: FloatArray) -> dict[str, float]:
-        by_agent = {name: results.measured(name, number, weights) for name in results.routed}
-        values = {}
-        for name, measures_of in by_agent.items():
-            for measure, value in measures_of.items():
-                values[_key(name, measure)] = value
-                values[_key(name, measure, less=True)] = value - by_agent[first][measure]
-        return values
-
-    values = over_seeds(statistic, range(splits), even)
-    # one resampling for all: what is compared is paired
-    intervals = bootstrap(statistic, splits, len(even), samples, seed)
-    measures_of_all = list(results.measured(first, 0, even))
-
-    def named(name: str, less: bool) -> dict[str, dict[str, Any]]:
-        keys = {measure: _key(name, measure, less) for measure in measures_of_all}
-        return {measure: {"value": finite(values[key]), "interval": intervals[key]} for measure, key in keys.items()}
-
+    weights = resampled(len(results.even()), samples, seed)
+    measured_of = {name: results.measured(name, weights) for name in results.routed}
     summaries = {}
     for name, sweeps in results.sweeps.items():
+        # splits are the same for all agents: differences are taken in each of them
+        apart = [
+            {key: ours[key] - theirs[key] for key in ours}
+            for ours, theirs in zip(measured_of[name], measured_of[first], strict=True)
+        ]
         # the pools of the splits cost differently: their curves are laid over each other by their ends
         above_cheapest = [replace(sweep, costs=sweep.costs - sweep.costs[0]) for sweep in sweeps]
         summaries[name] = {
             "trained": True,
-            "measures": named(name, less=False),
-            f"less_{first}": named(name, less=True),
-            "curve": mean_curve(above_cheapest, even),
-            "band": band(above_cheapest, min(samples, BAND_SAMPLES), seed),
+            "measures": {key: one.described() for key, one in estimates(measured_of[name]).items()},
+            f"less_{first}": {key: one.described() for key, one in estimates(apart).items()},
+            "curve": mean_curve(above_cheapest, weights[0]),
+            "band": band(above_cheapest, weights),
         }
     return summaries
-
-
-def _key(name: str, measure: str, less: bool = False) -> str:
-    """What the bootstrap calls a measure of an agent, or that less the first agent's."""
-    return f"{name} less {measure}" if less else f"{name} {measure}"

@@ -27,13 +27,11 @@ UNITS = {
 }
 ALONE = ("slm only", "llm only")
 BASELINE_NAMES = {
-    "random": "random routing",
+    "line": "a coin per query",
     "query_oracle": "oracle, per query",
     "speculative": "speculative decoding",
     "oracle": "oracle",
 }
-IN_PICTURES = {"random": "random routing, 10 to 90 % LLM"}
-"""Names in pictures that say more: a policy that draws may be there too."""
 FEW_POINTS = 25
 """A curve of fewer shows each."""
 NAMED = 8
@@ -102,13 +100,14 @@ def _draw_curves(summary: Mapping[str, Any], target: Path | IO[bytes], axis: str
         for position, name in enumerate(named):
             colour = colours(position)
             labels.append(Label(name, _draw_policy(axes, summary["policies"][name], colour), colour))
+            _mark_chosen(axes, summary["policies"][name], f"cost_{summary['cost']}", colour)
         for name, front in summary.get("fronts", {}).items():
             points = _to_the_end(front["curve"])
             # below the curves it is made of, which stay visible on it
             axes.plot(*points.T, color="gold", linewidth=6, alpha=0.5, zorder=1)
             labels.append(Label(front_name(name, front), points, "darkgoldenrod"))
         for name, baseline in summary["limits"].items():
-            shown = IN_PICTURES.get(name, BASELINE_NAMES[name])
+            shown = BASELINE_NAMES[name]
             if "curve" in baseline:
                 labels.append(_draw_baseline(axes, name, shown, baseline["curve"]))
             else:  # one point
@@ -169,9 +168,16 @@ def _draw_policy(axes: Axes, policy: Mapping[str, Any], colour: Any, banded: boo
     return points
 
 
+def _mark_chosen(axes: Axes, policy: Mapping[str, Any], cost: str, colour: Any) -> None:
+    """A ring at the operating point that validation chooses for TARGET, where one is known."""
+    point = policy.get("operating_points", {}).get(f"{TARGET:.2f}")
+    if point is not None:
+        axes.plot(point[cost]["value"], point["accuracy"]["value"], "o", color=colour, fillstyle="none", markersize=8)
+
+
 def _draw_baseline(axes: Axes, name: str, shown: str, curve: Sequence[Sequence[float]]) -> Label:
-    """A dotted curve: random routing in grey, the oracles in black."""
-    colour = "grey" if name == "random" else "black"
+    """A dotted curve: the straight line between the models in grey, the oracles in black."""
+    colour = "grey" if name == "line" else "black"
     points = _to_the_end(curve)
     axes.plot(*points.T, color=colour, linestyle="-." if name == "query_oracle" else ":")
     return Label(shown, points, colour)

@@ -80,7 +80,6 @@ def page(summary: Summary, parts: PageParts) -> str:
         "about": {name: parts.about[name] for name in names if name in parts.about},
         "thresholds": {name: len(seeds[0]) for name, seeds in summary.get("thresholds", {}).items()},
         "trained": [name for name, policy in names.items() if policy["trained"]],
-        "drawn": "random" in names,
         "took": None if parts.began is None else _duration(time.time() - parts.began),
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

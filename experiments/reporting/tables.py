@@ -20,14 +20,14 @@ COLUMNS = ("few", "all")
 """How many columns are printed: as many as WIDTH has room for, or all."""
 AREAS = {
     "over_speculative_at_0.99": "at 99%: cost over\nspeculative's",
-    "area_above_random": "area above\nrandom",
+    "area_above_line": "area above\nthe line",
     "oracle_share": "share of the\noracle's",
 }
 """Measures of a policy that are shown where they were measured, with their headers."""
-COMPARED = {"ratio_at_0.95": "at 95%: cost\nover {first}'s", "largest_gain": "most above\n{first}"}
+COMPARED = {"ratio_at_0.95": "at 95%: cost\nover {first}'s", "gain_at_0.25": "at cost 0.25:\nabove {first}"}
 """What is shown of the comparison with the first policy."""
 QUERY_MEASURES = {
-    "area_above_random": "area above\nrandom",
+    "area_above_line": "area above\nthe line",
     "aiq": "AIQ",
     "qnc": "QNC",
     "peak_accuracy": "peak\naccuracy",
@@ -39,14 +39,15 @@ COMPARED_QUERIES = {"qnc": "QNC less\n{first}'s", "aiq": "AIQ less\n{first}'s"}
 
 
 def table(summary: Summary) -> Table:
-    """The comparison as a table, with 95 % intervals: costs at shares of the LLM's accuracy, areas, and gains."""
+    """The comparison as a table, with 95 % intervals: operating points, costs on the hull, areas, and gains."""
     first, areas = summary["first"], _measured_of(summary, AREAS)
     levels, timed = list(summary["policies"][first]["cost_at"]), any(map(_seconds, summary["policies"].values()))
     headers = [
         "policy (seeds)",
         "accuracy",
         "cost",
-        *(f"cost at {float(level):.0%} of\nthe LLM's accuracy" for level in levels),
+        *(f"chosen for {float(level):.0%}:\n{what}" for level in levels for what in ("accuracy", "cost")),
+        *(f"hull: cost at {float(level):.0%} of\nthe LLM's accuracy" for level in levels),
         *_headers(COMPARED, first),
         *_headers({key: AREAS[key] for key in areas}, first),
         "LLM tokens\nat 95%",
@@ -63,6 +64,7 @@ def table(summary: Summary) -> Table:
                 f"{name} ({policy['seeds']})",
                 "",
                 "",
+                *_chosen(policy, levels, summary["cost"]),
                 *(with_interval(policy["cost_at"][level], policy["cost_at_interval"][level]) for level in levels),
                 *_compared(policy, name, first, "against", COMPARED),
                 *(_measured(policy["measures"][key]) for key in areas),
@@ -70,12 +72,19 @@ def table(summary: Summary) -> Table:
                 *([number(_seconds(policy))] if timed else []),
             ]
         )
-    rows += [_baseline_row(summary, name, len(COMPARED) + len(areas)) for name in summary["limits"]]
+    rows += [_baseline_row(summary, name, 2 * len(levels), len(COMPARED) + len(areas)) for name in summary["limits"]]
     title = (
         f"{summary['task']}, {summary['examples']} {summary['split']} problems; cost: {UNITS[summary['cost']]}, "
         "LLM only = 1; intervals: 95 %, over problems and training seeds"
     )
     return _table(title, headers, rows)
+
+
+def _chosen(policy: Mapping[str, Any], levels: Sequence[str], unit: str) -> list[str]:
+    """Accuracy and cost at the operating point for each level; empty where none was chosen."""
+    points = policy.get("operating_points") or {}
+    keys = [(level, key) for level in levels for key in ("accuracy", f"cost_{unit}")]
+    return [_measured(points[level][key]) if level in points else "" for level, key in keys]
 
 
 def _seconds(policy: Mapping[str, Any]) -> float | None:
@@ -91,19 +100,29 @@ def most_wanted(rich_table: Table) -> list[int]:
     def of(*beginnings: str) -> list[int]:
         return [i for beginning in beginnings for i, header in enumerate(headers) if header.startswith(beginning)]
 
-    wanted = of("policy", "cost at 95%", "accuracy", "LLM tokens", "seconds", "cost at 99%", "cost at 90%")
+    wanted = of("policy", "chosen for 95%", "accuracy", "hull: cost at 95%", "LLM tokens", "seconds")
+    wanted += of("chosen for 99%", "chosen for 90%", "hull")
+    wanted = list(dict.fromkeys(wanted))
     wanted += [headers.index("cost")]
     return wanted + [i for i in range(len(headers)) if i not in wanted]
 
 
-def _baseline_row(summary: Summary, name: str, empty: int) -> list[str]:
-    """A row of one baseline: one point, or costs at shares of the LLM's accuracy, then `empty` cells."""
+def _baseline_row(summary: Summary, name: str, unchosen: int, empty: int) -> list[str]:
+    """A row of one baseline: one point, or costs on its hull, with `unchosen` empty cells before and `empty` behind."""
     baseline, unit = summary["limits"][name], summary["cost"]
     if "curve" not in baseline:
         return [BASELINE_NAMES[name], f"{baseline['accuracy']:.1%}", number(baseline[f"cost_{unit}"])]
     costs = baseline["cost_at_by_unit"]
     at_levels = [number(cost) for cost in costs[unit].values()]
-    return [BASELINE_NAMES[name], "", "", *at_levels, *[""] * empty, number(costs["llm_tokens"]["0.95"])]
+    return [
+        BASELINE_NAMES[name],
+        "",
+        "",
+        *[""] * unchosen,
+        *at_levels,
+        *[""] * empty,
+        number(costs["llm_tokens"]["0.95"]),
+    ]
 
 
 def query_table(summary: Summary) -> Table:

@@ -60,12 +60,13 @@ class Run:
             )
 
     def place(self) -> list[str]:
-        """Where the evaluation keeps what runs share. Baselines that were timed are kept apart."""
+        """Where the evaluation keeps what runs share; one report is made of all. Timed baselines are kept apart."""
         if self.live:
-            return [f"evaluation.shared={self.shared / 'live'}"]
+            return ["evaluation.report=false", f"evaluation.shared={self.shared / 'live'}"]
         # processes that wrote one file would undo each other's work
         tree = self.shared / f"{current_process().name}.tree"
-        return [f"evaluation.shared={self.shared / 'replayed'}", f"evaluation.tree={tree}"]
+        shared = f"evaluation.shared={self.shared / 'replayed'}"
+        return ["evaluation.report=false", shared, f"evaluation.tree={tree}"]
 
 
 def runs_of(config: DictConfig, folder: Path) -> list[Run]:

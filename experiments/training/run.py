@@ -79,7 +79,8 @@ def train(
         trained = [name] if isinstance(policy, SavedPolicy) else []
         trainings = [Training(name, known["seconds"], track.rows())] if trained else []
         evaluated = evaluate(pool, task, {name: policy}, evaluation, place, track, trained, seed, trainings)
-        summary["policies"], images["curve"] = evaluated["policies"], place / "curve.png"
+        if evaluated is not None:
+            summary["policies"], images["curve"] = evaluated["policies"], place / "curve.png"
     track.summary(summary, images)
     return summary
 

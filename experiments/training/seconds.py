@@ -3,82 +3,92 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from agents.common.policy import Policy, policy_from
+from agents.common.rollout import Episode
 from agents.common.saving import POLICY_FILE, load_policy
 from envs.models.pool import ModelPool
-from envs.progress import ProgressBar
 from envs.storage import write_text
 from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
 from experiments.common.timing import alternate
 from experiments.evaluation.answers import Answers
+from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.decoder import ExampleDecoder
+from experiments.evaluation.kept import MANIFEST, KeptEvaluation
+from experiments.evaluation.operating_points import threshold_to_use
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.training.many import Run
 
 TIMED = 128
 """Problems that are decoded to measure seconds."""
+LLM_ONLY = "llm only"
 
 
 def measure_seconds(runs: Sequence[Run], seed: int, repeats: int, path: Path) -> dict[str, float | None]:
-    """Seconds of forward passes and decisions at 95 % of the LLM's accuracy, over those of LLM-only decoding.
+    """Seconds of forward passes and decisions at the operating point for 95 %, over those of LLM-only decoding.
+
+    All take turns in this process, LLM-only decoding among them; medians are compared.
 
     Args:
-        runs: that are complete.
+        runs: that are complete, all with the same models and problems.
         seed: of those that are measured.
-        repeats: turns that a policy and LLM-only decoding take; medians are compared.
+        repeats: turns that each takes.
         path: a JSON file; what is there is not measured again.
 
     Returns:
-        The ratio of each agent; None where no threshold reaches that accuracy.
+        The ratio of each agent; None where validation chooses none of its thresholds.
     """
     ratios: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
-    missing = [run for run in runs if run.seed == seed and run.agent not in ratios]
-    for run in ProgressBar(missing, desc="seconds"):
-        threshold = threshold_at(run, 0.95)
-        if threshold is None:
-            ratios[run.agent] = None
-            continue
-        ratios[run.agent] = round(seconds_over_llm_only(run, threshold, repeats), 4)
-        write_text(path, json.dumps(ratios, indent=1) + "\n")
+    thresholds = {run: chosen_threshold(run) for run in runs if run.seed == seed and run.agent not in ratios}
+    ratios |= {run.agent: None for run, threshold in thresholds.items() if threshold is None}
+    measured = {run: threshold for run, threshold in thresholds.items() if threshold is not None}
+    if measured:
+        ratios |= _seconds_over_llm_only(measured, repeats)
+    write_text(path, json.dumps(ratios, indent=1) + "\n")
     return ratios
 
 
-def threshold_at(run: Run, level: float) -> float | None:
-    """The cheapest threshold (memory traffic) of a run that reaches `level` of the LLM's accuracy; None: none does."""
-    rows = [json.loads(line) for line in (run.folder / "evaluation" / "results.jsonl").read_text().splitlines()]
-    llm = next(row["accuracy"] for row in rows if row["policy"] == "llm")
-    reaching = [row for row in rows if row["policy"] == run.agent and row["accuracy"] >= level * llm]
-    return min(reaching, key=lambda row: float(row["cost_bytes"]))["threshold"] if reaching else None
+def chosen_threshold(run: Run, level: float = 0.95) -> float | None:
+    """The threshold of a run that validation chooses for `level` of the LLM's accuracy (memory traffic); None: none."""
+    kept = KeptEvaluation.read(run.folder / "evaluation" / "runs" / MANIFEST)
+    runs, ends = kept.validated(run.agent), Baselines.load(kept.runs).validation
+    if runs is None or ends is None:
+        raise ValueError(f"{kept.runs} holds no answers to validation problems: delete {run.folder}, and start again")
+    number = threshold_to_use(runs, ends[1], "bytes", level)
+    return None if number is None else kept.thresholds[run.agent][number]
 
 
-def seconds_over_llm_only(run: Run, threshold: float, repeats: int) -> float:
-    """Seconds of one run's policy over those of LLM-only decoding, taking turns in this process."""
-    config = OmegaConf.load(run.folder / "config.yaml")
+def _seconds_over_llm_only(thresholds: Mapping[Run, float], repeats: int) -> dict[str, float]:
+    """The ratio of each run's agent, used at its threshold."""
+    config = OmegaConf.load(next(iter(thresholds)).folder / "config.yaml")
     assert isinstance(config, DictConfig)
     task, pool = build(config, "task"), build(config, "models")
-    policy, settings = policy_of(run, config, pool, task), build_settings(config.evaluation, EvaluationSettings)
+    settings = build_settings(config.evaluation, EvaluationSettings)
     examples = task.examples(settings.split, min(TIMED, settings.examples), start=settings.start)
     decoder = ExampleDecoder(pool, task, examples, settings.max_new_tokens)
 
-    def routed() -> float:
-        return float(Answers.of(decoder.decode(policy, threshold), pool, policy).costs["seconds"].sum())
+    def seconds(episodes: Sequence[Episode], policy: Policy | None = None) -> float:
+        return float(Answers.of(episodes, pool, policy).costs["seconds"].sum())
 
-    def llm_only() -> float:
-        return float(Answers.of(decoder.llm_only(), pool).costs["seconds"].sum())
+    def turns(policy: Policy, threshold: float) -> Callable[[], float]:
+        return lambda: seconds(decoder.decode(policy, threshold), policy)
 
-    medians = alternate({"routed": routed, "llm": llm_only}, repeats, run.agent)
-    return medians["routed"] / medians["llm"]
+    actions = {run.agent: turns(policy_of(run, pool, task), at) for run, at in thresholds.items()}
+    decoder.llm_only()  # what is made once is not measured
+    medians = alternate({**actions, LLM_ONLY: lambda: seconds(decoder.llm_only())}, repeats, "seconds")
+    return {agent: round(medians[agent] / medians[LLM_ONLY], 4) for agent in actions}
 
 
-def policy_of(run: Run, config: DictConfig, pool: ModelPool, task: Task) -> Policy:
+def policy_of(run: Run, pool: ModelPool, task: Task) -> Policy:
     """The policy a run has made; one that is not saved learns nothing, and is made again."""
     place = run.folder / "policy"
     if (place / POLICY_FILE).is_file():
         return load_policy(place, pool)
+    config = OmegaConf.load(run.folder / "config.yaml")
+    assert isinstance(config, DictConfig)
     return policy_from(build(config, "agent"), pool, task, run.seed)
