@@ -21,7 +21,6 @@ from experiments.common.tracking import Tracker
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.merge import gather
-from experiments.evaluation.metrics import Sweep, accuracy_at, bootstrap, comparison, cost_at, measures, monotone_hull
 from experiments.evaluation.runner import Evaluation, evaluate
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import summarize
@@ -31,6 +30,7 @@ from tests.programs import call
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("demo", "train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
 QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
+QUICK += ["refine=0"]
 
 
 def options(group):
@@ -151,78 +151,6 @@ def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
         Evaluation(pool, task, replace(settings, draft_tokens=5), tmp_path).baselines()
 
 
-def test_hull_costs_and_accuracies_by_hand():
-    points = np.array([[0.5, 0.8], [0.1, 0.3], [0.2, 0.25], [0.3, 0.6], [0.4, 0.6], [1.0, 1.0]])
-    hull = monotone_hull(points)
-    np.testing.assert_allclose(hull, [[0.1, 0.3], [0.3, 0.6], [0.5, 0.8], [1.0, 1.0]])
-    assert cost_at(hull, 0.7) == pytest.approx(0.4)
-    assert cost_at(hull, 0.2) == 0.1
-    assert cost_at(hull, 1.01) == np.inf
-    assert accuracy_at(hull, 0.2) == pytest.approx(0.45)
-    assert accuracy_at(hull, 2.0) == 1.0
-    assert np.isnan(accuracy_at(hull, 0.05))
-
-
-def test_points_are_relative_to_llm_only_decoding():
-    sweep = Sweep(correct=np.array([[True, False], [True, True]]), costs=np.array([[1.0, 2.0], [6.0, 4.0]]))
-    np.testing.assert_allclose(sweep.points(np.array([0.5, 0.5])), [[0.3, 0.5], [1.0, 1.0]])
-
-
-def three_points():
-    """The SLM: 40 % at 0.1; a policy: 80 % at 0.3; the LLM: 90 % at 1."""
-    rights = (4, 8, 9)
-    correct = np.array([[i < right for i in range(10)] for right in rights])
-    return Sweep(correct, np.repeat([[0.1], [0.3], [1.0]], 10, axis=1))
-
-
-def test_measures_by_hand():
-    even = np.full(10, 0.1)
-    found = measures(three_points(), three_points(), even)
-    assert found["cost_at_0.90"] == pytest.approx(0.3 + 0.01 / 0.1 * 0.7)
-    assert found["accuracy_at_0.25"] == pytest.approx(0.7)
-    inside = 0.2 * 0.6 + 0.7 * 0.85
-    assert found["deferral_area"] == pytest.approx(inside)
-    assert found["aiq"] == pytest.approx(inside / 0.9)
-    assert found["qnc"] == pytest.approx(1.0)
-    assert found["cpt_0.50"] == pytest.approx(0.1 + 0.25 / 0.4 * 0.2)
-    assert found["cpt_0.80"] == pytest.approx(0.3)
-    assert found["apgr"] == pytest.approx((inside - 0.4) / 0.5)
-
-
-def test_a_comparison_by_hand():
-    even = np.full(10, 0.1)
-    ours = three_points()
-    theirs = Sweep(ours.correct[[0, 2]], ours.costs[[0, 2]])
-    found = comparison(ours, theirs, even)
-    straight = 0.4 + 0.2 / 0.9 * 0.5
-    assert found["largest_gain"] == pytest.approx(0.8 - straight)
-    assert found["largest_gain_cost"] == pytest.approx(0.3)
-    assert found["largest_loss"] == pytest.approx(0.0)
-    their_cost = 0.1 + (0.81 - 0.4) / 0.5 * 0.9
-    assert found["ratio_at_0.90"] == pytest.approx(0.37 / their_cost)
-    assert found["saving_at_0.90"] == pytest.approx(1 - 0.37 / their_cost)
-    assert found["extra_cost_at_0.90"] == pytest.approx(0.37 - their_cost)
-    assert found["gain_at_0.25"] == pytest.approx(0.7 - (0.4 + 0.15 / 0.9 * 0.5))
-    assert all(value == 0 for key, value in comparison(ours, ours, even).items() if key.startswith(("gain", "extra")))
-
-
-def test_bootstrap_covers_a_mean_and_reports_what_cannot_be_reached():
-    values = np.random.default_rng(0).normal(size=400)
-    low, high = bootstrap(lambda seed, weights: {"mean": float(weights @ values)}, 1, 400, 2000, seed=0)["mean"]
-    assert low == pytest.approx(values.mean() - 1.96 * values.std() / 20, abs=0.01)
-    assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.01)
-    never = bootstrap(lambda seed, weights: {"cost": float("inf")}, 1, 4, 10, seed=0)
-    assert never == {"cost": (None, None)}
-
-
-def test_intervals_cover_training_seeds():
-    of_seed = [0.2, 0.4, 0.6]
-    low, high = bootstrap(lambda seed, weights: {"mean": of_seed[seed]}, 3, 5, 2000, seed=0)["mean"]
-    assert (low, high) == (pytest.approx(0.2), pytest.approx(0.6))
-    alike = bootstrap(lambda seed, weights: {"mean": 0.4}, 3, 5, 100, seed=0)["mean"]
-    assert alike == (pytest.approx(0.4), pytest.approx(0.4))
-
-
 def test_rows_are_on_disk_before_the_run_ends(tmp_path):
     with Tracker(tmp_path) as track:
         track({"loss": 1.5})
@@ -298,11 +226,11 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
     monkeypatch.setattr(ExampleDecoder, "decode", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path / "halves")
-    assert [row["policy"] for row in rows(tmp_path / "halves")][-3:] == ["oracle", "random", "random"]
+    assert [row["policy"] for row in rows(tmp_path / "halves")][-3:] == ["oracle", "random"]
     evaluated(tmp_path / "halves")
-    # thresholds, both models alone, random routing and two runs before; the one that was cut off, one more and the
-    # transcripts after
-    assert count[0] == 11 + 3
+    # scores, both models alone on two sets of problems, four runs on validation and one before; the one that was cut
+    # off, two more and the transcripts after
+    assert count[0] == 11 + 4
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     other = config_of("evaluate", *QUICK, "max_new_tokens=64")
     with pytest.raises(ValueError, match="made with max_new_tokens 128, this run has 64"):
@@ -312,7 +240,13 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
 def test_five_lines_lead_from_a_pool_a_task_and_policies_to_a_curve(pool, task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = EvaluationSettings(
-        examples=6, threshold_examples=4, llm_shares=[0.1, 0.5], oracle=5, draft_tokens=4, scheduling=Scheduling(rows=8)
+        examples=6,
+        threshold_examples=4,
+        llm_shares=[0.1, 0.5],
+        refine=0,
+        oracle=5,
+        draft_tokens=4,
+        scheduling=Scheduling(rows=8),
     )
     evaluation = Evaluation(pool, task, settings)
     results = evaluation.run({"entropy": Uncertainty(), "random": Random()})

@@ -9,7 +9,6 @@ from hydra.errors import HydraException
 from experiments.common.config import CONF, register_schemas
 from experiments.reporting.leaderboard_page import headlines, ranked, standing
 from experiments.training.many import Run, runs_of
-from experiments.training.seconds import threshold_at
 
 ROOT = CONF.parent
 
@@ -64,37 +63,24 @@ def test_a_run_is_done_when_its_summary_is_there(tmp_path):
     assert run.done
 
 
-def test_the_cheapest_threshold_that_reaches_the_level_is_taken(tmp_path):
-    rows = [
-        {"policy": "llm", "threshold": None, "accuracy": 1.0, "cost_bytes": 1.0},
-        {"policy": "mine", "threshold": 0.2, "accuracy": 0.94, "cost_bytes": 0.1},
-        {"policy": "mine", "threshold": 0.5, "accuracy": 0.96, "cost_bytes": 0.3},
-        {"policy": "mine", "threshold": 0.6, "accuracy": 0.96, "cost_bytes": 0.2},
-        {"policy": "other", "threshold": 0.7, "accuracy": 1.0, "cost_bytes": 0.01},
-    ]
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert threshold_at(Run("mine", 0, (), tmp_path, tmp_path), 0.95) == 0.6
-    assert threshold_at(Run("mine", 0, (), tmp_path, tmp_path), 0.97) is None
-
-
-def test_rows_are_ranked_by_cost_and_overlaps_are_said():
+def test_rows_are_ranked_by_cost_and_ties_by_the_paired_ratio():
     costs = {"a": 0.3, "b": None, "c": 0.1}
     assert ranked({"policies": {name: {"cost_at": {"0.95": cost}} for name, cost in costs.items()}}) == ["c", "a", "b"]
-    leading = (0.09, 0.12)
-    assert standing("c", "c", leading, leading) == "leader"
-    assert standing("a", "c", (0.11, 0.4), leading) == "overlaps the leader"
-    assert standing("a", "c", (0.2, 0.4), leading) == ""
-    assert standing("a", "c", (0.2, None), leading) == ""
+    intervals = {"c": [1.0, 1.0], "a": [0.99, 1.3], "b": [1.01, 1.3], "d": [None, None]}
+    policies = {name: {"against_c": {"ratio_at_0.95": {"interval": pair}}} for name, pair in intervals.items()}
+    said = {name: standing({"cheapest": "c", "policies": policies}, name) for name in policies}
+    unclear = "not told from the cheapest"
+    assert said == {"c": "cheapest", "a": unclear, "b": "", "d": unclear}
 
 
-def test_savings_follow_from_ratios():
+def test_savings_follow_from_ratios_and_gains_from_the_rivals_losses():
     against = {
         "ratio_at_0.95": {"value": 2.0, "interval": [1.6, 4.0]},
-        "largest_loss": {"value": 0.2, "interval": [0.1, 0.3]},
+        "gain_at_0.25": {"value": -0.2, "interval": [-0.3, -0.1]},
+        "gain_at_0.50": {"value": -0.05, "interval": [-0.06, 0.01]},
     }
     page = headlines({"first": "citer", "policies": {"collm": {"against_citer": against}}})
-    assert "50% [38%, 75%] | 27% | 20 [10, 30] | 17" in page
+    assert "50% [38%, 75%] | up to 27% | 20.0 [10.0, 30.0] | 5.0 [-1.0, 6.0] | up to 17" in page
 
 
 @pytest.mark.slow
@@ -114,7 +100,14 @@ def test_a_small_leaderboard_writes_its_page_and_makes_no_run_twice(tmp_path):
         return (tmp_path / "PAGE.md").read_text()
 
     page = run()
-    for name in ("citer_s (1) *", "routellm_sw (1) *", "r2r (1) *", "entropy (1) |", "*oracle, per query*", "leader |"):
+    for name in (
+        "citer_s (1) *",
+        "routellm_sw (1) *",
+        "r2r (1) *",
+        "entropy (1) |",
+        "*oracle, per query*",
+        "cheapest |",
+    ):
         assert name in page
     assert "](PAGE.png)" in page
     assert (tmp_path / "PAGE.png").stat().st_size > 10_000

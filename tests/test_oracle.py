@@ -22,9 +22,9 @@ from envs.environments.token_routing import RoutingVectorEnv
 from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from experiments.evaluation.answers import Answers, sweep
-from experiments.evaluation.baselines import RANDOM_SHARES, Baselines, measure_baselines, oracle_outcomes
+from experiments.evaluation.baselines import Baselines, measure_baselines, oracle_outcomes
 from experiments.evaluation.decoder import ExampleDecoder
-from experiments.evaluation.metrics import above_random, monotone_hull
+from experiments.evaluation.metrics import Hull, oracle_share
 
 EXAMPLES = 16
 
@@ -175,11 +175,10 @@ def test_limits_are_measured_once(measured, pool, task, examples):
     limits, folder, _ = measured
     never = NeverDecodes(pool, task, examples)
     again = measure_baselines(never, Oracle(budget=200), folder=folder, about={"examples": len(examples)})
-    for one, other in ((limits.oracle, again.oracle), (limits.random[0], again.random[0])):
+    for one, other in ((limits.oracle, again.oracle), (limits.llm, again.llm)):
         np.testing.assert_array_equal(one.costs["bytes"], other.costs["bytes"])
     with pytest.raises(ValueError, match="examples"):
         measure_baselines(never, folder=folder, about={"examples": 3})
-    assert len(limits.random) == len(RANDOM_SHARES)
     assert Baselines.load(folder).exhausted == limits.exhausted
 
 
@@ -204,15 +203,14 @@ def test_shares_of_the_oracles_area(measured, pool):
     def of(runs):
         return sweep(runs, limits.slm, limits.llm, "bytes")
 
-    random, oracle = of(limits.random), of(limits.frontier("bytes"))
-    assert above_random(random, random, oracle, even) == {"area_above_random": 0.0, "oracle_share": 0.0}
-    assert above_random(oracle, random, oracle, even)["oracle_share"] == pytest.approx(1)
+    oracle = of(limits.frontier("bytes"))
+    assert oracle_share(of([]), oracle, even) == 0
+    assert oracle_share(oracle, oracle, even) == 1
     other = of([Answers.of(run(Random(7), 0.4, ""), pool)])
-    assert above_random(other, random, oracle, even)["oracle_share"] < 1
-    assert "oracle_share" not in above_random(other, random, None, even)
+    assert 0 <= oracle_share(other, oracle, even) < 1
     # no cheaper point of any routing is above the oracle's
-    ours, best = monotone_hull(other.points(even)), monotone_hull(oracle.points(even))
-    assert (np.interp(ours[:-1, 0], best[:, 0], best[:, 1]) >= ours[:-1, 1]).all()
+    best = Hull.of(oracle.points(even))
+    assert all(best.accuracy_at(cost) >= accuracy for cost, accuracy in Hull.of(other.points(even)).vertices[:-1])
 
 
 def test_states_taught_are_those_of_live_decoding(found, pool, task, examples, tree):

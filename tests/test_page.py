@@ -42,7 +42,8 @@ def policy(steepness, trained=True, seconds=None):
         "cost_at_interval": {level: [0.1, None] for level in at},
         "cost_at_by_unit": {"llm_tokens": at, **({} if seconds is None else {"seconds": {"0.95": seconds}})},
         "measures": {},
-        "against_citer": {"ratio_at_0.95": interval(1.1), "largest_gain": interval(0.05)},
+        "operating_points": {"0.95": {"cost_bytes": interval(0.19), "accuracy": interval(0.91)}},
+        "against_citer": {"ratio_at_0.95": interval(1.1), "gain_at_0.25": interval(0.05)},
     }
 
 
@@ -60,7 +61,7 @@ def summary_of(**policies):
         "first": "citer",
         "models": {"slm": {"accuracy": 0.4, "cost": 0.05}, "llm": {"accuracy": 0.96, "cost": 1.0}},
         "limits": {
-            "random": {"curve": [[0.05, 0.4], [1.0, 0.96]], "cost_at_by_unit": costs},
+            "line": {"curve": [[0.05, 0.4], [1.0, 0.96]], "cost_at_by_unit": costs},
             "oracle": {"curve": [[0.05, 0.4], [0.08, 1.0]], "cost_at_by_unit": costs},
             "speculative": {"accuracy": 0.96, "cost_bytes": 0.185},
         },
@@ -120,13 +121,10 @@ def test_lines_go_on_as_far_as_their_bands(summary, drawn, tmp_path):
     assert len(colours) >= len(summary["policies"])
 
 
-def test_a_policy_that_draws_is_told_from_the_limit(summary, drawn, tmp_path, monkeypatch):
+def test_operating_points_are_rings_in_the_colours_of_their_curves(summary, drawn, tmp_path):
     plot_curves(summary, tmp_path / "curve.png")
-    assert {"random", "random routing, 10 to 90 % LLM"} <= drawn["names"].keys()
-    monkeypatch.setattr(figures, "curves_svg", lambda summary: "<svg/>")
-    assert "both draw the writer" in page(summary, PageParts())
-    without = {name: one for name, one in summary["policies"].items() if name != "random"}
-    assert "both draw the writer" not in page({**summary, "policies": without}, PageParts())
+    rings = [color for color, points in drawn["lines"] if points.tolist() == [[0.19, 0.91]]]
+    assert len(rings) == len({*rings}) == len(summary["policies"])
 
 
 def test_at_most_eight_policies_are_named_the_first_and_the_cheapest(drawn, tmp_path):

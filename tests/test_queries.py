@@ -104,7 +104,7 @@ def test_who_knows_the_outcomes_gains_all_and_who_guesses_gains_nothing():
     assert knows["qnc"] < 0.5
     guesses = of(rng.random((count, 2)))
     assert guesses["apgr"] == pytest.approx(0.5, abs=0.04)
-    assert guesses["area_above_random"] == pytest.approx(0, abs=0.02)
+    assert guesses["area_above_line"] == pytest.approx(0, abs=0.02)
 
 
 def test_models_stand_in_one_order_in_all_parts_of_a_split():
@@ -140,7 +140,7 @@ def test_agents_route_by_subject_over_splits_and_a_second_start_makes_no_split_a
     summary = compare(settings(*overrides), tmp_path / "run")
     for name in ("knn", "uniroute", "oracle"):
         measures = summary["policies"][name]["measures"]
-        assert measures["area_above_random"]["interval"][0] > 0.1, name
+        assert measures["area_above_line"]["interval"][0] > 0.1, name
         assert measures["qnc"]["value"] < 0.6, name
         assert measures["peak_accuracy"]["value"] > 0.95, name
     assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000

@@ -46,14 +46,17 @@ def interval(value):
 
 def summary_of(*names):
     """The summary of an evaluation, as far as tables show it."""
-    measures = {"over_speculative_at_0.99": 0.9, "area_above_random": 0.1, "oracle_share": 0.8}
+    measures = {"over_speculative_at_0.99": 0.9, "area_above_line": 0.1, "oracle_share": 0.8}
     policy = {
         "seeds": 3,
         "cost_at": {"0.90": 0.18, "0.95": 0.2, "0.99": None},
         "cost_at_interval": {level: [0.1, None] for level in ("0.90", "0.95", "0.99")},
         "cost_at_by_unit": {"llm_tokens": {"0.95": 0.14}},
         "measures": {name: interval(value) for name, value in measures.items()},
-        f"against_{names[0]}": {"ratio_at_0.95": interval(1.1), "largest_gain": interval(0.05)},
+        "operating_points": {
+            level: {"accuracy": interval(0.93), "cost_bytes": interval(0.21)} for level in ("0.90", "0.95", "0.99")
+        },
+        f"against_{names[0]}": {"ratio_at_0.95": interval(1.1), "gain_at_0.25": interval(0.05)},
     }
     curve = {
         "curve": [],
@@ -66,7 +69,7 @@ def summary_of(*names):
         "cost": "bytes",
         "first": names[0],
         "models": {"slm": {"accuracy": 0.38, "cost": 0.06}, "llm": {"accuracy": 0.97, "cost": 1.0}},
-        "limits": {"random": curve, "query_oracle": curve, "speculative": {"accuracy": 0.97, "cost_bytes": 0.18}},
+        "limits": {"line": curve, "query_oracle": curve, "speculative": {"accuracy": 0.97, "cost_bytes": 0.18}},
         "policies": dict.fromkeys(names, policy),
     }
 
@@ -77,9 +80,9 @@ def test_the_printed_table_fits_and_names_are_whole(capsys, tmp_path):
     write_table(full, tmp_path / "table.md", most_wanted(full), notes=["So it is."])
     *lines, note, more = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= WIDTH
-    for name in (f"{LONG} (3)", "speculative decoding", "oracle, per query", "random routing", "slm only"):
+    for name in (f"{LONG} (3)", "speculative decoding", "oracle, per query", "a coin per query", "slm only"):
         assert any(line.startswith(name + " ") for line in lines)
-    assert any("0.200 [0.100, none]" in line for line in lines)
+    assert any("0.930 [0.920, 0.940]  0.210 [0.200, 0.220]" in line for line in lines)
     assert note == "So it is."
     left_out = len(full.columns) - len(narrowed(full, most_wanted(full)).columns)
     assert more == f"{tmp_path / 'table.md'} holds {left_out} more columns"
@@ -92,7 +95,7 @@ def test_all_columns_are_printed_where_they_are_asked_for(capsys, tmp_path):
     full = table(summary_of("citer", LONG))
     write_table(full, tmp_path / "table.md", most_wanted(full), "all")
     printed = capsys.readouterr().out
-    for header in ("accuracy", "most above", "share of the", "LLM tokens"):
+    for header in ("accuracy", "above citer", "share of the", "LLM tokens"):
         assert header in printed
     assert "more columns" not in printed
 
@@ -103,7 +106,7 @@ def test_columns_are_left_out_by_what_they_are_worth_and_stay_in_order():
     assert sorted(order) == list(range(len(full.columns)))
     headers = [[str(column.header) for column in narrowed(full, order, width).columns] for width in (1, 45, 10_000)]
     assert headers[0] == ["policy (seeds)"]
-    assert headers[1] == ["policy (seeds)", "cost at 95% of\nthe LLM's accuracy"]
+    assert headers[1] == ["policy (seeds)", "chosen for 95%:\naccuracy"]
     assert headers[2] == [str(column.header) for column in full.columns]
 
 
@@ -111,7 +114,7 @@ def test_the_table_of_queries_fits_too():
     agents = {
         name: {
             "measures": {
-                key: interval(0.5) for key in ("area_above_random", "aiq", "qnc", "apgr", "cpt_0.50", "cpt_0.80")
+                key: interval(0.5) for key in ("area_above_line", "aiq", "qnc", "apgr", "cpt_0.50", "cpt_0.80")
             },
             "less_knn": {key: interval(0.1) for key in ("qnc", "aiq")},
         }
@@ -121,7 +124,7 @@ def test_the_table_of_queries_fits_too():
     full = query_table(summary)
     printed = narrowed(full, range(len(full.columns)))
     assert measured_width(printed) <= WIDTH < measured_width(full)
-    assert [str(column.header) for column in printed.columns][:2] == ["agent", "area above\nrandom"]
+    assert [str(column.header) for column in printed.columns][:2] == ["agent", "area above\nthe line"]
 
 
 def answers(correct, cost):
@@ -138,7 +141,7 @@ def answers(correct, cost):
 def results(exhausted, oracle_solves):
     """A policy that is right on 18 of 20 at 0.15, beside an oracle that solves some."""
     slm, llm = answers(6, 0.1), answers(19, 1.0)
-    baselines = Baselines(slm, llm, [answers(10, 0.5)], None, answers(oracle_solves, 0.14), exhausted)
+    baselines = Baselines(slm, llm, None, answers(oracle_solves, 0.14), exhausted)
     about = {"task": "arithmetic", "pool": ["slm", "llm"], "split": "test"}
     policies = {"mine": [[answers(18, 0.15)]]}
     return Results(about, baselines, policies, frozenset(), {"mine": [[0.5]]})

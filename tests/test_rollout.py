@@ -18,7 +18,7 @@ from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.task import Example
 from experiments.evaluation.decoder import ExampleDecoder
-from experiments.evaluation.threshold_sweep import choose_thresholds
+from experiments.evaluation.threshold_sweep import choose_thresholds, record_scores
 
 
 def started_by(rows, items):
@@ -164,7 +164,7 @@ def test_scores_are_checked_at_the_first_decision_by_name(pool, task, scores, er
     # where thresholds are chosen, another policy asks for them
     decoder = ExampleDecoder(pool, task, examples, 20, Scheduling(), None)
     with pytest.raises(error, match=message):
-        choose_thresholds(decoder, {"mine": Scoring(scores)}, [0.5])
+        record_scores(decoder, {"mine": Scoring(scores)})
 
 
 def test_search_names_the_policy_whose_scores_are_none(pool, task):
@@ -187,7 +187,8 @@ def test_scores_may_be_arrays_of_any_layout_and_choose_what_tensors_choose(pool,
     expected = decode(pool, task, examples, Scoring(lambda n: torch.from_numpy(rising(n))), max_new_tokens=20)
     assert {0, 1} == {int(writer) for episode in expected for writer in episode.writers}
     decoder = ExampleDecoder(pool, task, examples, 20, Scheduling(), None)
-    thresholds = choose_thresholds(decoder, {"mine": Scoring(lambda n: torch.from_numpy(rising(n)))}, [0.3, 0.6])
+    recorded = record_scores(decoder, {"mine": Scoring(lambda n: torch.from_numpy(rising(n)))})
+    thresholds = choose_thresholds(recorded, [0.3, 0.6])
     layouts = (
         rising, lambda n: rising(n)[::-1].copy()[::-1], lambda n: np.stack([rising(n)] * 2, axis=1)[:, 0],
         lambda n: np.frombuffer(rising(n).tobytes(), dtype=np.float32),  # read-only
@@ -197,7 +198,7 @@ def test_scores_may_be_arrays_of_any_layout_and_choose_what_tensors_choose(pool,
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one.writers, other.writers)
             np.testing.assert_array_equal(one.scores, other.scores)
-        assert choose_thresholds(decoder, {"mine": Scoring(scores)}, [0.3, 0.6]) == thresholds
+        assert choose_thresholds(record_scores(decoder, {"mine": Scoring(scores)}), [0.3, 0.6]) == thresholds
 
 
 def test_an_observation_is_tensors_on_one_device(pool, task):

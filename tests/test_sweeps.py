@@ -25,7 +25,7 @@ from experiments.common.job_names import LONGEST, folder_name
 from experiments.common.program import program
 from experiments.evaluate import listed_agents
 from experiments.evaluation.answers import Answers
-from experiments.evaluation.baselines import RANDOM_SHARES, Baselines
+from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.kept import told_apart
 from experiments.evaluation.merge import gather, report
 from experiments.evaluation.summary import summarize
@@ -126,8 +126,7 @@ def evaluated(folder, policies, config, seed=0, timed=True, **manifest):
     runs = folder / "evaluation" / "runs"
     same = np.random.default_rng(0)
     slm, llm = answers(same, 0.3, 0.1, timed), answers(same, 0.95, 1.0, timed)
-    random = [answers(same, 0.3 + 0.6 * share, share, timed) for share in RANDOM_SHARES]
-    Baselines(slm, llm, random, None, answers(same, 0.98, 0.15, timed), exhausted=3).save(runs)
+    Baselines(slm, llm, None, answers(same, 0.98, 0.15, timed), exhausted=3).save(runs)
     rng = np.random.default_rng(seed + 1)
     rows = []
     for name, points in policies.items():

@@ -106,7 +106,7 @@ def _chains(ordered: FloatArray) -> FloatArray:
     for position in range(count):
         point = ordered[:, position]
         while True:
-            last, before = chain[rows, sizes - 1], chain[rows, sizes - 2]
+            last, before = (chain[rows, np.maximum(sizes - back, 0)] for back in (1, 2))
             run, rise = (last - before).T
             below = (sizes >= 2) & (rise * (point[:, 0] - before[:, 0]) <= (point[:, 1] - before[:, 1]) * run)
             if not below.any():

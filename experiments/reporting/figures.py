@@ -100,7 +100,7 @@ def _draw_curves(summary: Mapping[str, Any], target: Path | IO[bytes], axis: str
         for position, name in enumerate(named):
             colour = colours(position)
             labels.append(Label(name, _draw_policy(axes, summary["policies"][name], colour), colour))
-            _mark_chosen(axes, summary["policies"][name], f"cost_{summary['cost']}", colour)
+            _mark_chosen(axes, summary["policies"][name], f"cost_{summary.get('cost')}", colour)
         for name, front in summary.get("fronts", {}).items():
             points = _to_the_end(front["curve"])
             # below the curves it is made of, which stay visible on it

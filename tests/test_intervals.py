@@ -1,0 +1,173 @@
+"""Intervals mean what they say: their coverage, and how often equal policies are told apart, by simulation."""
+
+import numpy as np
+import pytest
+
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.baselines import Baselines
+from experiments.evaluation.intervals import Estimate, estimates, resampled
+from experiments.evaluation.metrics import Sweep, measures
+from experiments.evaluation.operating_points import cheapest_reaching, finer_thresholds, operating_points
+from experiments.evaluation.summary import Results, summarize
+
+THRESHOLDS = 6
+SHARES = np.linspace(0, 1, THRESHOLDS)
+REGULAR = ("cost_at_0.90", "cost_at_0.95", "accuracy_at_0.25", "accuracy_at_0.50", "aiq", "area_above_line", "cpt_0.80")
+"""Measures whose value lies inside their range here; at an end of it no interval is centred."""
+
+
+def policy(rng, difficulty, lengths, seeds, sigma):
+    """Sweeps of one policy: each seed has a skill of its own (`sigma`), and luck of its own on each problem."""
+    sweeps = []
+    for _ in range(seeds):
+        skill = -0.4 + 2.6 * SHARES ** (0.35 * np.exp(sigma * rng.normal()))
+        skill[1:-1] += sigma * rng.normal()
+        # at the ends there is one model alone, whose answers no seed changes
+        luck = np.stack([np.zeros(len(difficulty)), *[0.6 * rng.normal(size=len(difficulty))] * (THRESHOLDS - 2)])
+        luck = np.concatenate([luck, luck[:1]])
+        sweeps.append(Sweep(difficulty + luck < skill[:, None], (0.1 + 0.9 * SHARES)[:, None] * lengths))
+    return sweeps
+
+
+def problems(rng, count):
+    return rng.normal(size=count), 1 + rng.gamma(4, size=count)
+
+
+def estimated(sweeps, weights):
+    return estimates([measures(one, one, weights) for one in sweeps])
+
+
+def simulated(seeds, sigma, count, repeats, samples=200):
+    """How often the interval of each measure covers its true value, and how often two equal policies differ."""
+    rng = np.random.default_rng(1)
+    difficulty, lengths = problems(rng, 8_000)
+    even = np.full((1, 8_000), 1 / 8_000)
+    truth = {name: one.value for name, one in estimated(policy(rng, difficulty, lengths, 200, sigma), even).items()}
+    covered, found = dict.fromkeys(REGULAR, 0), {}
+    for repeat in range(repeats):
+        difficulty, lengths = problems(rng, count)
+        weights = resampled(count, samples, repeat)
+        ours, theirs = (estimated(policy(rng, difficulty, lengths, seeds, sigma), weights) for _ in range(2))
+        for name in REGULAR:
+            low, high = ours[name].interval()
+            covered[name] += low <= truth[name] <= high
+            low, high = ours[name].less(theirs[name])[1]
+            found[name] = found.get(name, 0) + (low > 0 or high < 0)
+            if name.startswith("cost_at"):
+                low, high = ours[name].over(theirs[name])[1]
+                found[f"{name}, ratio"] = found.get(f"{name}, ratio", 0) + (low > 1 or high < 1)
+    return (*({name: number / repeats for name, number in some.items()} for some in (covered, found)),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize(("sigma", "count"), [(0.1, 300), (0.02, 1000)])
+def test_intervals_cover_what_they_say_and_equal_policies_are_rarely_told_apart(seeds, sigma, count):
+    covered, found = simulated(seeds, sigma, count, repeats=200)
+    print(seeds, sigma, count, covered, found)
+    for name, share in covered.items():
+        assert 0.92 <= share <= 0.99, (name, share)
+    shares = list(found.values())
+    # single measures of 200 pairs vary by 1.5 points; all of them together by less
+    assert 0.02 <= np.mean(shares) <= 0.09, found
+    assert max(shares) <= 0.09, found
+
+
+def test_a_sample_of_intervals_covers_what_it_says():
+    covered, found = simulated(3, 0.1, 150, repeats=40, samples=60)
+    assert np.mean(list(covered.values())) > 0.9
+    assert np.mean(list(found.values())) < 0.12
+
+
+def test_an_interval_over_problems_is_that_of_a_mean():
+    values = np.random.default_rng(0).normal(size=400)
+    weights = resampled(400, 2000, seed=0)
+    low, high = Estimate((weights @ values)[None]).interval()
+    assert low == pytest.approx(values.mean() - 1.96 * values.std() / 20, abs=0.01)
+    assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.01)
+
+
+def test_an_interval_over_seeds_is_a_t_interval():
+    of_seed = np.array([0.2, 0.4, 0.6])
+    low, high = Estimate(np.repeat(of_seed[:, None], 11, axis=1)).interval()
+    half = 4.302653 * 0.2 / np.sqrt(3)
+    assert (low, high) == (pytest.approx(0.4 - half, abs=1e-5), pytest.approx(0.4 + half, abs=1e-5))
+    alike = Estimate(np.full((3, 11), 0.4)).interval()
+    assert alike == (pytest.approx(0.4), pytest.approx(0.4))
+
+
+def test_what_has_no_value_has_no_interval():
+    assert Estimate(np.full((2, 5), np.nan)).interval() == (None, None)
+    assert Estimate(np.array([[0.3, 0.3, np.nan]])).interval() == (None, None)
+
+
+def test_equal_policies_come_out_equal():
+    rng = np.random.default_rng(3)
+    difficulty, lengths = problems(rng, 60)
+    one = estimated(policy(rng, difficulty, lengths, 1, 0.1), resampled(60, 50, 0))
+    for name, estimate in one.items():
+        assert estimate.less(estimate) == (0.0, (0.0, 0.0)), name
+        assert estimate.over(estimate) == (1.0, (1.0, 1.0)), name
+
+
+def answers(correct, cost):
+    count = len(correct)
+    return Answers(
+        correct=np.array(correct),
+        terminated=np.ones(count, dtype=bool),
+        llm_tokens=np.full(count, 10 * cost),
+        tokens=np.full(count, 10.0),
+        costs={unit: np.full(count, cost) for unit in ("bytes", "llm_tokens")},
+    )
+
+
+def right(share):
+    return [i < 20 * share for i in range(20)]
+
+
+SLM, LLM = answers(right(0.3), 0.1), answers(right(1.0), 1.0)
+
+
+def test_operating_points_are_chosen_on_validation_and_measured_on_the_problems():
+    # on validation the second threshold reaches 95 %, on the problems only the third would
+    tried = [answers(right(0.5), 0.2), answers(right(0.95), 0.3), answers(right(1.0), 0.5)]
+    tested = [answers(right(0.4), 0.22), answers(right(0.8), 0.33), answers(right(0.95), 0.55)]
+    baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
+    results = Results(
+        {}, baselines, {"mine": [tested]}, frozenset(), {"mine": [[0.1, 0.2, 0.3]]}, validated={"mine": [tried]}
+    )
+    points = summarize(results, samples=50)["policies"]["mine"]["operating_points"]
+    assert points["0.95"]["thresholds"] == [0.2]
+    assert points["0.95"]["accuracy"]["value"] == pytest.approx(0.8)
+    assert points["0.95"]["share_of_llm"]["value"] == pytest.approx(0.8)
+    assert points["0.95"]["cost_bytes"]["value"] == pytest.approx(0.33)
+    assert points["0.99"]["thresholds"] == [0.3]
+    low, high = points["0.95"]["accuracy"]["interval"]
+    assert low < 0.8 < high
+
+
+def test_who_never_gets_there_on_validation_is_used_as_the_llm_alone():
+    baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
+    tried = [[answers(right(0.5), 0.2)]]
+    points = operating_points(baselines, tried, tried, [[0.4]], "bytes", resampled(20, 5, 0))
+    assert points["0.90"]["thresholds"] == ["llm"]
+    assert points["0.90"]["cost_bytes"]["value"] == 1.0
+    cheap = Baselines(LLM, LLM, None, None, 0, validation=(LLM, LLM))
+    assert operating_points(cheap, tried, tried, None, "bytes", resampled(20, 5, 0))["0.90"]["thresholds"] == ["slm"]
+
+
+def test_the_cheapest_that_reaches_is_chosen_whatever_the_order():
+    runs = [answers(right(1.0), 0.9), answers(right(0.95), 0.4), answers(right(0.95), 0.3), answers(right(0.5), 0.1)]
+    assert cheapest_reaching(runs, 0.95, "bytes") == 2
+    assert cheapest_reaching(runs[3:], 0.95, "bytes") == 0
+
+
+def test_a_wide_gap_at_a_level_is_divided_and_a_narrow_one_is_not():
+    quantiles = np.linspace(0, 1, 1001)
+    wide = [answers(right(0.4), 0.2), answers(right(1.0), 0.9)]
+    # all levels lie between the two: halfway between their shares
+    assert finer_thresholds([0.1, 0.7], wide, (SLM, LLM), quantiles, "bytes") == [pytest.approx(0.4)]
+    # in whatever order they were tried
+    assert finer_thresholds([0.7, 0.1], wide[::-1], (SLM, LLM), quantiles, "bytes") == [pytest.approx(0.4)]
+    narrow = [answers(right(0.4), 0.2), answers(right(1.0), 0.2001)]
+    assert finer_thresholds([0.1, 0.7], narrow, (SLM, LLM), quantiles, "bytes") == []
