@@ -27,6 +27,7 @@ ORDER = {
     "experiments": [
         {"common"},
         {"reporting"},
+        {"measures"},
         {"evaluation"},
         {"training", "query_routing", "speed_suites", "pretraining"},
         {TOP},

@@ -130,7 +130,9 @@ def test_a_policy_pays_for_its_own_parameters():
 
 def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     pool, task = embedded_pool(), ArithmeticTask()
-    settings = EvaluationSettings(examples=4, oracle=0, draft_tokens=4, scheduling=Scheduling(rows=4))
+    settings = EvaluationSettings(
+        examples=4, threshold_examples=3, oracle=0, draft_tokens=4, scheduling=Scheduling(rows=4)
+    )
     evaluation = Evaluation(pool, task, settings, tmp_path)
     baselines = evaluation.baselines()
     slm, llm = baselines.slm, baselines.llm
@@ -226,10 +228,10 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
     monkeypatch.setattr(ExampleDecoder, "decode", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path / "halves")
-    assert [row["policy"] for row in rows(tmp_path / "halves")][-3:] == ["oracle", "random"]
+    assert [row["policy"] for row in rows(tmp_path / "halves")][-2:] == ["oracle", "random"]
     evaluated(tmp_path / "halves")
-    # scores, both models alone on two sets of problems, four runs on validation and one before; the one that was cut
-    # off, two more and the transcripts after
+    # scores, the models alone on both sets of problems, four runs on validation problems and one before the one that
+    # was cut off; that one, two more and the transcripts after
     assert count[0] == 11 + 4
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     other = config_of("evaluate", *QUICK, "max_new_tokens=64")

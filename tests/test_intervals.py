@@ -5,10 +5,10 @@ import pytest
 
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.intervals import Estimate, estimates, resampled
-from experiments.evaluation.metrics import Sweep, measures
 from experiments.evaluation.operating_points import cheapest_reaching, finer_thresholds, operating_points
 from experiments.evaluation.summary import Results, summarize
+from experiments.measures.intervals import Estimate, estimates, resampled
+from experiments.measures.metrics import Sweep, measures
 
 THRESHOLDS = 6
 SHARES = np.linspace(0, 1, THRESHOLDS)

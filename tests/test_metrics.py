@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from experiments.evaluation.metrics import Hull, Sweep, measures, oracle_share
+from experiments.measures.metrics import Hull, Sweep, measures, oracle_share
 
 UNIT = st.floats(0, 1, width=32)
 

@@ -24,7 +24,7 @@ from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from experiments.evaluation.answers import Answers, sweep
 from experiments.evaluation.baselines import Baselines, measure_baselines, oracle_outcomes
 from experiments.evaluation.decoder import ExampleDecoder
-from experiments.evaluation.metrics import Hull, oracle_share
+from experiments.measures.metrics import Hull, oracle_share
 
 EXAMPLES = 16
 

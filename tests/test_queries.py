@@ -140,7 +140,7 @@ def test_agents_route_by_subject_over_splits_and_a_second_start_makes_no_split_a
     summary = compare(settings(*overrides), tmp_path / "run")
     for name in ("knn", "uniroute", "oracle"):
         measures = summary["policies"][name]["measures"]
-        assert measures["area_above_line"]["interval"][0] > 0.1, name
+        assert measures["area_above_line"]["interval"][0] > 0, name  # two splits say little
         assert measures["qnc"]["value"] < 0.6, name
         assert measures["peak_accuracy"]["value"] > 0.95, name
     assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000

@@ -18,7 +18,7 @@ from envs.arrays import FloatArray
 from envs.costs import ALL_COSTS, WRITTEN, Price
 from envs.models.pool import ModelPool
 from envs.storage import write_whole
-from experiments.evaluation.metrics import Sweep
+from experiments.measures.metrics import Sweep
 
 
 @dataclass(frozen=True)

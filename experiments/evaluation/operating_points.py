@@ -10,8 +10,8 @@ import numpy as np
 from envs.arrays import FloatArray
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.intervals import Estimate, estimates, resampled
-from experiments.evaluation.metrics import LEVELS, Hull
+from experiments.measures.intervals import Estimate, estimates, resampled
+from experiments.measures.metrics import LEVELS, Hull
 
 SHARES = np.linspace(0, 1, 1001)
 """Quantiles of a score that thresholds are looked up in."""

@@ -11,8 +11,9 @@ import numpy as np
 from envs.arrays import FloatArray
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.intervals import Estimate, described, estimates, resampled
-from experiments.evaluation.metrics import (
+from experiments.evaluation.operating_points import operating_points
+from experiments.measures.intervals import Estimate, described, estimates, resampled
+from experiments.measures.metrics import (
     COSTS,
     LEVELS,
     Hull,
@@ -22,7 +23,6 @@ from experiments.evaluation.metrics import (
     oracle_share,
     over_price,
 )
-from experiments.evaluation.operating_points import operating_points
 
 BAND_POINTS, BAND_SAMPLES = 40, 200
 

@@ -21,7 +21,7 @@ from envs.arrays import FloatArray, IntArray
 from envs.progress import ProgressBar
 from envs.storage import write_tensors
 from experiments.common.tracking import labelled
-from experiments.evaluation.metrics import Sweep
+from experiments.measures.metrics import Sweep
 
 SWEEP = 64
 """Cost weights on a curve."""

@@ -11,14 +11,14 @@ import numpy as np
 
 from agents.query_routing.outcomes import QueryOutcomes
 from envs.arrays import FloatArray
-from experiments.evaluation.intervals import estimates, resampled
-from experiments.evaluation.metrics import Sweep, finite, measures
 from experiments.evaluation.summary import band, mean_curve
+from experiments.measures.intervals import estimates, resampled
+from experiments.measures.metrics import Sweep, finite, measures
 from experiments.query_routing.splits import Routed, Split
 
 
 def measured(sweep: Sweep, calls: Sweep | None, weights: FloatArray) -> dict[str, FloatArray]:
-    """`experiments.evaluation.metrics.measures` of one agent in one split.
+    """`experiments.measures.metrics.measures` of one agent in one split.
 
     Also peak_accuracy: the best the agent itself reaches at any cost weight.
     """

@@ -1,7 +1,7 @@
 """What a sweep over thresholds says: a concave hull, costs at an accuracy, accuracies at a cost, and areas.
 
 Everything is computed for many weightings of the same examples at once, which is what intervals need
-(`experiments.evaluation.intervals`).
+(`experiments.measures.intervals`).
 """
 
 from __future__ import annotations

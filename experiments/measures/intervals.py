@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from envs.arrays import FloatArray
-from experiments.evaluation.metrics import finite
+from experiments.measures.metrics import finite
 
 TAIL = 0.025
 Interval = tuple[float | None, float | None]

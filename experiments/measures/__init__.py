@@ -1,0 +1,1 @@
+"""What evaluations are measured by: curves, their measures, and intervals."""
