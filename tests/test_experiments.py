@@ -279,6 +279,9 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
 
 def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settings(tmp_path, monkeypatch):
     pool, task = embedded_pool(), ArithmeticTask()
+    # drawn elsewhere
+    monkeypatch.setattr("experiments.evaluation.report.plot_curves", lambda *given: None)
+    monkeypatch.setattr("experiments.evaluation.report.page", lambda *given: "")
     config = config_of("evaluate", *QUICK, "scheduling.rows=8")
     policies = {"random": Random(seed=1), "entropy": Uncertainty()}
 
