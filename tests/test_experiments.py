@@ -282,7 +282,7 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
     # drawn elsewhere
     monkeypatch.setattr("experiments.evaluation.report.plot_curves", lambda *given: None)
     monkeypatch.setattr("experiments.evaluation.report.page", lambda *given: "")
-    config = config_of("evaluate", *QUICK, "scheduling.rows=8")
+    config = config_of("evaluate", *QUICK, "max_new_tokens=24", "scheduling.rows=8")
     policies = {"random": Random(seed=1), "entropy": Uncertainty()}
 
     def evaluated(folder, config=config):
@@ -313,7 +313,7 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
     assert count[0] == 11 + 3
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     other = config_of("evaluate", *QUICK, "max_new_tokens=64")
-    with pytest.raises(ValueError, match="made with max_new_tokens 48, this run has 64"):
+    with pytest.raises(ValueError, match="made with max_new_tokens 24, this run has 64"):
         evaluated(tmp_path / "whole", other)
 
 
