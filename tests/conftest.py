@@ -10,35 +10,11 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("CITER_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # nor do they spin, which takes the cores from everyone else
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-import envs.storage
-from envs.models.loading import load_pool
-
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Nothing heavy is imported here: the process that hands out the tests reads this file too, before it starts the others.
 CHARACTERS = string.printable[:95]
 ENDS = [0, 30, 45, 60, 75, 90]  # several end tokens, so that random text ends now and then
 PLAIN = {"max_position_embeddings": 128, "tie_word_embeddings": False}
-CONFIGS = {
-    # grouped-query attention: 4 query heads over 2, 6 over 2
-    "llama_small": LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, **PLAIN
-    ),
-    "llama_large": LlamaConfig(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64, **PLAIN
-    ),
-    "qwen2_small": Qwen2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48, **PLAIN
-    ),
-    "qwen2_large": Qwen2Config(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64, **PLAIN
-    ),
-    "gpt2_small": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128),
-    "gpt2_large": GPT2Config(n_embd=48, n_layer=2, n_head=4, n_positions=128),
-}
 POOLS = {
     "llama": ["llama_small", "llama_large"],
     "qwen2": ["qwen2_small", "qwen2_large"],
@@ -47,8 +23,37 @@ POOLS = {
 }
 
 
+def configs():
+    """Tiny models of three families."""
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+    def gqa(config, width, layers, heads, kv_heads, mlp):
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
+        return config(**sizes, num_attention_heads=heads, num_key_value_heads=kv_heads, **PLAIN)
+
+    return {
+        # grouped-query attention: 4 query heads over 2, 6 over 2
+        "llama_small": gqa(LlamaConfig, 32, 2, 4, 2, 48),
+        "llama_large": gqa(LlamaConfig, 48, 3, 6, 2, 64),
+        "qwen2_small": gqa(Qwen2Config, 32, 2, 2, 1, 48),
+        "qwen2_large": gqa(Qwen2Config, 32, 3, 4, 4, 64),
+        "gpt2_small": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+        "gpt2_large": GPT2Config(n_embd=48, n_layer=2, n_head=4, n_positions=128),
+    }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
     def make(characters=CHARACTERS, end="<end>", pad="<|endoftext|>"):
         vocabulary = {token: index for index, token in enumerate(["<end>", "<|endoftext|>", *characters])}
         letters = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -61,6 +66,8 @@ def make_tokenizer():
 @pytest.fixture(scope="session")
 def save_model(tmp_path_factory, make_tokenizer):
     """Saves a random model and its tokenizer; weights wide enough that greedy text is not constant."""
+    import torch
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     def save(name, config, seed=0, tokenizer=None, weights=True, ends=ENDS):
         folder = tmp_path_factory.mktemp("models") / name
@@ -83,11 +90,13 @@ def save_model(tmp_path_factory, make_tokenizer):
 
 @pytest.fixture(scope="session")
 def folders(save_model):
-    return {name: save_model(name, config, seed) for seed, (name, config) in enumerate(CONFIGS.items())}
+    return {name: save_model(name, config, seed) for seed, (name, config) in enumerate(configs().items())}
 
 
 @pytest.fixture(scope="session")
 def pools(folders):
+    from envs.models.loading import load_pool
+
     return {
         name: load_pool([str(folders[m]) for m in members], dtype="float32", verbose=False)
         for name, members in POOLS.items()
@@ -120,6 +129,7 @@ class Interruption(BaseException):
 @pytest.fixture
 def interrupted_at(monkeypatch):
     """A context that is broken off when its n-th file is about to be moved to its place."""
+    import envs.storage
 
     @contextmanager
     def interrupted(moment):

@@ -29,8 +29,11 @@ from tests.programs import call
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("demo", "train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
-QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
-QUICK += ["refine=0"]
+QUICK = [
+    "threads=1", "examples=4", "threshold_examples=3", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2",
+    "max_new_tokens=48", "oracle_budget=20", "draft_tokens=8",
+    "refine=0",
+]  # fmt: skip
 
 
 def options(group):
@@ -131,7 +134,7 @@ def test_a_policy_pays_for_its_own_parameters():
 def test_llm_only_decoding_costs_one_and_the_slm_is_not_free(tmp_path):
     pool, task = embedded_pool(), ArithmeticTask()
     settings = EvaluationSettings(
-        examples=4, threshold_examples=3, oracle=0, draft_tokens=4, scheduling=Scheduling(rows=4)
+        examples=4, threshold_examples=3, oracle=0, draft_tokens=4, max_new_tokens=72, scheduling=Scheduling(rows=4)
     )
     evaluation = Evaluation(pool, task, settings, tmp_path)
     baselines = evaluation.baselines()
@@ -178,7 +181,7 @@ def start(capsys):
 
 def test_train_then_evaluate_writes_what_is_promised(tmp_path):
     trained, evaluated = tmp_path / "train", tmp_path / "evaluate"
-    small = ["agent.examples=20", "agent.training.epochs=2", "agent.training.batch_size=64"]
+    small = ["agent.examples=8", "agent.training.epochs=2", "agent.training.batch_size=64"]
     call("train", "agent=citer", *small, f"hydra.run.dir={trained}", "track=wandb")
     assert {"config.yaml", "metrics.jsonl", "summary.json", "policy", "wandb"} <= {p.name for p in trained.iterdir()}
     call("evaluate", f"+saved.citer={trained / 'policy'}", *QUICK[1:], f"hydra.run.dir={evaluated}")
@@ -204,7 +207,10 @@ def test_train_then_evaluate_writes_what_is_promised(tmp_path):
 
 def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settings(tmp_path, monkeypatch):
     pool, task = embedded_pool(), ArithmeticTask()
-    config = config_of("evaluate", *QUICK, "scheduling.rows=8")
+    # drawn elsewhere
+    monkeypatch.setattr("experiments.evaluation.report.plot_curves", lambda *given: None)
+    monkeypatch.setattr("experiments.evaluation.report.page", lambda *given: "")
+    config = config_of("evaluate", *QUICK, "max_new_tokens=24", "scheduling.rows=8")
     policies = {"random": Random(seed=1), "entropy": Uncertainty()}
 
     def evaluated(folder, config=config):
@@ -235,7 +241,7 @@ def test_an_evaluation_goes_on_after_the_last_threshold_and_refuses_other_settin
     assert count[0] == 11 + 4
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     other = config_of("evaluate", *QUICK, "max_new_tokens=64")
-    with pytest.raises(ValueError, match="made with max_new_tokens 128, this run has 64"):
+    with pytest.raises(ValueError, match="made with max_new_tokens 24, this run has 64"):
         evaluated(tmp_path / "whole", other)
 
 
@@ -248,6 +254,7 @@ def test_five_lines_lead_from_a_pool_a_task_and_policies_to_a_curve(pool, task, 
         refine=0,
         oracle=5,
         draft_tokens=4,
+        max_new_tokens=64,
         scheduling=Scheduling(rows=8),
     )
     evaluation = Evaluation(pool, task, settings)

@@ -62,12 +62,13 @@ def test_an_answer_without_end_is_wrong_in_time_and_the_next_is_right(pool: Grad
     assert not pool.same_value(*OTHER)
 
 
-def test_the_task_grades_answers_without_end_in_threads() -> None:
+def test_the_task_grades_answers_without_end_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_answers.GRADING_POOL, "seconds", 1.0)
     with ThreadPoolExecutor(4) as threads:
         pairs = [("18", ENDLESS[2]), EQUAL, OTHER, ("18", ENDLESS[0]), ("\\frac{1}{2}", "2^{-1}")]
         began = time.monotonic()
         assert list(threads.map(lambda pair: same_value(*pair), pairs)) == [False, True, False, False, True]
-        assert time.monotonic() - began < 2 * (5 + START)
+        assert time.monotonic() - began < 2 * (1 + START)
 
 
 def test_threads_get_their_own_verdicts(pool: GradingPool) -> None:
@@ -89,6 +90,7 @@ class Grading(gym.Env[np.ndarray, int]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, object] | None = None):
         same_value.cache_clear()  # of a forked process: what its parent had asked
+        math_answers.GRADING_POOL.seconds = 1.0  # in the process of this environment
         return np.zeros(1, np.float32), {}
 
     def step(self, action: int):
@@ -165,16 +167,20 @@ def command(code: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("start", "message"),
+    ("start", "seconds", "message"),
     [
-        (("/nowhere/python",), r"cannot start a process that grades answers .*No such file.*: /nowhere/python"),
-        (command("raise SystemExit(1)"), r"cannot start a process that grades answers \(it ended at once\); see"),
-        (command("import time; time.sleep(60)"), r"cannot start .* \(nothing within 2 seconds\)"),
-        (command("print('\"ModuleNotFoundError: math_verify\"')"), r"cannot start .*ModuleNotFoundError: math_verify"),
+        (("/nowhere/python",), 20.0, r"cannot start a process that grades answers .*No such file.*: /nowhere/python"),
+        (command("raise SystemExit(1)"), 20.0, r"cannot start a process that grades answers \(it ended at once\); see"),
+        (command("import time; time.sleep(60)"), 0.5, r"cannot start .* \(nothing within 0.5 seconds\)"),
+        (
+            command("print('\"ModuleNotFoundError: math_verify\"')"),
+            20.0,
+            r"cannot start .*ModuleNotFoundError: math_verify",
+        ),
     ],
 )
-def test_a_worker_that_cannot_start_is_an_error(start: tuple[str, ...], message: str) -> None:
-    pool = GradingPool(command=start, start_seconds=2.0)
+def test_a_worker_that_cannot_start_is_an_error(start: tuple[str, ...], seconds: float, message: str) -> None:
+    pool = GradingPool(command=start, start_seconds=seconds)
     for _ in range(3):  # not the number of workers that may run is used up
         with pytest.raises(GradingError, match=message):
             pool.same_value(*EQUAL)

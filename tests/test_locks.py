@@ -83,11 +83,11 @@ def test_evaluations_that_share_a_tree_lose_no_states(pool, task, tmp_path):
     def evaluated(start):
         settings = EvaluationSettings(
             start=start, examples=3, threshold_examples=2, llm_shares=(0.5,), bootstrap=5, transcripts=0, oracle=0,
-            draft_tokens=0, tree=path, tree_memory=2**27, scheduling=Scheduling(rows=4),
+            max_new_tokens=48, draft_tokens=0, tree=path, tree_memory=2**27, scheduling=Scheduling(rows=4),
         )  # fmt: skip
         return evaluate(pool, task, {"random": Random()}, settings, tmp_path / f"run-{start}")
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(evaluated, (0, 3)))
-    tree = PrefixTree(pool, task, 128, 2**27, path)
+    tree = PrefixTree(pool, task, 48, 2**27, path)
     assert all(tree.root(pool.encode(example.prompt)) >= 0 for example in task.examples("test", 6))

@@ -44,10 +44,10 @@ def found(tree, examples):
     return Oracle(budget=200).search(tree, examples, label=None)
 
 
-def routed(pool, task, example, plans):
-    """Whether the answers routed by `plans`, (n, 128) of actions, are right; decoded live."""
+def routed(pool, task, examples, plans):
+    """Whether the answers to `examples` routed by `plans`, (n, 128) of actions, are right; decoded live, together."""
     environment = RoutingVectorEnv(len(plans), pool=pool, task=task)
-    environment.reset(seed=0, options={"examples": [example] * len(plans)})
+    environment.reset(seed=0, options={"examples": examples})
     verdicts, finals = np.full(len(plans), -1), [None] * len(plans)
     for step in range(plans.shape[1]):
         *_, infos = environment.step(plans[:, step])
@@ -60,32 +60,33 @@ def routed(pool, task, example, plans):
     raise AssertionError("responses go on beyond the limit")
 
 
-def plan_of(writers):
-    plan = np.zeros((1, 128), dtype=int)
-    plan[0, : len(writers)] = writers
-    return plan
+def plans_of(found):
+    plans = np.zeros((len(found), 128), dtype=int)
+    for plan, one in zip(plans, found, strict=True):
+        plan[: len(one.writers)] = one.writers
+    return plans
 
 
 def test_what_the_oracle_finds_is_right_when_it_is_decoded(found, pool, task, examples, tree):
     assert sum(one.solved for one in found) > EXAMPLES / 2
-    for one, example in zip(found, examples, strict=True):
-        verdicts, finals = routed(pool, task, example, plan_of(one.writers))
-        assert bool(verdicts[0]) == one.solved
-        assert finals[0]["llm_tokens"] == one.llm_tokens
+    verdicts, finals = routed(pool, task, examples, plans_of(found))
+    for one, example, verdict, final in zip(found, examples, verdicts, finals, strict=True):
+        assert bool(verdict) == one.solved
+        assert final["llm_tokens"] == one.llm_tokens
         prompt = len(pool.encode(example.prompt))
         entries = response_entries(prompt, one.writers, tree.ends[one.nodes[-1]] == TERMINATED, len(pool))
-        assert MemoryTraffic().of(entries, pool.profiles) == pytest.approx(finals[0]["total_cost_bytes"])
+        assert MemoryTraffic().of(entries, pool.profiles) == pytest.approx(final["total_cost_bytes"])
 
 
 def test_no_routing_with_fewer_llm_tokens_is_right(found, pool, task, examples):
     """All routings with one LLM token less, for problems that need one or two."""
     counts = [one.llm_tokens for one in found if one.solved]
     assert 1 in counts
+    ones = [example for one, example in zip(found, examples, strict=True) if one.solved and one.llm_tokens == 1]
+    assert not routed(pool, task, ones, np.zeros((len(ones), 128), dtype=int))[0].any()
     for one, example in zip(found, examples, strict=True):
-        if one.solved and one.llm_tokens == 1:
-            assert not routed(pool, task, example, np.zeros((1, 128), dtype=int))[0].any()
-        elif one.solved and one.llm_tokens == 2:
-            assert not routed(pool, task, example, np.eye(128, dtype=int)[:100])[0].any()
+        if one.solved and one.llm_tokens == 2:
+            assert not routed(pool, task, [example] * 100, np.eye(128, dtype=int)[:100])[0].any()
 
 
 def test_the_least_cost_is_no_more_than_that_of_the_fewest_tokens(found, pool, examples, tree):

@@ -7,18 +7,15 @@ import pytest
 from tests.programs import call
 
 EVALUATING = [
-    "examples=3",
-    "threshold_examples=2",
-    "llm_shares=[0.3]",
-    "bootstrap=5",
-    "oracle=2",
-    "max_new_tokens=48",
+    "examples=2", "threshold_examples=2", "llm_shares=[0.3]", "bootstrap=5", "oracle_budget=2", "max_new_tokens=24",
     "draft_tokens=8",
-]
+]  # fmt: skip
 STARTS = {
     "train": [
-        "agent=citer", "agent.examples=6", "agent.training.epochs=1", "agent.training.batch_size=64", "evaluate=true",
+        "agent=citer", "agent.examples=6", "agent.max_new_tokens=72", "agent.training.epochs=1",
+        "agent.training.batch_size=64", "evaluate=true",
         *(f"evaluation.{setting}" for setting in EVALUATING), "evaluation.transcripts=0",
+        "evaluation.oracle_budget=0", "evaluation.draft_tokens=0",
     ],
     "evaluate": [
         *EVALUATING, "transcripts=0", "~agents.entropy", "+agent@agents.citer_s=citer_s", "agents.citer_s.examples=6",
@@ -40,7 +37,13 @@ def untimed(value):
 
 
 @pytest.mark.parametrize("script", STARTS)
-def test_two_starts_come_to_equal_summaries(script, tmp_path):
+def test_two_starts_come_to_equal_summaries(script, tmp_path, monkeypatch):
+    # pictures and pages are made of the summaries, and drawing them takes as long as all else
+    for module in ("experiments.evaluation.report", "experiments.query_routing.report"):
+        monkeypatch.setattr(f"{module}.plot_curves", lambda *given: None)
+    monkeypatch.setattr("experiments.evaluation.report.page", lambda *given: "")
+    monkeypatch.setattr("experiments.training.run.plot_learning", lambda *given: None)
+
     def summary(folder):
         call(script, *STARTS[script], f"hydra.run.dir={folder}")
         written = sorted(folder.rglob("summary.json"))

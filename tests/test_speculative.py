@@ -123,7 +123,7 @@ def test_the_tokens_are_those_the_llm_writes_alone(pools, kin, family, draft_tok
         examples = task.examples("test")
         expected = decode(pool, task, examples, Always(slm=False), max_new_tokens=MAX_NEW)
         # fewer rows than examples: they are refilled as they end
-        found = speculate(pool, task, examples, draft_tokens, MAX_NEW, Scheduling(rows=7))
+        found = speculate(pool, task, examples, draft_tokens, MAX_NEW, Scheduling(rows=20))
         assert_same_answers(found, expected)
         for episode in found:
             assert_sound(episode, llm=1)
@@ -151,7 +151,7 @@ def test_a_response_has_its_limit_wherever_that_falls(kin, max_new_tokens):
 def test_the_embedded_pair_writes_what_its_llm_writes_alone(pool, task, draft_tokens):
     examples = task.examples("test", 16)
     expected = decode(pool, task, examples, Always(slm=False), max_new_tokens=96)
-    found = speculate(pool, task, examples, draft_tokens, 96, Scheduling(rows=6))
+    found = speculate(pool, task, examples, draft_tokens, 96, Scheduling(rows=10))
     assert_same_answers(found, expected)
     assert sum((episode.writers == 0).mean() for episode in found) > 0.4 * len(found)
 
