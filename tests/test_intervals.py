@@ -5,7 +5,12 @@ import pytest
 
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.operating_points import cheapest_reaching, finer_thresholds, operating_points
+from experiments.evaluation.operating_points import (
+    cheapest_reaching,
+    operating_points,
+    threshold_to_use,
+    try_thresholds,
+)
 from experiments.evaluation.summary import Results, summarize
 from experiments.measures.intervals import Estimate, estimates, resampled
 from experiments.measures.metrics import Sweep, measures
@@ -162,12 +167,44 @@ def test_the_cheapest_that_reaches_is_chosen_whatever_the_order():
     assert cheapest_reaching(runs[3:], 0.95, "bytes") == 0
 
 
-def test_a_wide_gap_at_a_level_is_divided_and_a_narrow_one_is_not():
+def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share):
+    """A policy whose LLM share is its threshold: which thresholds are tried, in turn, and what comes out."""
+    order = []
+
+    def at(threshold, number):
+        order.append(threshold)
+        assert number < 40
+        return answers(right(accuracy(threshold)), cost(threshold))
+
     quantiles = np.linspace(0, 1, 1001)
-    wide = [answers(right(0.4), 0.2), answers(right(1.0), 0.9)]
-    # all levels lie between the two: halfway between their shares
-    assert finer_thresholds([0.1, 0.7], wide, (SLM, LLM), quantiles, "bytes") == [pytest.approx(0.4)]
-    # in whatever order they were tried
-    assert finer_thresholds([0.7, 0.1], wide[::-1], (SLM, LLM), quantiles, "bytes") == [pytest.approx(0.4)]
-    narrow = [answers(right(0.4), 0.2), answers(right(1.0), 0.2001)]
-    assert finer_thresholds([0.1, 0.7], narrow, (SLM, LLM), quantiles, "bytes") == []
+    return order, *try_thresholds(thresholds, at, (SLM, LLM), quantiles, "bytes", refine)
+
+
+def test_thresholds_are_bisected_not_all_tried():
+    thresholds = [round(0.05 * number, 2) for number in range(1, 20)]
+    order, _, runs = tried_by(lambda share: min(1.0, 0.3 + share), thresholds, refine=0)
+    # 0.3 + share reaches 0.9 at 0.6, 0.95 at 0.65 and 0.99 at 0.7
+    assert order[0] == 0.5
+    assert {0.55, 0.6, 0.65, 0.7} <= set(order)
+    assert len(order) <= 7
+    assert [run is not None for run in runs] == [threshold in order for threshold in thresholds]
+    assert threshold_to_use(runs, LLM, "bytes", 0.9) == thresholds.index(0.6)
+
+
+def test_who_never_gets_there_is_tried_at_few_thresholds_in_whatever_order_they_stand():
+    order, _, runs = tried_by(lambda share: 0.4, [0.7, 0.1, 0.5, 0.3, 0.6], refine=0)
+    assert order == [0.5, 0.6, 0.7]
+    assert threshold_to_use(runs, LLM, "bytes") is None
+
+
+def test_a_gap_is_divided_until_it_is_narrower_than_the_interval():
+    order, thresholds, runs = tried_by(lambda share: min(1.0, 0.3 + share), [0.1], refine=6)
+    assert thresholds[:3] == [0.1, pytest.approx(0.55), pytest.approx(0.775)]
+    reached = thresholds[threshold_to_use(runs, LLM, "bytes", 0.9)]
+    assert 0.6 <= reached < 0.72
+    # in one step of cost nothing can be divided
+    _, thresholds, _ = tried_by(lambda share: float(share > 0.5), [0.1, 0.7], refine=6, cost=lambda share: 0.2)
+    assert thresholds == [0.1, 0.7]
+    _, thresholds, _ = tried_by(lambda share: min(1.0, 0.3 + share), [0.1], refine=0)
+    assert thresholds == [0.1]
+    assert order[0] == 0.1

@@ -80,11 +80,16 @@ class KeptEvaluation:
             return {"saved": self.config["saved"][policy]}
         return dict(flat(self.config.get("agents", {}).get(policy, {})))
 
+    @property
+    def thresholds_chosen(self) -> bool:
+        """Whether validation problems were answered at all thresholds that operating points are chosen by."""
+        return (self.runs / CHOSEN).is_file()
+
     @cached_property
     def thresholds(self) -> dict[str, list[float]]:
         """All thresholds of each policy."""
-        path = self.runs / CHOSEN
-        return dict(json.loads(path.read_text()) if path.is_file() else self.manifest["thresholds"])
+        text = (self.runs / CHOSEN).read_text() if self.thresholds_chosen else ""
+        return dict(json.loads(text) if text else self.manifest["thresholds"])
 
     def missing(self) -> Path | None:
         """The first piece that is not there; None where it is complete."""
@@ -96,10 +101,10 @@ class KeptEvaluation:
         """A policy's answers at each of its thresholds."""
         return [Answers.load(path) for path in self._paths(policy)]
 
-    def validated(self, policy: str) -> list[Answers] | None:
-        """The same to the validation problems; None in evaluations of before, which did not keep them."""
+    def validated(self, policy: str) -> list[Answers | None] | None:
+        """The same to the validation problems, where they were tried; None in evaluations that did not keep them."""
         paths = self._paths(policy, VALIDATED)
-        return [Answers.load(path) for path in paths] if all(path.is_file() for path in paths) else None
+        return [Answers.load(path) if path.is_file() else None for path in paths] if self.thresholds_chosen else None
 
     def _paths(self, policy: str, under: str = "") -> list[Path]:
         return [self.runs / under / policy / f"{i:02d}.safetensors" for i in range(len(self.thresholds[policy]))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from envs.storage import write_text
 from experiments.evaluation.answers import Answered, Answers
 from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.kept import KeptEvaluation, kept_below, not_evaluated_yet, told_apart
+from experiments.evaluation.operating_points import Tried
 from experiments.evaluation.report import write_report
 from experiments.evaluation.summary import Front, Results, summarize
 from experiments.reporting.page import PAGE, PageParts
@@ -140,10 +141,10 @@ def _merged(named: Sequence[NamedRun], folder: Path, first: str | None) -> Resul
     baselines = Baselines.load(place.runs)
     # evaluations through a replay tree are not timed: seconds are compared where all of them have some
     units = set(baselines.slm.costs).intersection(*(one.costs for seeds in answers.values() for one in _each(seeds)))
-    policies = {name: _in_units(seeds, units) for name, seeds in answers.items()}
+    policies = {name: [[one.in_units(units) for one in runs] for runs in seeds] for name, seeds in answers.items()}
     tried = {name: [run.evaluation.validated(run.agent) for run in by_seed[name]] for name in names}
     validated = {
-        name: _in_units([one for one in seeds if one], units)
+        name: [[one and one.in_units(units) for one in runs] for runs in seeds if runs]
         for name, seeds in tried.items()
         if baselines.validation and all(seeds)
     }
@@ -158,17 +159,12 @@ def _merged(named: Sequence[NamedRun], folder: Path, first: str | None) -> Resul
     )
 
 
-def _in_units(seeds: Answered, units: Collection[str]) -> list[list[Answers]]:
-    """The same with costs in some units alone."""
-    return [[one.in_units(units) for one in runs] for runs in seeds]
-
-
 def _each(seeds: Answered) -> Iterator[Answers]:
     return (one for runs in seeds for one in runs)
 
 
 def _fronts(
-    runs: Mapping[str, Sequence[NamedRun]], policies: Mapping[str, Answered], validated: Mapping[str, Answered]
+    runs: Mapping[str, Sequence[NamedRun]], policies: Mapping[str, Answered], validated: Mapping[str, Sequence[Tried]]
 ) -> dict[str, Front]:
     """For each agent with several settings: all of them as one policy, for the seeds that they share."""
     settings: dict[str, list[str]] = {}
@@ -179,16 +175,14 @@ def _fronts(
         places = {name: {run.evaluation.seed: place for place, run in enumerate(runs[name])} for name in names}
         seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in places.values())))
 
-        def together(
-            some: Mapping[str, Answered], names: Sequence[str] = names, places: Any = places, seeds: Any = seeds
-        ) -> list[list[Answers]]:
-            return [[one for name in names for one in some[name][places[name][seed]]] for seed in seeds]
-
+        pairs = [[(name, places[name][seed]) for name in names] for seed in seeds]
         if len(names) > 1 and seeds:
             fronts[agent] = Front(
-                owners=[[name for name in names for _ in policies[name][places[name][seed]]] for seed in seeds],
-                runs=together(policies),
-                validated=together(validated) if validated.keys() >= set(names) else None,
+                owners=[[name for name, place in some for _ in policies[name][place]] for some in pairs],
+                runs=[[one for name, place in some for one in policies[name][place]] for some in pairs],
+                validated=[[one for name, place in some for one in validated[name][place]] for some in pairs]
+                if validated.keys() >= set(names)
+                else None,
             )
     return fronts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,22 @@ SAMPLES = 200
 """Resamplings behind the interval that a gap is compared with."""
 
 
-def cheapest_reaching(runs: Sequence[Answers], accuracy: float, unit: str) -> int:
+Tried = Sequence[Answers | None]
+"""Of one policy: the answers at each threshold, None where it was not tried."""
+
+
+def cheapest_reaching(runs: Tried, accuracy: float, unit: str) -> int:
     """The number of the cheapest run that is right on at least this share of its problems; the last one if none is."""
-    reaching = [number for number, run in enumerate(runs) if run.correct.mean() >= accuracy]
-    return min(reaching, key=lambda number: runs[number].costs[unit].sum(), default=len(runs) - 1)
+    costs = {
+        number: run.costs[unit].sum()
+        for number, run in enumerate(runs)
+        if run is not None and run.correct.mean() >= accuracy
+    }
+    return min(costs, key=lambda number: float(costs[number]), default=len(runs) - 1)
 
 
-def threshold_to_use(runs: Sequence[Answers], llm: Answers, unit: str, level: float = 0.95) -> int | None:
-    """The number of the cheapest run that reaches a share of the LLM's accuracy; None where none does.
+def threshold_to_use(runs: Tried, llm: Answers, unit: str, level: float = 0.95) -> int | None:
+    """The number of the cheapest threshold that reaches a share of the LLM's accuracy; None where none does.
 
     Args:
         runs: of one policy, on validation problems.
@@ -38,10 +46,94 @@ def threshold_to_use(runs: Sequence[Answers], llm: Answers, unit: str, level: fl
     return None if number == len(runs) else number
 
 
+def try_thresholds(
+    thresholds: Sequence[float],
+    answers: Callable[[float, int], Answers],
+    ends: tuple[Answers, Answers],
+    quantiles: Sequence[float],
+    unit: str,
+    refine: int,
+) -> tuple[list[float], list[Answers | None]]:
+    """Find where a policy reaches each share of the LLM's accuracy on validation problems, by bisection.
+
+    The dearer a threshold the more accurate it is taken to be, so that few are tried. Where the two that a share lies
+    between are further apart in cost than the interval of the cost there, another is put between them.
+
+    Args:
+        thresholds: to choose among.
+        answers: at a threshold with a number.
+        ends: the SLM's and the LLM's answers to the same problems.
+        quantiles: of the score, at SHARES; needed where others may be put between.
+        unit: of costs.
+        refine: how many are put between for each share, at most.
+
+    Returns:
+        All thresholds, those that were put between last, and the answers at those that were tried.
+    """
+    all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
+    for level in LEVELS:
+        wanted, left = level * float(ends[1].correct.mean()), refine
+        while True:
+            order = [int(number) for number in np.argsort(all_of_them, kind="stable")]
+            steps = [ends[0], *(tried[number] for number in order), ends[1]]
+            low, high = _bracket(steps, wanted)
+            untried = (low + high) // 2
+            if steps[untried] is None:
+                number = order[untried - 1]
+                tried[number] = answers(all_of_them[number], number)
+                continue
+            between = _between([all_of_them[number] for number in order], low, high, quantiles) if left else None
+            if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
+                break
+            all_of_them.append(between)
+            tried.append(None)
+            left -= 1
+    return all_of_them, tried
+
+
+def _bracket(steps: Tried, accuracy: float) -> tuple[int, int]:
+    """The last step below `accuracy` and the first that reaches it, as far as the steps between were tried.
+
+    Args:
+        steps: by rising LLM share; the SLM alone and the LLM alone are the ends.
+        accuracy: to reach; the LLM alone always counts as reaching it.
+    """
+    low, high = 0, len(steps) - 1
+    if steps[0] is not None and steps[0].correct.mean() >= accuracy:
+        return 0, 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        run = steps[middle]
+        if run is None:
+            break
+        low, high = (low, middle) if run.correct.mean() >= accuracy else (middle, high)
+    return low, high
+
+
+def _between(thresholds: Sequence[float], low: int, high: int, quantiles: Sequence[float]) -> float | None:
+    """A threshold halfway between two steps, by the share of decisions that goes to the LLM; None for one step."""
+    if low == high:
+        return None
+    at = [0.0, *np.interp(thresholds, quantiles, SHARES), 1.0]
+    return float(np.interp((at[low] + at[high]) / 2, SHARES, quantiles))
+
+
+def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool:
+    """Whether two steps are further apart in cost than the interval of the cost at `accuracy`."""
+    known = [run for run in steps if run is not None]
+    weights = resampled(len(known[0].correct), SAMPLES, seed=0)
+    points = sweep(known[1:-1], known[0], known[-1], unit).points(weights)
+    level = accuracy / points[0, -1, 1]
+    interval = Estimate(Hull.of(points).cost_at(level * points[:, -1, 1])[None]).interval()
+    costs = [run.costs[unit].sum() for run in (steps[low], steps[high]) if run is not None]
+    gap = float((costs[1] - costs[0]) / known[-1].costs[unit].sum())
+    return interval[0] is not None and interval[1] is not None and gap > interval[1] - interval[0]
+
+
 def operating_points(
     baselines: Baselines,
     answers: Answered,
-    validated: Answered,
+    validated: Sequence[Tried],
     thresholds: Sequence[Sequence[float]] | None,
     unit: str,
     weights: FloatArray,
@@ -54,7 +146,7 @@ def operating_points(
     Args:
         baselines: of the problems, with those of the validation problems.
         answers: of a policy to the problems.
-        validated: the same to the validation problems.
+        validated: the same to the validation problems, at the thresholds that were tried.
         thresholds: of each seed; None where they are not said.
         unit: of costs.
         weights: of the problems, as `resampled` gives them.
@@ -82,40 +174,3 @@ def operating_points(
         measured = {key: one.described() for key, one in estimates(rows).items()}
         points[f"{level:.2f}"] = {"thresholds": chosen, **measured}
     return points
-
-
-def finer_thresholds(
-    thresholds: Sequence[float],
-    runs: Sequence[Answers],
-    ends: tuple[Answers, Answers],
-    quantiles: Sequence[float],
-    unit: str,
-) -> list[float]:
-    """Thresholds between two neighbours that a level lies between, where these are further apart than can be measured.
-
-    Args:
-        thresholds: that were tried.
-        runs: the answers at each of them.
-        ends: the SLM's and the LLM's answers to the same problems.
-        quantiles: of the score, at SHARES.
-        unit: of costs.
-
-    Returns:
-        New ones, by rising LLM share; none where every gap is narrower than the interval of the cost at its level.
-    """
-    order = np.argsort(thresholds, kind="stable")
-    steps = [ends[0], *(runs[number] for number in order), ends[1]]
-    at = [0.0, *np.interp(np.array(thresholds)[order], quantiles, SHARES), 1.0]
-    points = sweep(steps[1:-1], *ends, unit).points(resampled(len(ends[0].correct), SAMPLES, seed=0))
-    hull = Hull.of(points)
-    found = set()
-    for level in LEVELS:
-        wanted = level * points[:, -1, 1]
-        low, high = Estimate(hull.cost_at(wanted)[None]).interval()
-        reaching = cheapest_reaching(steps, float(wanted[0]), unit)
-        if reaching == 0 or low is None or high is None:
-            continue
-        if points[0, reaching, 0] - points[0, reaching - 1, 0] > high - low:
-            share = (at[reaching] + at[reaching - 1]) / 2
-            found.add(float(np.interp(share, SHARES, quantiles)))
-    return sorted(found - set(thresholds))

@@ -36,7 +36,7 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.kept import CHOSEN, VALIDATED
-from experiments.evaluation.operating_points import SHARES, finer_thresholds, threshold_to_use
+from experiments.evaluation.operating_points import SHARES, threshold_to_use, try_thresholds
 from experiments.evaluation.report import write_report
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, ran_out, summarize
@@ -209,11 +209,8 @@ class Evaluation:
 
     def validate(
         self, policies: Mapping[str, Policy], thresholds: Mapping[str, Sequence[float]], baselines: Baselines
-    ) -> tuple[dict[str, list[float]], dict[str, list[Answers]]]:
-        """The answers of every policy to the validation problems, which operating points are chosen on.
-
-        Where two neighbouring thresholds, one on each side of a share of the LLM's accuracy, are further apart in cost
-        than the interval of the cost there, another one is put between them, `refine` times at most.
+    ) -> tuple[dict[str, list[float]], dict[str, list[Answers | None]]]:
+        """The answers to the validation problems that operating points are chosen by, see `try_thresholds`.
 
         Args:
             policies: by name.
@@ -221,27 +218,19 @@ class Evaluation:
             baselines: with the models' answers to the same problems.
 
         Returns:
-            All thresholds of each policy, those that were added last, and its answers at each.
+            All thresholds of each policy, those that were added last, and its answers at those that were tried.
         """
         assert baselines.validation is not None
-        chosen: dict[str, list[float]] = {name: list(some) for name, some in thresholds.items()}
-        validated: dict[str, list[Answers]] = {name: [] for name in policies}
-        with ProgressBar(total=sum(map(len, chosen.values())), desc="validate", mininterval=0.5) as progress:
-            for name, policy in policies.items():
-                runs = validated[name]
-                for turn in range(1 + self.settings.refine):
-                    for threshold in chosen[name][len(runs) :]:
-                        runs.append(self.answers(policy, threshold, name, len(runs), self.validation))
-                        progress.update()
-                    if turn == self.settings.refine:
-                        break
-                    more = finer_thresholds(
-                        chosen[name], runs, baselines.validation, self._quantiles[name], self.settings.cost
-                    )
-                    if not more:
-                        break
-                    chosen[name] += more
-                    progress.total = (progress.total or 0) + len(more)
+        chosen, validated = {}, {}
+        for name, policy in ProgressBar(policies.items(), desc="validate"):
+
+            def tried(threshold: float, number: int, name: str = name, policy: Policy = policy) -> Answers:
+                return self.answers(policy, threshold, name, number, self.validation)
+
+            quantiles, settings = self._quantiles.get(name, ()), self.settings
+            chosen[name], validated[name] = try_thresholds(
+                thresholds[name], tried, baselines.validation, quantiles, settings.cost, settings.refine
+            )
         if self.runs is not None:
             write_text(self.runs / CHOSEN, json.dumps(chosen, indent=1) + "\n")
         return chosen, validated

@@ -30,7 +30,7 @@ class EvaluationSettings:
         llm_shares: the thresholds of a policy are these quantiles of its score on validation problems that the SLM
             answers alone; about this share of decisions goes to the LLM.
         threshold_examples: validation problems that thresholds are chosen on.
-        refine: how often a threshold is put between two that a share of the LLM's accuracy lies between, at most; it
+        refine: how many thresholds are put between two that a share of the LLM's accuracy lies between, at most; it
             ends where their costs are as close as can be measured.
         report: whether a table, pictures and a page are made; where not, `experiments.report` can make them later.
         bootstrap: resamplings behind every interval.

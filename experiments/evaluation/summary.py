@@ -11,7 +11,7 @@ import numpy as np
 from envs.arrays import FloatArray
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.operating_points import operating_points
+from experiments.evaluation.operating_points import Tried, operating_points
 from experiments.measures.intervals import Estimate, described, estimates, resampled
 from experiments.measures.metrics import (
     COSTS,
@@ -39,7 +39,7 @@ class Front:
 
     owners: Sequence[Sequence[str]]
     runs: Answered
-    validated: Answered | None = None
+    validated: Sequence[Tried] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Results:
         about: task, pool, split and their like.
         baselines: each model alone, speculative decoding and the oracle.
         policies: for each policy, for each training seed, the answers at each threshold.
-        validated: the same on validation problems, which operating points are chosen on; without policies for which
-            that is not known.
+        validated: the same on validation problems, at the thresholds that were tried there, by which operating points
+            are chosen; without policies for which that is not known.
         trained: which policies were trained.
         thresholds: for each policy, for each training seed, the thresholds.
         fronts: of agents that were trained with several settings, by agent.
@@ -63,7 +63,7 @@ class Results:
     trained: frozenset[str]
     thresholds: Mapping[str, Sequence[Sequence[float]]]
     fronts: Mapping[str, Front] = field(default_factory=dict)
-    validated: Mapping[str, Answered] = field(default_factory=dict)
+    validated: Mapping[str, Sequence[Tried]] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
@@ -105,7 +105,7 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
     least = cheapest(measured)
 
     def summarized(
-        name: str, own: Mapping[str, Estimate], answers: Answered, validated: Answered | None
+        name: str, own: Mapping[str, Estimate], answers: Answered, validated: Sequence[Tried] | None
     ) -> dict[str, Any]:
         thresholds = results.thresholds.get(name)
         return {

@@ -72,7 +72,8 @@ def train(
             write_text(folder / TRAINED, json.dumps({"made_by": made_by, "summary": known}, indent=1) + "\n")
     summary: dict[str, Any] = dict(known)
     images: dict[str, Path] = {}
-    if plot_learning(track.rows(), folder / "learning.png"):
+    reported = evaluation is None or evaluation.report  # else the report of many runs shows it
+    if reported and plot_learning(track.rows(), folder / "learning.png"):
         images["learning"] = folder / "learning.png"
     if evaluation is not None:
         place = folder / "evaluation"
