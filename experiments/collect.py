@@ -27,6 +27,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     from agents.citer import Citer
     from envs.storage import write_text
     from experiments.common.config import build
+    from experiments.training.run import labels_summary
 
     agent = build(config, "agent")
     if not isinstance(agent, Citer):
@@ -36,6 +37,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "collect") as track:
         store = agent.collect(pool, task, config.seed, folder / "preferences", track)
         summary = {"tokens": sum(store.rows()), "shards": store.shards, "skipped": store.skipped()}
+        summary |= labels_summary(track)
         track.summary(summary, {})
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"collected {summary['tokens']} tokens in {folder / 'preferences'}")

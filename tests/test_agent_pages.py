@@ -15,6 +15,7 @@ from agents.collm import CoLlm
 from agents.common.policy import policy_from
 from agents.common.rollout import Scheduling
 from agents.heuristics import Uncertainty
+from agents.preferences.composition import CaseTwoSample
 from agents.query_routing.knn import Neighbours
 from agents.query_routing.mlp import QueryMlp
 from agents.query_routing.optim import GradientDescent
@@ -212,7 +213,8 @@ def test_an_evaluation_logs_the_rows_that_are_said(pool, task):
 
 
 def test_citer_logs_the_rows_that_are_said(pool, task):
-    assert fitted(Citer(examples=24, training=QUICK, scheduling=FEW), pool, task) == keys("citer")
+    sampled = CaseTwoSample(positions=4)
+    assert fitted(Citer(examples=24, training=QUICK, sample=sampled, scheduling=FEW), pool, task) == keys("citer")
 
 
 @pytest.mark.slow

@@ -52,8 +52,8 @@ def contents(folder):
 # -- against the plain algorithm --------------------------------------------------------------------------------------
 
 
-def plain_preferences(pool, task, example, policy, threshold, limit, branches=("slm",)):
-    """The algorithm as the paper writes it: one token of each model at a time, one routed loop per case 3; no cache."""
+def plain_preferences(pool, task, example, policy, threshold, limit, branches=("slm",), rolled=(3,)):
+    """The algorithm as the paper writes it: one token of each model at a time, a routed loop per rollout; no cache."""
 
     def next_token(model, tokens):
         output = model.network(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
@@ -77,7 +77,7 @@ def plain_preferences(pool, task, example, policy, threshold, limit, branches=("
         written = {name: next_token(model, prefix)[0] for name, model in zip(("slm", "llm"), pool.models, strict=True)}
         cases.append(1 if written["slm"] == target else 2 if written["llm"] == target else 3)
         for name, found in outcomes.items():
-            if cases[-1] == 3 and name in branches and (len(branches) == 1 or written["slm"] != written["llm"]):
+            if cases[-1] in rolled and name in branches and (len(branches) == 1 or written["slm"] != written["llm"]):
                 whole = finish([*prefix, written[name]], position + 1)
                 found.append(int(task.is_correct(example, pool.decode(np.array(whole[len(prompt) :])))))
             else:
@@ -85,17 +85,26 @@ def plain_preferences(pool, task, example, policy, threshold, limit, branches=("
     return cases, outcomes
 
 
-@pytest.mark.parametrize("policy", [Always(slm=True), Uncertainty("max_probability")])
-@pytest.mark.parametrize("branches", ["slm", "both"])
+@pytest.mark.parametrize(
+    ("policy", "branches", "rolled"),
+    [
+        (Always(slm=True), "slm", (3,)),
+        (Always(slm=True), "both", (3,)),
+        (Uncertainty("max_probability"), "slm", (3,)),
+        (Uncertainty("max_probability"), "both", (3,)),
+        (Always(slm=True), "both", (2, 3)),
+    ],
+)
 @torch.no_grad()
-def test_preferences_equal_the_plain_algorithm(policy, branches, pool, task):
+def test_preferences_equal_the_plain_algorithm(policy, branches, rolled, pool, task):
     examples = task.examples("train", 2, start=50)
     collector = PreferenceCollector(pool, task, examples, max_new_tokens=100, scheduling=Scheduling(rows=3))
-    columns = collector.collect(range(2), Labels(branches=branches), policy, 0.8)
-    assert (columns["case"] == 3).any()
+    labels = Labels(case_2="rollout" if 2 in rolled else "llm", branches=branches)
+    columns = collector.collect(range(2), labels, policy, 0.8)
+    assert {*rolled} <= {*columns["case"]}
     for number, example in enumerate(examples):
         cases, outcomes = plain_preferences(
-            pool, task, example, policy, 0.8, 100, ("slm",) if branches == "slm" else ("slm", "llm")
+            pool, task, example, policy, 0.8, 100, ("slm",) if branches == "slm" else ("slm", "llm"), rolled
         )
         rows = columns["example"] == number
         assert columns["case"][rows].tolist() == cases

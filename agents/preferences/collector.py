@@ -32,11 +32,13 @@ class PreferenceCollector:
         max_new_tokens: the longest response; references must fit.
         scheduling: how rollouts share passes.
         skip_too_long: leave examples out that do not fit, instead of refusing them.
-        responses: tokens to walk in place of each example's reference, the end of sequence included.
+        responses: tokens to walk in place of each example's reference, the end of sequence included; an example is
+            left out where its are None.
         view: what to keep of the SLM's hidden state and logits at each token, one row of numbers.
 
     Attributes:
-        fits: which examples are used, (examples,).
+        fits: which examples fit, (examples,).
+        walked: those of them that have a response, which are used, (examples,).
 
     Raises:
         ValueError: a reference that does not fit or that ends early; the error names it.
@@ -50,7 +52,7 @@ class PreferenceCollector:
         max_new_tokens: int = 128,
         scheduling: Scheduling | None = None,
         skip_too_long: bool = False,
-        responses: Sequence[IntArray] | None = None,
+        responses: Sequence[IntArray | None] | None = None,
         view: View = all_features,
     ) -> None:
         if not examples:
@@ -62,9 +64,14 @@ class PreferenceCollector:
         self._session = TeacherSession(pool, 2 * self._rows, max_new_tokens)
         self._view = view
         self._no_features = view(torch.zeros(0, pool.slm.width), torch.zeros(0, pool.vocab_size)).half()
-        self._reader = ReferenceReader(self._session, examples, self._rows, responses, skip_too_long)
+        none = np.array([pool.end_token])
+        walked = None if responses is None else [none if response is None else response for response in responses]
+        self._reader = ReferenceReader(self._session, examples, self._rows, walked, skip_too_long)
         self.fits = self._reader.fits
-        if not self.fits.any():
+        self.walked: BoolArray = self.fits.copy()
+        if responses is not None:
+            self.walked &= [response is not None for response in responses]
+        if not self.walked.any():
             raise ValueError(f"none of the {len(examples)} examples fits; raise max_new_tokens or capacity")
 
     def collect(self, chosen: Sequence[int], labels: Rollouts, policy: Policy, threshold: float) -> Columns:
@@ -84,7 +91,7 @@ class PreferenceCollector:
             `slm_outcome` and `llm_outcome` (1 the answer was right, 0 wrong, UNKNOWN), `features` (float16).
         """
         parts = [self._columns([], [], [])]
-        for batch in self._reader.read([e for e in chosen if self.fits[e]], self._view):
+        for batch in self._reader.read([e for e in chosen if self.walked[e]], self._view):
             columns = self._columns(batch.examples, batch.views, batch.tokens)
             self._roll(columns, labels.rolled_out(columns), labels, batch.examples, policy, threshold)
             parts.append(columns)

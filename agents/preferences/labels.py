@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from envs.decoding.preference_rule import preferred_actions
 
 DROPPED = -1
 """A label: the token is left out of training."""
+CASE_2 = ("llm", "rollout")
 CASE_3 = ("rollout", "slm", "llm", "agreement", "drop")
 
 
@@ -30,32 +31,50 @@ class Rollouts(Protocol):
 
 @dataclass(frozen=True)
 class Labels:
-    """What decides a token's label in case 3, where neither model would write the reference's token.
+    """What decides a token's label where the SLM would not write the reference's token.
 
     Args:
-        case_3: `rollout` (CITER): finish the answer and see. Or without rollouts: `slm`, `llm`, `agreement` (SLM iff
-            both models would write the same token), `drop` (left out of training).
-        on_agreement: where both models would write the same token: `rollout` as published, or `slm`.
+        case_2: where the LLM alone would write it: `llm` as published, or `rollout`: finish the answer from the SLM's
+            token and see, as in case 3.
+        case_3: where neither model would: `rollout` (CITER): finish the answer and see. Or without rollouts: `slm`,
+            `llm`, `agreement` (SLM iff both models would write the same token), `drop` (left out of training).
+        on_agreement: in case 3 where both models would write the same token: `rollout` as published, or `slm`.
         branches: `slm` as published: roll out the SLM's token, prefer the SLM iff the answer is right. `both`: roll out
             the LLM's token too, prefer the SLM unless its answer is worse.
     """
 
+    case_2: Literal["llm", "rollout"] = "llm"
     case_3: Literal["rollout", "slm", "llm", "agreement", "drop"] = "rollout"
     on_agreement: Literal["rollout", "slm"] = "rollout"
     branches: Literal["slm", "both"] = "slm"
 
     def __post_init__(self) -> None:
-        for key, known in (("case_3", CASE_3), ("on_agreement", ("rollout", "slm")), ("branches", ("slm", "both"))):
+        for key, known in (
+            ("case_2", CASE_2),
+            ("case_3", CASE_3),
+            ("on_agreement", ("rollout", "slm")),
+            ("branches", ("slm", "both")),
+        ):
             if getattr(self, key) not in known:
                 raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose one of {', '.join(known)}")
 
+    @property
+    def rolls(self) -> bool:
+        """Whether any token is rolled out."""
+        return "rollout" in (self.case_2, self.case_3)
+
+    def manifest(self) -> dict[str, str]:
+        """These settings as manifests hold them; `case_2` as published is not named, as before there was a choice."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("case_2", "llm")}
+
     def rolled_out(self, columns: Columns) -> BoolArray:
         """Which tokens need a rollout, (n,): with both branches or by setting, none where the models agree."""
-        third: BoolArray = columns["case"] == 3
+        second, third = (columns["case"] == 2) & (self.case_2 == "rollout"), columns["case"] == 3
         if self.case_3 != "rollout":
-            return np.zeros_like(third)
-        agree: BoolArray = columns["slm_token"] == columns["llm_token"]
-        return third & ~agree if self.branches == "both" or self.on_agreement == "slm" else third
+            third = np.zeros_like(third)
+        elif self.branches == "both" or self.on_agreement == "slm":
+            third = third & (columns["slm_token"] != columns["llm_token"])
+        return np.asarray(second | third)
 
     def of(self, columns: Columns) -> npt.NDArray[np.int8]:
         """1 where the SLM is preferred, 0 where the LLM is, DROPPED where the token is left out; int8, (n,).
@@ -69,7 +88,8 @@ class Labels:
         # where models agree and nothing is rolled out, there is nothing to pay for
         outcomes = np.where(self.rolled_out(columns), right, agree)
         case_3 = "outcome" if self.case_3 == "rollout" else self.case_3
-        actions = preferred_actions(columns["case"], agree, case_3, outcomes)
+        case_2 = "outcome" if self.case_2 == "rollout" else "llm"
+        actions = preferred_actions(columns["case"], agree, case_3, outcomes, case_2)
         return np.where(actions == NO_ACTION, DROPPED, actions == 0).astype(np.int8)
 
 

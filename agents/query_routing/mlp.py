@@ -46,9 +46,7 @@ def network_of(weights: Mapping[str, Tensor]) -> RouterNetwork:
     """The router network that has these weights, in evaluation mode."""
     layers = {int(name.split(".")[1]): value for name, value in weights.items() if value.dim() == 2}
     units = [len(layers[number]) for number in sorted(layers)]
-    network = RouterNetwork(len(weights["mean"]), units=units[:-1])
-    network.load_state_dict(dict(weights))
-    return network.eval().requires_grad_(False)
+    return RouterNetwork.of_weights(weights, len(weights["mean"]), units[:-1])
 
 
 def constant_network(width: int, share: float) -> RouterNetwork:

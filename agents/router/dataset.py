@@ -63,22 +63,28 @@ class LabelledTokens:
             if len(rows):
                 yield self.features(shard)[torch.from_numpy(rows), : self.width], rows + starts[shard]
 
-    def batches(self, where: BoolArray, size: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, IntArray]]:
-        """Shuffled batches of exactly `size` rows; a smaller remainder is left to other epochs, for BatchNorm's sake.
+    def batches(
+        self, where: BoolArray, size: int, rng: np.random.Generator | None
+    ) -> Iterator[tuple[Tensor, IntArray]]:
+        """Batches of exactly `size` rows, shuffled by `rng`; in the order of the rows where that is None.
 
-        Rows are shuffled among SHUFFLED_ROWS of shards in random order: all of them where there are fewer.
+        A smaller remainder is left to other epochs, for BatchNorm's sake; in the order of the rows it is always the
+        last ones. Rows are shuffled among SHUFFLED_ROWS of shards in random order: all of them where there are fewer.
         """
         size = min(size, int(where.sum()))
         held: list[Tensor] = []
         numbers: list[IntArray] = []
         count = 0
 
-        def shuffled(last: bool) -> Iterator[tuple[Tensor, IntArray]]:
+        def ordered(number: int) -> IntArray:
+            return np.arange(number) if rng is None else rng.permutation(number)
+
+        def cut(last: bool) -> Iterator[tuple[Tensor, IntArray]]:
             nonlocal count
             features, rows = torch.cat(held), np.concatenate(numbers)
             held.clear()
             numbers.clear()
-            order = rng.permutation(count)
+            order = ordered(count)
             full = count // size * size
             for first in range(0, full, size):
                 part = order[first : first + size]
@@ -89,14 +95,14 @@ class LabelledTokens:
                 held.append(features[torch.from_numpy(left)])
                 numbers.append(rows[left])
 
-        for features, rows in self.blocks(where, rng.permutation(len(self.sizes)).tolist()):
+        for features, rows in self.blocks(where, ordered(len(self.sizes)).tolist()):
             held.append(features)
             numbers.append(rows)
             count += len(rows)
             if count >= SHUFFLED_ROWS:
-                yield from shuffled(last=False)
+                yield from cut(last=False)
         if held:
-            yield from shuffled(last=True)
+            yield from cut(last=True)
 
 
 def preference_loss(logits: Tensor, prefers_slm: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -69,6 +69,4 @@ class RouterPolicy(SavedPolicy):
 
 def restored_network(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> RouterNetwork:
     """The network of saved `settings` and weights, in evaluation mode, on the device of the pool's SLM."""
-    network = RouterNetwork(settings["width"], units=settings.get("units"))
-    network.load_state_dict(dict(tensors))
-    return network.eval().requires_grad_(False).to(pool.slm.device)
+    return RouterNetwork.of_weights(tensors, settings["width"], settings.get("units")).to(pool.slm.device)

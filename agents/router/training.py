@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,12 +31,16 @@ class RouterTraining:
         epochs: passes over the data; the weights of the best one (validation loss) are kept.
         patience: epochs without a better validation loss after which training stops.
         batch_size: tokens a step.
-        lr: peak learning rate (AdamW, cosine).
-        weight_decay: of AdamW.
+        lr: peak learning rate (AdamW).
+        schedule: of the learning rate: `cosine`, down to 0 after the last epoch, or `constant`.
+        weight_decay: of AdamW, which is Adam where it is 0.
+        shuffle: whether batches are drawn anew every epoch; they are cut in the order of the tokens otherwise.
+        standardise: whether inputs are standardised by the statistics of the training data.
         dropout: of the router.
         validation_share: share of the examples held out; the split is by example, never by token.
         units: of the router's hidden layers; twice the features and as many as these where None, as published; a linear
             router where empty.
+        layout: of the hidden layers behind the first: `paper` (ReLU) or `released` (Dropout in its place).
         balanced: weigh the two classes alike in the loss. By default they are not: most tokens prefer the SLM, the
             score stays a probability, and the threshold, chosen by quantiles of the score, does the trading.
     """
@@ -45,10 +49,14 @@ class RouterTraining:
     patience: int = 4
     batch_size: int = 1024
     lr: float = 2e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = 0.01
+    shuffle: bool = True
+    standardise: bool = True
     dropout: float = 0.1
     validation_share: float = 0.1
     units: list[int] | None = None
+    layout: Literal["paper", "released"] = "paper"
     balanced: bool = False
 
     def __post_init__(self) -> None:
@@ -61,6 +69,9 @@ class RouterTraining:
             if min(self.units, default=1) < 1:
                 raise ValueError(f"units must be above 0, are {list(self.units)}; none of them makes a linear router")
             object.__setattr__(self, "units", [int(units) for units in self.units])  # whatever sequence came in
+        for key, known in (("schedule", ("cosine", "constant")), ("layout", ("paper", "released"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose {' or '.join(known)}")
         if not 0 < self.validation_share < 1 or not 0 <= self.dropout < 1 or self.lr <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"validation_share ({self.validation_share}) must be in (0, 1), dropout ({self.dropout}) in [0, 1), "
@@ -163,7 +174,7 @@ class _RouterFit:
         self.weights = (1.0, 1.0) if not settings.balanced else (0.5 / (1 - share), 0.5 / share)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = RouterNetwork(data.width, settings.dropout, settings.units).to(device)
+            self.network = RouterNetwork(data.width, settings.dropout, settings.units, settings.layout).to(device)
         if start is not None:
             self.network.load_state_dict(start.state_dict())
         self.optimizer = torch.optim.AdamW(
@@ -183,17 +194,18 @@ class _RouterFit:
     def epoch(self, validation: BoolArray) -> dict[str, Any]:
         """One pass over the training rows; the row it is reported by."""
         number = len(self.history)
-        if number == 0 and self.start is None:
+        if number == 0 and self.start is None and self.settings.standardise:
             self.network.standardise(*self._statistics())
-        rng = np.random.default_rng([self.seed, number])
+        rng = np.random.default_rng([self.seed, number]) if self.settings.shuffle else None
         total = steps = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1000 + number)  # of dropout
             self.network.train()
             for features, rows in self.data.batches(self.train, self.settings.batch_size, rng):
                 position = (number * self.per_epoch + steps) / (self.settings.epochs * self.per_epoch)
+                share = 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
+                    group["lr"] = self.settings.lr * (share if self.settings.schedule == "cosine" else 1)
                 loss = self.data.loss(self.network(features.to(self.device).float()), rows, self.weights)
                 if not torch.isfinite(loss):
                     ids = np.unique(self.data.examples[rows])[:5].tolist()

@@ -12,6 +12,8 @@ from envs.arrays import NO_ACTION, UNKNOWN, IntArray
 CaseArray = npt.NDArray[np.int8]
 Case3 = Literal["slm", "llm", "agreement", "drop", "outcome"]
 CASE_3: tuple[Case3, ...] = get_args(Case3)
+Case2 = Literal["llm", "outcome"]
+CASE_2: tuple[Case2, ...] = get_args(Case2)
 
 
 def cases(target: IntArray, slm_tokens: IntArray, llm_tokens: IntArray) -> CaseArray:
@@ -32,10 +34,11 @@ def preferred_actions(
     agree: npt.NDArray[np.bool_],
     case_3: str = "llm",
     outcomes: npt.NDArray[Any] | None = None,
+    case_2: str = "llm",
 ) -> npt.NDArray[np.int8]:
     """The action preferred at each token: 0 the SLM, 1 the LLM, NO_ACTION neither; int8, (n,).
 
-    The SLM is preferred in case 1, the LLM in case 2, and in case 3:
+    The SLM is preferred in case 1, the LLM in case 2 unless `case_2` is `outcome` too, and in case 3:
 
         slm, llm    always that model
         agreement   the SLM iff both models would write the same token
@@ -48,23 +51,29 @@ def preferred_actions(
         agree: both models would write the same token, (n,).
         case_3: one of CASE_3.
         outcomes: 1 right, 0 wrong, UNKNOWN, (n,); read for `outcome` alone.
+        case_2: one of CASE_2; `llm` as published.
 
     Raises:
-        ValueError: an unknown `case_3`, or `outcome` without outcomes.
+        ValueError: an unknown `case_3` or `case_2`, or `outcome` without outcomes.
     """
     if case_3 not in CASE_3:
         raise ValueError(f"unknown case_3 {case_3!r}; choose one of {', '.join(CASE_3)}")
-    if case_3 == "outcome" and outcomes is None:
+    if case_2 not in CASE_2:
+        raise ValueError(f"unknown case_2 {case_2!r}; choose one of {', '.join(CASE_2)}")
+    if "outcome" in (case_2, case_3) and outcomes is None:
+        rule = "case_3" if case_3 == "outcome" else "case_2"
         raise ValueError(
-            "case_3 outcome needs outcomes: give one for each token, or references made from collected columns, or "
-            "choose another case_3"
+            f"{rule} outcome needs outcomes: give one for each token, or references made from collected columns, or "
+            f"choose another {rule}"
         )
     neither = np.full(len(case), NO_ACTION)
+    of_outcomes = neither if outcomes is None else np.where(outcomes == UNKNOWN, NO_ACTION, outcomes == 0)
     third = {
         "slm": np.zeros_like(neither),
         "llm": np.ones_like(neither),
         "agreement": ~agree,
         "drop": neither,
-        "outcome": neither if outcomes is None else np.where(outcomes == UNKNOWN, NO_ACTION, outcomes == 0),
+        "outcome": of_outcomes,
     }
-    return np.where(case == 3, third[case_3], case == 2).astype(np.int8)
+    second = of_outcomes if case_2 == "outcome" else np.ones_like(neither)
+    return np.where(case == 3, third[case_3], np.where(case == 2, second, 0)).astype(np.int8)

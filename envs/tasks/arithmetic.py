@@ -162,6 +162,15 @@ class ArithmeticTask(Task):
         quantity = read_quantity(answers[-1]) if answers else None
         return quantity is not None and quantity.value == int(example.answer)
 
+    def token_kind(self, token: str) -> str:
+        """`number` (digits), `operator` (a sign or =), `mark` (the #### before the answer) or `wording`."""
+        text = token.strip()
+        if text.isdigit():
+            return "number"
+        if text and set(text) <= {*OPERATIONS, "="}:
+            return "operator"
+        return "mark" if "#" in text else "wording"
+
 
 def _chain(level: Level, rng: np.random.Generator) -> tuple[list[_Step], bool]:
     """The equations of a problem, and whether it ends by comparing two people."""

@@ -61,6 +61,14 @@ class Task(ABC):
     def is_correct(self, example: Example, response: str) -> bool:
         """Whether `response` (the written text alone, without the prompt) answers `example` rightly."""
 
+    def token_kind(self, token: str) -> str:
+        """What kind of token this is, for reports of what labels are made of; `other` where the task does not say.
+
+        Args:
+            token: the text of one token of a reference, as the tokenizer cuts it; never one that ends a sequence.
+        """
+        return "other"
+
     def examples(self, split: Split, count: int | None = None, start: int = 0) -> list[Example]:
         """`count` examples from `start` on; all that remain where `count` is None.
 
@@ -138,6 +146,9 @@ class FirstExamples(Task):
 
     def is_correct(self, example: Example, response: str) -> bool:
         return self.task.is_correct(example, response)
+
+    def token_kind(self, token: str) -> str:
+        return self.task.token_kind(token)
 
 
 def check_split(split: str) -> Split:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.common.policy import Learner, Policy, checked_agent, policy_from
 from agents.common.saving import POLICY_FILE, SavedPolicy, load_policy
+from agents.preferences.composition import composition_table, sample_table
 from agents.router.policy import RouterPolicy
 from envs.models.pool import ModelPool
 from envs.storage import check_manifest, write_text
@@ -29,6 +30,8 @@ SUMMARY = "summary.json"
 """Written last: a run in a folder is complete with it."""
 TRAINED = "trained.json"
 """Written when a policy is made and saved, if it can be: what made it, and what is known of its training."""
+TABLES: dict[str, Callable[[Any], str]] = {"composition": composition_table, "case_2_sample": sample_table}
+"""What learners log of their labels that stands in the summary too, and how it is printed."""
 
 
 def train(
@@ -99,7 +102,19 @@ def _fit(
         print(f"saved {folder / 'policy'} after {seconds} s")
     if isinstance(policy, RouterPolicy) and policy.calibration:
         summary["calibration"] = policy.calibration
+    summary |= labels_summary(track)
     return policy, summary
+
+
+def labels_summary(track: Tracker) -> dict[str, Any]:
+    """What a learner's last round says of the labels it trained on, printed too; empty where it says nothing."""
+    found: dict[str, Any] = {}
+    for row in track.rows():
+        found |= {key: row[key] for key in TABLES if key in row}
+    for key, table in TABLES.items():
+        if key in found:
+            print(f"{key.replace('_', ' ')}\n{table(found[key])}")
+    return found
 
 
 def read_trained(folder: Path, made_by: Mapping[str, Any] | None) -> dict[str, Any] | None:
