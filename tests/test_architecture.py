@@ -26,9 +26,9 @@ ORDER = {
     "agents": [{"common"}, {"router"}, {"preferences"}, {"rl", "query_routing"}, {TOP}],
     "experiments": [
         {"common"},
-        {"reporting"},
+        {"reporting", "traces"},
         {"evaluation"},
-        {"training", "query_routing", "speed_suites", "pretraining"},
+        {"training", "query_routing", "speed_suites", "pretraining", "verification"},
         {TOP},
     ],
 }

@@ -29,7 +29,7 @@ from experiments.reporting.figures import plot_curves
 from tests.programs import call
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("demo", "train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
+SCRIPTS = ("demo", "train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain", "verify")
 QUICK = ["threads=1", "examples=6", "threshold_examples=4", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.common.policy import Policy
 from agents.common.rollout import Episode
 from agents.heuristics import Always, Random
 from agents.oracle import Oracle, SearchResult
@@ -19,10 +20,13 @@ from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from envs.storage import keep_manifest, write_text
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.decoder import ExampleDecoder
+from experiments.traces.recorder import Recorder
 
 RANDOM_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Shares of tokens that random routing gives to the LLM."""
 FRONTIER_POINTS = 24
+Record = Callable[..., None]
+"""A method of `Recorder` that is given it, a path, episodes and a name."""
 MANIFEST = "limits.json"
 EXHAUSTED = "oracle_exhausted.json"
 """Written last: the baselines in a folder are complete with it."""
@@ -133,6 +137,7 @@ def measure_baselines(
     draft_tokens: int = 0,
     folder: Path | None = None,
     about: Mapping[str, Any] | None = None,
+    recorder: Recorder | None = None,
 ) -> Baselines:
     """Measure all baselines, or read those that are there.
 
@@ -142,6 +147,7 @@ def measure_baselines(
         draft_tokens: of speculative decoding; 0 for none of it.
         folder: where each piece is kept when it is made; nothing is kept where None.
         about: what makes the baselines.
+        recorder: writes their traces into `folder`; there are none where None.
 
     Raises:
         ValueError: something else made the pieces in `folder`; the error names what differs.
@@ -149,9 +155,16 @@ def measure_baselines(
     if folder is not None:
         keep_manifest(folder / MANIFEST, about or {})
 
-    def kept(name: str, decode: Callable[[], Sequence[Episode]]) -> Answers:
+    def kept(name: str, decode: Callable[[], Sequence[Episode]], record: Record) -> Answers:
         path = folder and folder / f"{name}.safetensors"
-        return Answers.kept(path, lambda: Answers.of(decode(), decoder.pool, timed=decoder.timed))
+
+        def decoded() -> Answers:
+            episodes = decode()
+            if path is not None and recorder is not None:
+                record(recorder, path, episodes, name)  # first: what is kept has a trace
+            return Answers.of(episodes, decoder.pool, timed=decoder.timed)
+
+        return Answers.kept(path, decoded)
 
     # a tree that knows nothing yet is no help, and filling it with random answers takes longer than decoding them
     new = decoder.tree is not None and not len(decoder.tree)
@@ -160,15 +173,23 @@ def measure_baselines(
     def randomly(share: float) -> Sequence[Episode]:
         return drawn_by.decode(Random(0), share, f"random, {share:.0%} LLM")
 
-    slm = kept("slm", lambda: decoder.decode(Always(slm=True), 0.5, "slm only"))
-    llm = kept("llm", lambda: decoder.llm_only("llm only"))
-    random = [kept(random_name(share), partial(randomly, share)) for share in RANDOM_SHARES]
-    speculative = kept("speculative", lambda: decoder.speculate(draft_tokens)) if draft_tokens else None
+    def routed(policy: Policy, threshold: float) -> Record:
+        return partial(Recorder.routed, policy=policy, threshold=threshold, priced=False)
+
+    slm = kept("slm", lambda: decoder.decode(Always(slm=True), 0.5, "slm only"), routed(Always(slm=True), 0.5))
+    llm = kept("llm", lambda: decoder.llm_only("llm only"), Recorder.llm_only)
+    random = [kept(random_name(share), partial(randomly, share), routed(Random(0), share)) for share in RANDOM_SHARES]
+    speculative = None
+    if draft_tokens:
+        drafted = partial(Recorder.speculative, draft_tokens=draft_tokens)
+        speculative = kept("speculative", lambda: decoder.speculate(draft_tokens), drafted)
     if folder is not None and (folder / EXHAUSTED).is_file():
         return Baselines.load(folder)
     baselines = Baselines(slm, llm, random, speculative, None, 0)
     if oracle is not None:
         tree, results = decoder.search(oracle)
+        if folder is not None and recorder is not None:
+            recorder.searched(folder / "oracle", tree, results, decoder.examples, "oracle", oracle.budget)
         best = oracle_outcomes(tree, results, slm)
         baselines = replace(baselines, oracle=best, exhausted=sum(result.exhausted for result in results))
     if folder is None:
