@@ -74,6 +74,12 @@ def flipped_token(one, rng, head):
     return replace(one, response=other(one.response, rng, 60))
 
 
+def unknown_token(one, rng, head):
+    response = one.response.copy()
+    response[rng.integers(len(response))] = rng.choice([-1, 10_000_000])
+    return replace(one, response=response)
+
+
 def flipped_writer(one, rng, head):
     return replace(one, writers=other(one.writers, rng, len(head.models)))
 
@@ -245,6 +251,15 @@ def lost_row(folder, rng):
     return path.name
 
 
+def table_digit(folder, rng):
+    path = folder / "table.md"
+    text = path.read_text()
+    digits = [at for at, letter in enumerate(text) if letter in "0123456789"]
+    at = digits[rng.integers(len(digits))]
+    path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    return path.name
+
+
 def other_threshold(folder, rng):
     path = folder / "runs" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -260,6 +275,7 @@ def lower(one, rng, head):
 
 CORRUPTIONS = {
     "a token": of_episode(flipped_token),
+    "an unknown token": of_episode(unknown_token),
     "a token, and its text": of_episode(text_and_verdict_along),
     "a writer": of_episode(flipped_writer),
     "a verdict": of_episode(lambda one, rng, head: replace(one, correct=not one.correct)),
@@ -291,6 +307,7 @@ CORRUPTIONS = {
     "a number of a row": of_json("results.jsonl", lines=True),
     "a row": lost_row,
     "a number of the summary": of_json("summary.json"),
+    "a digit of the table": table_digit,
     "a threshold": other_threshold,
 }
 """By name: what changes one thing in a folder, drawn with a generator, and gives the name of the file it is in."""

@@ -26,6 +26,10 @@ HEAD = (
 """The columns in which all episodes of a file are alike."""
 
 
+SETTINGS = ("start", "max_new_tokens", "end_tokens", "rows", "gather", "timed")
+"""What the settings of every trace hold; those of some decodings hold more."""
+
+
 @dataclass(frozen=True)
 class Head:
     """What all episodes of one decoding have in common; each field is the column of its name in `COLUMNS`."""
@@ -62,9 +66,12 @@ class Head:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Head:
         """What `row` gave, as it is read again."""
-        sizes = row["policy_profile"]
+        sizes, settings = row["policy_profile"], json.loads(row["settings"])
+        missing = [name for name in SETTINGS if name not in settings]
+        if missing:
+            raise ValueError(f"its settings lack {', '.join(missing)}")
         changed = {
-            "settings": json.loads(row["settings"]),
+            "settings": settings,
             "profiles": [ModelProfile(**profile) for profile in json.loads(row["profiles"])],
             "policy_profile": None if sizes is None else ModelProfile(**json.loads(sizes)),
         }
@@ -153,7 +160,7 @@ def write_trace(path: Path, trace: Trace) -> None:
         for column in COLUMNS
     }
     table = pa.table(columns, schema=arrow_schema())
-    how = {"compression": "zstd", "compression_level": 9, "write_page_checksum": True}
+    how = {"compression": "zstd", "compression_level": 9, "write_page_checksum": True, "write_statistics": False}
     write_whole(path, lambda partial: pq.write_table(table, partial, **how))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
-from experiments.traces.schema import LEDGER, example_hash
+from experiments.traces.schema import LEDGER, SEARCH, example_hash
 from experiments.traces.trace import Head, Trace, TracedEpisode
 from experiments.verification.ledgers import expected_decisions, expected_ledger
 
@@ -54,9 +54,7 @@ def number_faults(trace: Trace, examples: Sequence[Example]) -> Iterator[str]:
         )
 
 
-def episode_faults(
-    head: Head, episode: TracedEpisode, example: Example, pool: ModelPool | None, slm_alone: bool = False
-) -> Iterator[str]:
+def episode_faults(head: Head, episode: TracedEpisode, example: Example, pool: ModelPool | None) -> Iterator[str]:
     """What does not hold of an episode by itself.
 
     Args:
@@ -64,7 +62,6 @@ def episode_faults(
         episode: it.
         example: the problem of its number.
         pool: whose tokenizer reads its tokens; they are not read where None.
-        slm_alone: only the SLM may write.
     """
     if episode.example != example.id:
         yield f"it answers {episode.example}, the problem of its number is {example.id}"
@@ -73,17 +70,23 @@ def episode_faults(
     if pool is not None and episode.prompt.tolist() != pool.encode(example.prompt).tolist():
         yield "its prompt ids are not those of the problem"
     length = len(episode.response)
-    misshapen = [*_misshapen(head, episode, length)]
+    misshapen = [*_misshapen(head, episode, length, pool)]
     yield from misshapen
     if misshapen:
         return
     yield from _ending(head, episode, length)
     if pool is not None and pool.decode(episode.response) != episode.text:
         yield "its text is not that of its tokens"
-    if slm_alone and episode.writers.any():
-        yield "a model other than the SLM wrote, where the SLM was alone"
+    if head.decoding == SEARCH and not episode.correct and episode.writers.any():
+        yield "a model other than the SLM wrote, though no right answer was found"
     yield from _decisions(head, episode)
     yield from _ledger(head, episode)
+
+
+def readable(head: Head, episode: TracedEpisode, example: Example, pool: ModelPool) -> bool:
+    """Whether models can read an episode: it has the shapes that it should, and the prompt of its problem."""
+    misshapen = [*_misshapen(head, episode, len(episode.response), pool)]
+    return not misshapen and episode.prompt.tolist() == pool.encode(example.prompt).tolist()
 
 
 def verdict_faults(episode: TracedEpisode, example: Example, task: Task) -> Iterator[str]:
@@ -93,7 +96,7 @@ def verdict_faults(episode: TracedEpisode, example: Example, task: Task) -> Iter
         yield f"its verdict is {_verdict(episode.correct)}, the task says {_verdict(right)}"
 
 
-def _misshapen(head: Head, episode: TracedEpisode, length: int) -> Iterator[str]:
+def _misshapen(head: Head, episode: TracedEpisode, length: int, pool: ModelPool | None) -> Iterator[str]:
     models = len(head.models)
     if not 1 <= length <= head.settings["max_new_tokens"]:
         yield f"it has {length} tokens, where there may be 1 to {head.settings['max_new_tokens']}"
@@ -101,6 +104,9 @@ def _misshapen(head: Head, episode: TracedEpisode, length: int) -> Iterator[str]
         yield f"it has {length} tokens and {len(episode.writers)} writers"
     elif length and not 0 <= int(episode.writers.min()) <= int(episode.writers.max()) < models:
         yield f"its writers are not among the {models} models"
+    ids = np.concatenate([episode.response, *(back.tokens for back in episode.taken_back)])
+    if (ids < 0).any() or (pool is not None and (ids >= pool.vocab_size).any()):
+        yield "it holds ids that no model writes"
     scores = length if head.policy_fingerprint is not None else 0
     if len(episode.scores) != scores:
         yield f"it has {len(episode.scores)} scores for {scores} decided tokens"

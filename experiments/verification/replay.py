@@ -48,6 +48,11 @@ def same_machine(head: Head, pool: ModelPool) -> bool:
     return live and head.hardware == hardware_of(pool) and head.threads == torch.get_num_threads()
 
 
+def on_cpu(head: Head) -> bool:
+    """Whether a trace was made where the same passes give the same bits; on a GPU they may be summed in any order."""
+    return head.hardware.startswith("cpu ")
+
+
 def replayed(pool: ModelPool, task: Task, examples: Sequence[Example], trace: Trace) -> list[Episode]:
     """Decode all problems of a trace again, by the writers that it names, in passes of as many rows."""
     settings = trace.head.settings

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from envs.costs import ModelProfile
 from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.kept import KeptEvaluation
 from experiments.evaluation.runner import RESULTS, baseline_runs, result_row
 from experiments.evaluation.summary import Results, summarize
+from experiments.reporting.tables import markdown, table
 from experiments.verification.findings import Findings
 
-SUMMARY = "summary.json"
+SUMMARY, TABLE = "summary.json", "table.md"
 ROUNDED = 2e-6
 """How far numbers may differ that were rounded to six digits, and as a share, those that were not."""
 
 
-def check_tables(evaluation: KeptEvaluation, findings: Findings) -> None:
+def check_tables(evaluation: KeptEvaluation, models: Sequence[ModelProfile], findings: Findings) -> None:
     """Compare `results.jsonl` and `summary.json` with what the answers come to.
 
     The answers are those that are kept, which were compared with their traces before.
 
     Args:
         evaluation: it.
+        models: the sizes of its models.
         findings: where faults go.
     """
     folder = evaluation.runs.parent
     missing = evaluation.missing()
+    if missing is not None and (folder / SUMMARY).is_file():
+        findings.fault(missing, None, "it is missing, and the evaluation was complete")
+        return
     if missing is not None:
         findings.unchecked.append(f"{folder}: rows and summary, for {missing} is not there: it was interrupted")
         return
@@ -64,11 +70,29 @@ def check_tables(evaluation: KeptEvaluation, findings: Findings) -> None:
         trained=frozenset(evaluation.manifest["trained"]),
         thresholds={name: [evaluation.manifest["thresholds"][name]] for name in policies},
     )
-    wanted = json.loads(json.dumps(summarize(results, unit, samples, evaluation.seed)))
-    kept = {key: value for key, value in summary.items() if key not in ("seed", "parameters")}
-    for what in differences(kept, wanted):
+    summarized = summarize(results, unit, samples, evaluation.seed)
+    wanted = {**summarized, "seed": evaluation.seed, "parameters": [model.parameters for model in models]}
+    for what in differences(summary, json.loads(json.dumps(wanted))):
         findings.fault(folder / SUMMARY, None, what)
     findings.count("summaries")
+    _check_table(folder / TABLE, summary, findings)
+
+
+def _check_table(path: Path, summary: Mapping[str, Any], findings: Findings) -> None:
+    """Compare a table with the summary beside it, line by line."""
+    notes = "".join(f"\n{note}\n" for note in summary.get("notes", ()))
+    try:
+        kept, wanted = path.read_text().splitlines(), (markdown(table(summary)) + notes).splitlines()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # a summary that is changed, which is said elsewhere, may make no table
+        findings.fault(path, None, f"it cannot be compared with the summary: {type(error).__name__}: {error}")
+        return
+    if len(kept) != len(wanted):
+        findings.fault(path, None, f"it has {len(kept)} lines, the summary gives {len(wanted)}")
+    for number, (there, here) in enumerate(zip(kept, wanted, strict=False), start=1):
+        if there != here:
+            findings.fault(path, None, f"line {number} is {there!r}, the summary gives {here!r}")
+    findings.count("lines of tables", len(wanted))
 
 
 def _check_rows(path: Path, rows: list[dict[str, Any]], findings: Findings) -> None:
