@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from envs.costs import COLUMNS, SECONDS
+from envs.models.loading import embedded_pool
 from experiments.evaluation.answers import Answers
 from experiments.traces.trace import read_trace, write_trace
 
@@ -117,10 +118,10 @@ def ended_otherwise(one, rng, head):
     return replace(one, terminated=not one.terminated)
 
 
-def text_and_verdict_along(one, rng, head):
-    # a forger who judges the forged text anew
+def token_and_text(one, rng, head):
+    """As a forger would, who writes the text along."""
     response = other(one.response, rng, 60)
-    return replace(one, response=response, text=one.text + " ")
+    return replace(one, response=response, text=embedded_pool().decode(response))
 
 
 def draft(one, rng, head):
@@ -180,11 +181,21 @@ def other_size(trace, rng):
 
 
 def damaged(folder, rng):
+    """A bit of a file, one that says something: a few of the headers of its pages are read by nobody."""
     path = Path(rng.choice([str(path) for path in traces_of(folder)]))
-    content = bytearray(path.read_bytes())
-    content[int(rng.integers(4, len(content) // 4))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(bytes(content))
-    return path.name
+    content = path.read_bytes()
+    while True:
+        changed = bytearray(content)
+        changed[int(rng.integers(4, len(content) // 4))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(changed))
+        try:
+            write_trace(path.with_name("read"), read_trace(path))
+        except ValueError:
+            return path.name
+        same = path.with_name("read").read_bytes() == content
+        path.with_name("read").unlink()
+        if not same:
+            return path.name
 
 
 def missing(folder, rng):
@@ -276,7 +287,7 @@ def lower(one, rng, head):
 CORRUPTIONS = {
     "a token": of_episode(flipped_token),
     "an unknown token": of_episode(unknown_token),
-    "a token, and its text": of_episode(text_and_verdict_along),
+    "a token, and its text": of_episode(token_and_text),
     "a writer": of_episode(flipped_writer),
     "a verdict": of_episode(lambda one, rng, head: replace(one, correct=not one.correct)),
     "a score over the threshold": of_episode(score_over_threshold, decided=True),

@@ -19,7 +19,7 @@ from experiments.traces.schema import SPECULATIVE
 from experiments.traces.trace import Head, TracedEpisode
 
 TOGETHER = 64
-"""Sequences that share a pass."""
+"""Sequences that share a pass at most; fewer where memory was planned for fewer."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Unlike:
 
 def forced(
     pool: ModelPool, model: int, prompts: Sequence[IntArray], responses: Sequence[IntArray]
-) -> Iterator[tuple[int, Forced]]:
+) -> Iterator[list[tuple[int, Forced]]]:
     """Let a model read prompts and, behind each, a response, one pass for many of them.
 
     Args:
@@ -68,14 +68,16 @@ def forced(
         responses: n arrays of token ids.
 
     Yields:
-        For each response, alike lengths together, its number and what the model makes of it.
+        Of the responses that shared a pass, alike lengths together, each one's number and what the model makes of it.
     """
     reader = pool.models[model]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    if not lengths:
+        return
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    longest = max((len(response) for response in responses), default=1)
-    together = max(1, min(TOGETHER, len(order), LOGITS_AT_ONCE // (longest * reader.vocab_size)))
-    cache = reader.new_cache(together, max(lengths, default=1))
+    most = LOGITS_AT_ONCE // (max(map(len, responses)) * reader.vocab_size)
+    together = max(1, min(pool.rows or TOGETHER, TOGETHER, len(order), most))
+    cache = reader.new_cache(together, max(lengths))
     for first in range(0, len(order), together):
         part = order[first : first + together]
         rows = np.arange(len(part))
@@ -89,14 +91,12 @@ def forced(
         logits = logits[:, : pool.vocab_size]
         counts = [len(chunk) for chunk in chunks]
         pieces = zip(part, states.split(counts), logits.split(counts), strict=True)
+        made = []
         for number, hidden, own in pieces:
             tokens = torch.from_numpy(responses[number]).to(own.device)
-            best = own.max(-1).values
-            # a token that no model writes is as far off as can be
-            known = tokens < own.shape[-1]
-            chosen = own.gather(-1, torch.where(known, tokens, 0)[:, None])[:, 0]
-            gaps = torch.where(known, (best - chosen).double(), torch.inf)
-            yield number, Forced(pool.greedy(model, own), gaps.cpu().numpy(), hidden.float(), own.float())
+            gaps = (own.max(-1).values - own.gather(-1, tokens[:, None])[:, 0]).double().cpu().numpy()
+            made.append((number, Forced(pool.greedy(model, own), gaps, hidden.float(), own.float())))
+        yield made
 
 
 def unlike_tokens(
@@ -121,19 +121,14 @@ def unlike_tokens(
         checks = head.decoding == SPECULATIVE and model == last
         observed = model == 0 and policy is not None
         read = [one for one in episodes if checks or observed or (one.writers == model).any()]
-        seen: list[tuple[TracedEpisode, Forced]] = []
-        for number, made in forced(pool, model, [one.prompt for one in read], [one.response for one in read]):
-            episode = read[number]
-            own = np.ones(len(episode.response), dtype=bool) if checks else episode.writers == model
-            for place in np.flatnonzero(own & (made.greedy != episode.response)).tolist():
-                unlike.append(_unlike(pool, model, episode.episode, place, episode.response, made))
-            if observed:
-                seen.append((episode, made))
-            if len(seen) == TOGETHER:
-                scores |= scored(policy, seen) if policy is not None else {}
-                seen = []
-        if seen and policy is not None:
-            scores |= scored(policy, seen)
+        for part in forced(pool, model, [one.prompt for one in read], [one.response for one in read]):
+            seen = [(read[number], made) for number, made in part]
+            for episode, made in seen:
+                own = np.ones(len(episode.response), dtype=bool) if checks else episode.writers == model
+                for place in np.flatnonzero(own & (made.greedy != episode.response)).tolist():
+                    unlike.append(_unlike(pool, model, episode.episode, place, episode.response, made))
+            if observed and policy is not None:
+                scores |= scored(policy, seen)
     return unlike + _unlike_drafts(pool, episodes), scores
 
 
@@ -174,7 +169,8 @@ def _unlike_drafts(pool: ModelPool, episodes: Sequence[TracedEpisode]) -> list[U
     for model in range(len(pool)):
         gone = [(one, back) for one in episodes for back in one.taken_back if back.writer == model and len(back.tokens)]
         before = [np.concatenate([one.prompt, one.response[: back.position]]) for one, back in gone]
-        for number, made in forced(pool, model, before, [back.tokens for _, back in gone]):
+        parts = forced(pool, model, before, [back.tokens for _, back in gone])
+        for number, made in (one for part in parts for one in part):
             episode, back = gone[number]
             for place in np.flatnonzero(made.greedy != back.tokens).tolist():
                 found = _unlike(pool, model, episode.episode, place, back.tokens, made)
