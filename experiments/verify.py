@@ -69,6 +69,7 @@ def verify_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None
     for one in evaluations:
         task, pool = made("task", config, one, before), None if config.rescore else made("models", config, one, before)
         checks.append((one, Verification(task, pool, config.sample, config.seed)))
+        checks[-1][1].problems(one)  # refuses, before anything is written
     begin()
     findings = Findings()
     for one, verification in checks:

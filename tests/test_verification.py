@@ -17,6 +17,7 @@ from experiments.traces.recorder import Recorder
 from experiments.traces.trace import read_trace, write_trace
 from experiments.verification.evaluation import Verification
 from experiments.verification.ledgers import expected_ledger
+from experiments.verify import named_folder
 from tests.corruptions import CORRUPTIONS, copied, corrupt
 from tests.programs import call
 
@@ -247,6 +248,14 @@ def test_what_cannot_be_verified_is_refused_with_the_way_out(run, tmp_path, caps
     call("verify", f"{nameless}", "task=arithmetic", "models=embedded", f"hydra.run.dir={tmp_path / 'out'}")
     with pytest.raises(ValueError, match="was made with models"):
         Verification(task, pools["llama"]).check(KeptEvaluation.read(run / "runs" / "manifest.json"))
+
+
+def test_a_folder_stands_on_the_command_line_by_itself(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    assert named_folder(["outputs/run", "sample=3"]) == ["folder='outputs/run'", "sample=3"]
+    assert named_folder(["it's here"]) == ["folder='it\\'s here'"]
+    assert named_folder([f"{tmp_path}/a=b"]) == [f"folder='{tmp_path}/a=b'"]
+    assert named_folder(["one", "--cfg", "job", "-m"]) == ["folder='one'", "--cfg", "job", "-m"]
 
 
 def test_evaluations_of_before_have_no_traces_and_go_on(run, pool, task, tmp_path):

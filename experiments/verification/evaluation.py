@@ -65,17 +65,8 @@ class Verification:
             ValueError: it has no traces, or is of other models or another task.
         """
         findings = findings or Findings()
-        if self.pool is not None:
-            models = {"models": models_manifest(self.pool)}
-            check_manifest(evaluation.runs, evaluation.manifest, models, ["models"])
-        examples = problems_of(evaluation, self.task)
-        pieces = [piece for piece in pieces_of(evaluation) if _is_there(piece, findings)]
-        if not any(piece.path.is_file() for piece in pieces):
-            raise ValueError(
-                f"{evaluation.runs} holds no traces; evaluate again in another folder, with traces=true (evaluation."
-                "traces=true in training)"
-            )
-        traces = _read(pieces, findings)
+        examples = self.problems(evaluation)
+        traces = _read([piece for piece in pieces_of(evaluation) if _is_there(piece, findings)], findings)
         sound = {
             path: self._check_episodes(piece, trace, examples, findings) for path, (piece, trace) in traces.items()
         }
@@ -86,6 +77,22 @@ class Verification:
             check_tables(evaluation, next(iter(traces.values()))[1].head.profiles, findings)
         findings.count("evaluations")
         return findings
+
+    def problems(self, evaluation: KeptEvaluation) -> Sequence[Example]:
+        """The problems of an evaluation that can be verified.
+
+        Raises:
+            ValueError: it has no traces, or is of other models or another task.
+        """
+        if self.pool is not None:
+            models = {"models": models_manifest(self.pool)}
+            check_manifest(evaluation.runs, evaluation.manifest, models, ["models"])
+        if not any(piece.path.is_file() for piece in pieces_of(evaluation)):
+            raise ValueError(
+                f"{evaluation.runs} holds no traces; evaluate again in another folder, with traces=true (evaluation."
+                "traces=true in training)"
+            )
+        return problems_of(evaluation, self.task)
 
     def _check_episodes(
         self, piece: Piece, trace: Trace, examples: Sequence[Example], findings: Findings
@@ -118,7 +125,7 @@ class Verification:
             try:
                 kept, answers = Answers.load(piece.kept), traced_answers(trace, slm)
             except ValueError as error:
-                findings.fault(piece.kept, None, f"{error}")
+                findings.fault(piece.kept, None, f"{error}".removeprefix(f"{piece.kept} "))
                 continue
             for number, what in kept_faults(kept, answers):
                 findings.fault(piece.kept, number, what)
@@ -214,7 +221,7 @@ def _read(pieces: Sequence[Piece], findings: Findings) -> dict[Path, tuple[Piece
         try:
             traces[piece.path] = (piece, piece.trace)
         except ValueError as error:
-            findings.fault(piece.path, None, f"{error}")
+            findings.fault(piece.path, None, f"{error}".removeprefix(f"{piece.path} "))
     return traces
 
 
