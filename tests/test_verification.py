@@ -147,6 +147,19 @@ def test_scores_of_what_was_trained_are_computed_again(agent, settings, tmp_path
     assert f"{path}, episode 1: the score at token" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_models_in_half_precision_are_decoded_again_and_verified(tmp_path, capsys):
+    settings = [one.replace(" ", "") for one in ARGUMENTS if not one.startswith(("examples=", "oracle_budget="))]
+    settings += ["models.dtype=bfloat16", "examples=30", "oracle_budget=0"]
+    call("evaluate", "agents=[margin]", *settings, f"hydra.run.dir={tmp_path / 'run'}")
+    call("verify", f"{tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'out'}")
+    found = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert found["right"]
+    # a whole response is rounded otherwise than one that is written token by token
+    assert found["checked"]["responses decoded again"] > 0
+    assert found["largest_score_difference"] < 1e-4
+
+
 class Once(Policy):
     """Decides once, by the first token: a policy of whole responses."""
 

@@ -53,11 +53,22 @@ def on_cpu(head: Head) -> bool:
     return head.hardware.startswith("cpu ")
 
 
-def replayed(pool: ModelPool, task: Task, examples: Sequence[Example], trace: Trace) -> list[Episode]:
-    """Decode all problems of a trace again, by the writers that it names, in passes of as many rows."""
-    settings = trace.head.settings
+def replayed(
+    pool: ModelPool, task: Task, examples: Sequence[Example], trace: Trace, policy: Policy | None = None
+) -> list[Episode]:
+    """Decode all problems of a trace again, in passes of as many rows.
+
+    Args:
+        pool: the models.
+        task: judges.
+        examples: the problems.
+        trace: whose settings hold.
+        policy: that decides anew; where None the writers are those that the trace names.
+    """
+    settings, threshold = trace.head.settings, trace.head.threshold
     scheduling = Scheduling(settings["rows"], settings["gather"])
     if trace.head.decoding == SPECULATIVE:
         return speculate(pool, task, examples, settings["draft_tokens"], settings["max_new_tokens"], scheduling)
-    policy = (RecordedOnce if trace.head.per_response else Recorded)(trace)
-    return decode(pool, task, examples, policy, 0.5, settings["max_new_tokens"], scheduling)
+    if policy is None or threshold is None:
+        policy, threshold = (RecordedOnce if trace.head.per_response else Recorded)(trace), 0.5
+    return decode(pool, task, examples, policy, threshold, settings["max_new_tokens"], scheduling)
