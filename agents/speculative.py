@@ -8,11 +8,12 @@ first that it would not have written is replaced by its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from agents.common.episode_queue import EpisodeQueue
-from agents.common.rollout import EndedRow, Episode, Scheduling, episode_of
+from agents.common.rollout import EndedRow, Episode, Scheduling, TakenBack, episode_of
 from envs.arrays import IntArray
 from envs.decoding.session import Session
 from envs.decoding.verification import VerifyingSession
@@ -47,7 +48,8 @@ def speculate(
         label: of the progress bar; none is shown without.
 
     Returns:
-        Episodes in the order of `examples`; nobody decides, so that decisions and scores are zeros.
+        Episodes in the order of `examples`, with the drafts that were refused as what was taken back; nobody decides,
+        so that decisions and scores are zeros.
 
     Raises:
         ValueError: there are no examples or draft tokens, or a prompt does not fit the cache.
@@ -62,10 +64,13 @@ def speculate(
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
     limits = np.zeros(rows, dtype=np.int64)
+    refused: list[list[TakenBack]] = [[] for _ in range(rows)]
 
     def start(rows: IntArray, numbers: IntArray) -> None:
         session.start(rows, [prompts[n] for n in numbers], numbers)
         limits[rows] = session.lengths(rows) + max_new_tokens
+        for row in rows:
+            refused[row] = []
 
     episodes: list[Episode | None] = [None] * len(examples)
     queue = EpisodeQueue(np.arange(rows), len(examples), start)
@@ -75,11 +80,17 @@ def speculate(
             begun = session.lengths(busy)
             # the LLM writes a token of its own behind a draft: the last one of a response need not be drafted
             draft(session, busy, np.minimum(begun + draft_tokens, limits[busy] - 1))
+            drafts = [session.response(row) for row in busy]
             terminated, truncated = session.verify(busy, session.lengths(busy) - begun, len(pool) - 1)
+            for row, drafted in zip(busy, drafts, strict=True):
+                kept = int(len(session.writers(row)) - (session.writers(row)[-1] > 0))  # behind it the LLM's own token
+                if kept < len(drafted):
+                    refused[row].append(TakenBack(kept, 0, drafted[kept:]))
             ended = terminated | truncated
             for row, by_itself in zip(busy[ended], terminated[ended], strict=True):
                 done = EndedRow(int(row), queue.item(row), bool(by_itself))
-                episodes[done.item] = episode_of(session, task, examples[done.item], done)
+                episode = episode_of(session, task, examples[done.item], done)
+                episodes[done.item] = replace(episode, taken_back=tuple(refused[row]))
                 progress.update()
             queue.end(busy[ended])
     return [episode for episode in episodes if episode is not None]

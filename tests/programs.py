@@ -18,6 +18,7 @@ WARM.set_forkserver_preload(
      "experiments.leaderboard", "experiments.common.config",
      "experiments.training.run", "experiments.training.many", "experiments.training.seconds",
      "experiments.evaluation.runner", "experiments.evaluation.merge", "experiments.reporting.leaderboard_page",
+     "experiments.verify", "experiments.verification.evaluation",
      "experiments.query_routing.report", "experiments.query_routing.sources", "experiments.query_routing.summary",
      "agents.citer", "agents.r2r", "agents.collm", "agents.tapo", "agents.query_routing.mlp",
      "agents.query_routing.routellm", "agents.query_routing.uniroute", "agents.sb3",

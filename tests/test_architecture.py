@@ -26,10 +26,9 @@ ORDER = {
     "agents": [{"common"}, {"router"}, {"preferences"}, {"rl", "query_routing"}, {TOP}],
     "experiments": [
         {"common"},
-        {"reporting"},
-        {"measures"},
+        {"reporting", "traces", "measures"},
         {"evaluation"},
-        {"training", "query_routing", "speed_suites", "pretraining"},
+        {"training", "query_routing", "speed_suites", "pretraining", "verification"},
         {TOP},
     ],
 }

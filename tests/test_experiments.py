@@ -28,7 +28,7 @@ from experiments.reporting.figures import plot_curves
 from tests.programs import call
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("demo", "train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain")
+SCRIPTS = ("demo", "train", "collect", "evaluate", "queries", "leaderboard", "speed", "pretrain", "verify")
 QUICK = [
     "threads=1", "examples=4", "threshold_examples=3", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2",
     "max_new_tokens=48", "oracle_budget=20", "draft_tokens=8",

@@ -28,7 +28,7 @@ from experiments.common.program import program
 from experiments.common.stopping import Workers, command_to_go_on
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("demo", "train", "evaluate", "collect", "leaderboard", "queries", "speed", "pretrain")
+PROGRAMS = ("demo", "train", "evaluate", "collect", "leaderboard", "queries", "speed", "pretrain", "verify")
 MINE = """
 from dataclasses import dataclass
 

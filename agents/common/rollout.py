@@ -27,6 +27,20 @@ from envs.progress import ProgressBar
 from envs.tasks.task import Example, Task
 
 
+class TakenBack(NamedTuple):
+    """Tokens that a model wrote and that were taken back, such as drafts that another model refused.
+
+    Attributes:
+        position: of the response, where the first of them stood.
+        writer: the model that wrote them.
+        tokens: their ids, (n,).
+    """
+
+    position: int
+    writer: int
+    tokens: IntArray
+
+
 @dataclass(frozen=True)
 class Episode:
     """One response.
@@ -41,6 +55,7 @@ class Episode:
         ledger: what the models did for it, (models, COLUMNS).
         decisions: what the policy did for it: its scores as passes, and their seconds, (COLUMNS,).
         scores: the policy's score at each decision, (n,).
+        taken_back: tokens that are not part of the response any more, in the order in which they were taken back.
     """
 
     example: Example
@@ -52,6 +67,7 @@ class Episode:
     ledger: FloatArray
     decisions: FloatArray
     scores: npt.NDArray[np.float32]
+    taken_back: Sequence[TakenBack] = ()
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ _REPORTED = (
     "scheduling",
     "tree_memory",
     "tree",
+    "traces",
     "shared",
     "oracle",
     "oracle_budget",

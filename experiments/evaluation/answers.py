@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,23 @@ from safetensors.numpy import load_file, save
 from agents.common.policy import Policy, decision_profile
 from agents.common.rollout import Episode
 from envs.arrays import FloatArray
-from envs.costs import ALL_COSTS, WRITTEN, Price
+from envs.costs import ALL_COSTS, WRITTEN, ModelProfile, Price
 from envs.models.pool import ModelPool
 from envs.storage import write_whole
 from experiments.measures.metrics import Sweep
+
+
+class Counted(Protocol):
+    """An episode, decoded or traced, as far as it counts: see `Episode`."""
+
+    @property
+    def correct(self) -> bool: ...
+    @property
+    def terminated(self) -> bool: ...
+    @property
+    def ledger(self) -> FloatArray: ...
+    @property
+    def decisions(self) -> FloatArray: ...
 
 
 @dataclass(frozen=True)
@@ -44,13 +57,18 @@ class Answers:
         cls, episodes: Sequence[Episode], pool: ModelPool, policy: Policy | None = None, timed: bool = True
     ) -> Answers:
         """Of decoded episodes; decisions are priced where `policy` is given, seconds where passes were `timed`."""
+        return cls.priced(episodes, pool.profiles, None if policy is None else decision_profile(policy), timed)
+
+    @classmethod
+    def priced(
+        cls, episodes: Sequence[Counted], models: Sequence[ModelProfile], policy: ModelProfile | None, timed: bool
+    ) -> Answers:
+        """The same by the sizes of models and policy alone; decisions are not priced where `policy` is None."""
         ledgers = np.stack([episode.ledger for episode in episodes])
         units = [cost for cost in ALL_COSTS if timed or cost.reproducible]
-        costs = dict(Price(pool.profiles, units).of(ledgers))
+        costs = dict(Price(models, units).of(ledgers))
         if policy is not None:
-            own = Price([decision_profile(policy)], units).of(
-                np.stack([episode.decisions for episode in episodes])[:, None]
-            )
+            own = Price([policy], units).of(np.stack([episode.decisions for episode in episodes])[:, None])
             costs = {unit: costs[unit] + own[unit] for unit in costs}
         return cls(
             np.array([episode.correct for episode in episodes]),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from agents.common.policy import Policy
 from agents.common.rollout import Episode
 from agents.heuristics import Always
 from agents.oracle import Oracle, SearchResult
@@ -18,10 +20,13 @@ from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from envs.storage import keep_manifest, write_text
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.decoder import ExampleDecoder
+from experiments.traces.recorder import Recorder
 
 FRONTIER_POINTS = 24
 VALIDATION = ("validation-slm", "validation-llm")
 """Names on disk of the models' answers to validation problems."""
+Record = Callable[..., None]
+"""A method of `Recorder` that is given it, a path, episodes and a name."""
 MANIFEST = "limits.json"
 EXHAUSTED = "oracle_exhausted.json"
 """Written last: the baselines in a folder are complete with it."""
@@ -125,6 +130,7 @@ def measure_baselines(
     folder: Path | None = None,
     about: Mapping[str, Any] | None = None,
     validation: ExampleDecoder | None = None,
+    recorder: Recorder | None = None,
 ) -> Baselines:
     """Measure all baselines, or read those that are there.
 
@@ -135,6 +141,7 @@ def measure_baselines(
         folder: where each piece is kept when it is made; nothing is kept where None.
         about: what makes the baselines.
         validation: the decoder of validation problems; None for none of them.
+        recorder: writes their traces into `folder`; there are none where None.
 
     Raises:
         ValueError: something else made the pieces in `folder`; the error names what differs.
@@ -142,24 +149,40 @@ def measure_baselines(
     if folder is not None:
         keep_manifest(folder / MANIFEST, about or {})
 
-    def kept(name: str, decode: Callable[[], Sequence[Episode]]) -> Answers:
+    def kept(name: str, decode: Callable[[], Sequence[Episode]], record: Record, recorder: Recorder | None) -> Answers:
         path = folder and folder / f"{name}.safetensors"
-        return Answers.kept(path, lambda: Answers.of(decode(), decoder.pool, timed=decoder.timed))
 
-    def ends(one: ExampleDecoder, names: Sequence[str]) -> tuple[Answers, Answers]:
+        def decoded() -> Answers:
+            episodes = decode()
+            if path is not None and recorder is not None:
+                record(recorder, path, episodes, name)  # first: what is kept has a trace
+            return Answers.of(episodes, decoder.pool, timed=decoder.timed)
+
+        return Answers.kept(path, decoded)
+
+    def routed(policy: Policy, threshold: float) -> Record:
+        return partial(Recorder.routed, policy=policy, threshold=threshold, priced=False)
+
+    def ends(one: ExampleDecoder, names: Sequence[str], recorder: Recorder | None) -> tuple[Answers, Answers]:
+        slm = Always(slm=True)
         return (
-            kept(names[0], lambda: one.decode(Always(slm=True), 0.5, "slm only")),
-            kept(names[1], lambda: one.llm_only("llm only")),
+            kept(names[0], lambda: one.decode(slm, 0.5, "slm only"), routed(slm, 0.5), recorder),
+            kept(names[1], lambda: one.llm_only("llm only"), Recorder.llm_only, recorder),
         )
 
-    slm, llm = ends(decoder, ("slm", "llm"))
-    validated = None if validation is None else ends(validation, VALIDATION)
-    speculative = kept("speculative", lambda: decoder.speculate(draft_tokens)) if draft_tokens else None
+    slm, llm = ends(decoder, ("slm", "llm"), recorder)
+    validated = None if validation is None else ends(validation, VALIDATION, recorder and recorder.on_validation())
+    speculative = None
+    if draft_tokens:
+        drafted = partial(Recorder.speculative, draft_tokens=draft_tokens)
+        speculative = kept("speculative", lambda: decoder.speculate(draft_tokens), drafted, recorder)
     if folder is not None and (folder / EXHAUSTED).is_file():
         return Baselines.load(folder)
     baselines = Baselines(slm, llm, speculative, None, 0, validated)
     if oracle is not None:
         tree, results = decoder.search(oracle)
+        if folder is not None and recorder is not None:
+            recorder.searched(folder / "oracle", tree, results, decoder.examples, "oracle", oracle.budget)
         best = oracle_outcomes(tree, results, slm)
         baselines = replace(baselines, oracle=best, exhausted=sum(result.exhausted for result in results))
     if folder is None:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from agents.oracle import Oracle
 from envs.models.pool import ModelPool, models_manifest
 from envs.prefix_tree.tree import PrefixTree
 from envs.progress import ProgressBar
-from envs.storage import keep_manifest, write_text
+from envs.storage import keep_manifest, write_text, write_whole
 from envs.tasks.task import Example, Task
 from experiments.common.locks import one_at_a_time
 from experiments.evaluation.answers import Answers
@@ -43,7 +44,11 @@ from experiments.evaluation.summary import Results, ran_out, summarize
 from experiments.evaluation.threshold_sweep import choose_thresholds, record_scores
 from experiments.reporting.page import PAGE, PageParts, Training
 from experiments.reporting.transcripts import transcripts
+from experiments.traces.recorder import Recorder
+from experiments.traces.trace import SUFFIX
 
+RESULTS = "results.jsonl"
+"""In a folder: a row for each policy and threshold."""
 TRANSCRIPTS = "transcripts.json"
 """In a folder: the answers that its page shows."""
 
@@ -108,6 +113,22 @@ class Evaluation:
     def validation(self) -> ExampleDecoder:
         """Answers the validation problems."""
         return self.decoder.on(self.task.examples("validation", self.settings.threshold_examples))
+
+    @cached_property
+    def recorder(self) -> Recorder | None:
+        """Writes the traces of what is decoded; None where they are not asked for."""
+        settings = self.settings
+        if not settings.traces:
+            return None
+        return Recorder(
+            self.pool,
+            self.task,
+            settings.split,
+            settings.start,
+            settings.max_new_tokens,
+            settings.scheduling,
+            settings.tree is None,
+        )
 
     def about(self) -> dict[str, Any]:
         """Which problems are answered by which models, as summaries say it."""
@@ -200,9 +221,12 @@ class Evaluation:
                 place,
                 {**self._problems, "timed": settings.tree is None, "validation": settings.threshold_examples},
                 self.validation,
+                self.recorder,
             )
-        if self.runs and place != self.runs:
-            baselines.save(self.runs)
+            if self.runs and place and place != self.runs:
+                baselines.save(self.runs)
+                if self.recorder is not None:
+                    _copy_traces(place, self.runs)
         if baselines.exhausted:
             logging.getLogger(__name__).warning(ran_out(baselines))
         return baselines
@@ -250,13 +274,9 @@ class Evaluation:
             baselines: of the same problems; their rows come first.
             seed: that the policies were trained with, named in the rows.
         """
-        rows = _ResultRows(baselines.llm, seed, self.folder and self.folder / "results.jsonl", self.track)
-        rows.record("slm", None, baselines.slm)
-        rows.record("llm", None, baselines.llm)
-        if baselines.speculative is not None:
-            rows.record("speculative", None, baselines.speculative)
-        for answers in baselines.frontier(self.settings.cost):
-            rows.record("oracle", None, answers)
+        rows = _ResultRows(baselines.llm, seed, self.folder and self.folder / RESULTS, self.track)
+        for name, answers in baseline_runs(baselines, self.settings.cost):
+            rows.record(name, None, answers)
         runs: dict[str, list[Answers]] = {name: [] for name in policies}
         with ProgressBar(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
             for name, policy in policies.items():
@@ -278,7 +298,11 @@ class Evaluation:
         by = decoder or self.decoder
 
         def decoded() -> Answers:
-            return Answers.of(by.decode(policy, threshold, name), self.pool, policy, by.timed)
+            episodes = by.decode(policy, threshold, name)
+            recorder = self.recorder if decoder is None else self.recorder and self.recorder.on_validation()
+            if path is not None and recorder is not None:
+                recorder.routed(path, episodes, name, policy, threshold)  # first: what is kept has a trace
+            return Answers.of(episodes, self.pool, policy, by.timed)
 
         return Answers.kept(path, decoded)
 
@@ -318,6 +342,32 @@ class Evaluation:
         }
 
 
+def baseline_runs(baselines: Baselines, unit: str) -> Iterator[tuple[str, Answers]]:
+    """The answers of baselines that have a row in `results.jsonl`, each with its name there.
+
+    Args:
+        baselines: of one set of problems.
+        unit: of the costs that the oracle's answers are ordered by.
+    """
+    yield "slm", baselines.slm
+    yield "llm", baselines.llm
+    if baselines.speculative is not None:
+        yield "speculative", baselines.speculative
+    for answers in baselines.frontier(unit):
+        yield "oracle", answers
+
+
+def result_row(threshold: float | None, seed: int, answers: Answers, llm: Answers) -> dict[str, Any]:
+    """A row of `results.jsonl`, but for its name."""
+    return {"threshold": threshold, "seed": seed, **answers.row(llm)}
+
+
+def _copy_traces(place: Path, runs: Path) -> None:
+    """Put the traces that lie beside shared baselines beside their copies too."""
+    for path in sorted(place.glob(f"*{SUFFIX}")):
+        write_whole(runs / path.name, partial(shutil.copyfile, path))
+
+
 class _ResultRows:
     """Writes a row for every run of a policy, all of them at each new one.
 
@@ -333,7 +383,7 @@ class _ResultRows:
         self.lines: list[str] = []
 
     def record(self, name: str, threshold: float | None, answers: Answers) -> None:
-        row = {"threshold": threshold, "seed": self.seed, **answers.row(self.llm)}
+        row = result_row(threshold, self.seed, answers, self.llm)
         self.track({"run": name, **row})
         self.lines.append(json.dumps({"policy": name, **row}) + "\n")
         if self.path is not None:

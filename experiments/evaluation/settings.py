@@ -44,6 +44,7 @@ class EvaluationSettings:
         tree: a file: answers are decoded through a replay tree that is kept there, so that no state is decoded twice,
             and nothing is timed; every token is decoded where None.
         tree_memory: bytes that the tree may take.
+        traces: whether a trace of every episode is written beside what is kept of it, for `experiments.verify`.
         columns: of the table that is printed: `few`, which fit most terminals, or `all`; table.md holds all.
         scheduling: how answers share passes.
 
@@ -69,6 +70,7 @@ class EvaluationSettings:
     shared: Path | None = None
     tree: Path | None = None
     tree_memory: int = 2_000_000_000
+    traces: bool = True
     columns: str = "few"
     scheduling: Scheduling = field(default_factory=Scheduling)
 
@@ -86,6 +88,8 @@ class EvaluationSettings:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{key} must be a whole number, is {value!r}")
+        if not isinstance(self.traces, bool):
+            raise ValueError(f"traces must be true or false, is {self.traces!r}")
         if self.draft_tokens < 0:
             raise ValueError(
                 f"draft_tokens must be at least 1, or 0 for no speculative decoding; it is {self.draft_tokens}"

@@ -1,0 +1,1 @@
+"""Checks of an evaluation against its traces: models, tasks, ledgers, tables."""

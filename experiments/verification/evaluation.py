@@ -1,0 +1,257 @@
+"""An evaluation against its traces: every token, verdict, ledger entry, cost and row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agents.common.policy import Policy
+from agents.common.rollout import Episode
+from envs.arrays import FloatArray
+from envs.models.pool import ModelPool, models_manifest
+from envs.progress import ProgressBar
+from envs.storage import check_manifest
+from envs.tasks.task import Example, Task
+from experiments.evaluation.answers import Answers
+from experiments.evaluation.kept import KeptEvaluation
+from experiments.traces.trace import Trace, TracedEpisode
+from experiments.verification.episodes import episode_faults, head_faults, number_faults, readable, verdict_faults
+from experiments.verification.findings import Fault, Findings
+from experiments.verification.forcing import Unlike, unlike_tokens
+from experiments.verification.pieces import Piece, check_task, kept_faults, pieces_of, traced_answers
+from experiments.verification.policies import Policies
+from experiments.verification.replay import on_cpu, replayed, same_machine
+from experiments.verification.tables import check_tables
+
+NEAR = 1e-4
+"""Logits that lie no further apart than this may change places on another machine."""
+SCORES, ROUGH_SCORES = 1e-4, 0.1
+"""How far a score may differ that is computed from states of another pass, in float32 and in half precision."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Checks an evaluation.
+
+    Args:
+        task: judges the answers.
+        pool: writes and reads every token again; where None no model runs, and nothing is read in tokens.
+        sample: of how many episodes the tokens and scores are computed again, drawn among all; of all where None.
+        seed: of that draw.
+
+    Raises:
+        ValueError: the sample is empty.
+    """
+
+    task: Task
+    pool: ModelPool | None
+    sample: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and self.sample < 1:
+            raise ValueError(f"sample must be at least 1, is {self.sample}; leave it out to check all episodes")
+
+    def check(self, evaluation: KeptEvaluation, findings: Findings | None = None) -> Findings:
+        """Check one evaluation.
+
+        Args:
+            evaluation: as its folder keeps it.
+            findings: that what is found is added to; new ones where None.
+
+        Raises:
+            ValueError: it has no traces, or is of other models or another task.
+        """
+        findings = findings or Findings()
+        self.refuse(evaluation)
+        traces = _read([piece for piece in pieces_of(evaluation) if _is_there(piece, findings)], findings)
+        sound = {path: self._check_episodes(piece, trace, findings) for path, (piece, trace) in traces.items()}
+        self._check_kept(traces, findings)
+        if self.pool is not None:
+            self._check_tokens(evaluation, traces, sound, findings)
+        if traces:
+            check_tables(evaluation, next(iter(traces.values()))[1].head.profiles, findings)
+        findings.count("evaluations")
+        return findings
+
+    def refuse(self, evaluation: KeptEvaluation) -> None:
+        """Refuse an evaluation that cannot be verified.
+
+        Raises:
+            ValueError: it has no traces, or is of other models or another task.
+        """
+        if self.pool is not None:
+            models = {"models": models_manifest(self.pool)}
+            check_manifest(evaluation.runs, evaluation.manifest, models, ["models"])
+        if not any(piece.path.is_file() for piece in pieces_of(evaluation)):
+            raise ValueError(
+                f"{evaluation.runs} holds no traces; evaluate again in another folder, with traces=true (evaluation."
+                "traces=true in training)"
+            )
+        check_task(evaluation, self.task)
+
+    def _check_episodes(self, piece: Piece, trace: Trace, findings: Findings) -> list[TracedEpisode]:
+        """Check all that needs no pass of a model; the episodes whose tokens can be read by one."""
+        examples = piece.problems(self.task)
+        for what in head_faults(trace.head, piece.wanted, self.pool):
+            findings.fault(piece.path, None, what)
+        for what in number_faults(trace, examples):
+            findings.fault(piece.path, None, what)
+        sound, seen = [], set()
+        for episode in trace.episodes:
+            if not 0 <= episode.episode < len(examples) or episode.episode in seen:
+                continue
+            seen.add(episode.episode)
+            example = examples[episode.episode]
+            faults = [*episode_faults(trace.head, episode, example, self.pool)]
+            faults += verdict_faults(episode, example, self.task)
+            for what in faults:
+                findings.fault(piece.path, episode.episode, what)
+            if self.pool is not None and readable(trace.head, episode, example, self.pool):
+                sound.append(episode)
+        findings.count("files")
+        findings.count("episodes", len(trace.episodes))
+        findings.count("verdicts", len(trace.episodes))
+        return sound
+
+    def _check_kept(self, traces: Mapping[Path, tuple[Piece, Trace]], findings: Findings) -> None:
+        slm = next((trace for path, (_, trace) in traces.items() if path.stem == "slm"), None)
+        for piece, trace in traces.values():
+            try:
+                kept, answers = Answers.load(piece.kept), traced_answers(trace, slm)
+            except ValueError as error:
+                findings.fault(piece.kept, None, f"{error}".removeprefix(f"{piece.kept} "))
+                continue
+            for number, what in kept_faults(kept, answers):
+                findings.fault(piece.kept, number, what)
+            findings.count("costs", len(kept.correct) * len(kept.costs))
+
+    def _check_tokens(
+        self,
+        evaluation: KeptEvaluation,
+        traces: Mapping[Path, tuple[Piece, Trace]],
+        sound: Mapping[Path, Sequence[TracedEpisode]],
+        findings: Findings,
+    ) -> None:
+        """Let the models read the responses again: what each would have written, and what the policies score."""
+        assert self.pool is not None
+        drawn = self._drawn(sound)
+        policies = Policies(evaluation, self.pool)
+        with ProgressBar(total=len(drawn), desc="verify", mininterval=0.5) as progress:
+            for path, episodes in drawn.items():
+                piece, trace = traces[path]
+                examples = piece.problems(self.task)
+                policy = policies.of(trace.head)
+                if isinstance(policy, str):
+                    findings.unchecked.append(f"{path}: scores: {policy}")
+                    policy = None
+                if episodes:
+                    unlike, scores = unlike_tokens(self.pool, trace.head, episodes, policy)
+                    self._sort_out(path, trace, unlike, examples, findings)
+                    if policy is not None:
+                        self._check_scores(path, trace, policy, scores, examples, findings)
+                    findings.count("tokens", sum(len(episode.response) for episode in episodes))
+                progress.update()
+
+    def _drawn(self, sound: Mapping[Path, Sequence[TracedEpisode]]) -> dict[Path, list[TracedEpisode]]:
+        """The episodes whose tokens are computed again."""
+        every = [(path, number) for path, episodes in sound.items() for number in range(len(episodes))]
+        if self.sample is not None and self.sample < len(every):
+            chosen = np.random.default_rng(self.seed).choice(len(every), self.sample, replace=False)
+            every = [every[number] for number in sorted(chosen.tolist())]
+        drawn: dict[Path, list[TracedEpisode]] = {path: [] for path, _ in every}
+        for path, number in every:
+            drawn[path].append(sound[path][number])
+        return drawn
+
+    def _sort_out(
+        self, path: Path, trace: Trace, unlike: Sequence[Unlike], examples: Sequence[Example], findings: Findings
+    ) -> None:
+        """Tell faults from tokens that hang on the last bits of two logits.
+
+        Reading a whole response rounds otherwise than writing it token by token does. So where a token is not the
+        greedy choice, the trace is decoded again in the passes that made it, if this machine is of the kind that did:
+        then each token must come out. On another machine one may differ where the two logits are nearly equal.
+        """
+        assert self.pool is not None
+        by_episode: dict[int, list[Unlike]] = {}
+        for one in sorted(unlike, key=lambda one: (one.episode, one.place)):
+            by_episode.setdefault(one.episode, []).append(one)
+        repeats = self._repeats(trace, examples)
+        if by_episode and repeats:
+            again = replayed(self.pool, self.task, examples, trace)
+            traced = {episode.episode: episode for episode in trace.episodes}
+            alike = [number for number in by_episode if _alike(again[number], traced[number])]
+            findings.count("responses decoded again", len(alike))
+            by_episode = {number: own for number, own in by_episode.items() if number not in alike}
+        exact = repeats and on_cpu(trace.head)
+        for number, own in by_episode.items():
+            wrong = [one for one in own if exact or one.gap > NEAR]
+            findings.near_ties += [Fault(path, number, one.what) for one in own if one not in wrong]
+            if wrong:
+                findings.fault(path, number, wrong[0].what)  # what follows a wrong token is read behind it
+
+    def _repeats(self, trace: Trace, examples: Sequence[Example]) -> bool:
+        """Whether a trace can be decoded again in the passes that made it."""
+        assert self.pool is not None
+        return same_machine(trace.head, self.pool) and len(trace.episodes) == len(examples)
+
+    def _check_scores(
+        self,
+        path: Path,
+        trace: Trace,
+        policy: Policy,
+        scores: Mapping[int, FloatArray],
+        examples: Sequence[Example],
+        findings: Findings,
+    ) -> None:
+        """Compare scores with those of the states of another pass; where these differ, of the passes that made them."""
+        assert self.pool is not None
+        traced = {one.episode: one.scores for one in trace.episodes if one.episode in scores}
+        found = dict(scores)
+        far = [number for number, own in traced.items() if np.abs(found[number] - own).max() > SCORES]
+        half = any(profile.bytes_per_parameter < 4 for profile in trace.head.profiles)
+        tolerance = ROUGH_SCORES if half else SCORES
+        if far and self._repeats(trace, examples):
+            again, tolerance = replayed(self.pool, self.task, examples, trace, policy), SCORES
+            found |= {n: again[n].scores.astype(np.float64) for n in far if len(again[n].scores) == len(traced[n])}
+        for number, own in traced.items():
+            off = np.abs(found[number] - own)
+            at = int(off.argmax())
+            if off[at] > tolerance:
+                said, computed = own[at], found[number][at]
+                findings.fault(path, number, f"the score at token {at} is {said:g}, the policy scores {computed:g}")
+            findings.count("scores", len(off))
+            findings.largest_score_difference = max(findings.largest_score_difference, float(off[at]))
+
+
+def _alike(ours: Episode, theirs: TracedEpisode) -> bool:
+    """Whether an episode was decoded again as its trace says."""
+    back = [(one.position, one.writer, one.tokens.tolist()) for one in ours.taken_back]
+    traced = [(one.position, one.writer, one.tokens.tolist()) for one in theirs.taken_back]
+    return ours.tokens.tolist() == theirs.response.tolist() and back == traced
+
+
+def _is_there(piece: Piece, findings: Findings) -> bool:
+    """Whether a piece is kept; one that is must have a trace, and one that has a trace must be kept."""
+    if piece.kept.is_file() and not piece.path.is_file():
+        findings.fault(
+            piece.path,
+            None,
+            "it is missing: nothing says what the answers that are kept come from; evaluate again in another folder",
+        )
+    return piece.kept.is_file() and piece.path.is_file()
+
+
+def _read(pieces: Sequence[Piece], findings: Findings) -> dict[Path, tuple[Piece, Trace]]:
+    """The traces that can be read, by their paths."""
+    traces = {}
+    for piece in pieces:
+        try:
+            traces[piece.path] = (piece, piece.trace)
+        except ValueError as error:
+            findings.fault(piece.path, None, f"{error}".removeprefix(f"{piece.path} "))
+    return traces
