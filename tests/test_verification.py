@@ -57,7 +57,9 @@ def test_a_run_is_verified_in_one_line(run, tmp_path, capsys):
     checked = found["checked"]
     traces = [read_trace(path) for path in run.glob("runs/**/*.parquet")]
     assert checked["tokens"] == sum(len(one.response) for trace in traces for one in trace.episodes) > 1000
-    assert checked["verdicts"] == checked["episodes"] == 5 * len(traces)
+    assert (
+        checked["verdicts"] == checked["episodes"] == sum(len(trace.episodes) for trace in traces) > 5 * len(traces) / 2
+    )
     assert checked["scores"] == sum(len(one.scores) for trace in traces for one in trace.episodes)
     assert checked["rows"] == len((run / "results.jsonl").read_text().splitlines())
 

@@ -14,7 +14,7 @@ from experiments.evaluation.answers import Answered, Answers
 from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.kept import KeptEvaluation, kept_below, not_evaluated_yet, told_apart
 from experiments.evaluation.operating_points import Tried
-from experiments.evaluation.report import write_report
+from experiments.evaluation.report import RESULTS, write_report
 from experiments.evaluation.summary import Front, Results, summarize
 from experiments.reporting.page import PAGE, PageParts
 
@@ -201,7 +201,7 @@ def result_rows(named: Sequence[NamedRun]) -> str:
     lines = []
     names = {(run.evaluation.runs, run.agent): run.name for run in named}
     for evaluation in sorted({run.evaluation.runs for run in named}):
-        for line in (evaluation.parent / "results.jsonl").read_text().splitlines():
+        for line in (evaluation.parent / RESULTS).read_text().splitlines():
             row = json.loads(line)
             lines.append(json.dumps({**row, "policy": names.get((evaluation, row["policy"]), row["policy"])}) + "\n")
     return "".join(lines)
@@ -242,7 +242,7 @@ def report(
         summary["policies"][name]["cost_at_by_unit"]["seconds"] = {"0.95": ratio}
     # what evaluations of before do not say stays unsaid
     summary["parameters"] = named[0].evaluation.manifest.get("parameters")
-    write_text(place / "results.jsonl", result_rows(named))
+    write_text(place / RESULTS, result_rows(named))
     write_report(summary, place, columns, parts)
     print(f"wrote {place}; open {place / PAGE}")
     return summary

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.kept import CHOSEN, VALIDATED
 from experiments.evaluation.operating_points import SHARES, threshold_to_use, try_thresholds
-from experiments.evaluation.report import write_report
+from experiments.evaluation.report import RESULTS, ResultRows, baseline_runs, write_report
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, ran_out, summarize
 from experiments.evaluation.threshold_sweep import choose_thresholds, record_scores
@@ -47,8 +47,6 @@ from experiments.reporting.transcripts import transcripts
 from experiments.traces.recorder import Recorder
 from experiments.traces.trace import SUFFIX
 
-RESULTS = "results.jsonl"
-"""In a folder: a row for each policy and threshold."""
 TRANSCRIPTS = "transcripts.json"
 """In a folder: the answers that its page shows."""
 
@@ -274,7 +272,7 @@ class Evaluation:
             baselines: of the same problems; their rows come first.
             seed: that the policies were trained with, named in the rows.
         """
-        rows = _ResultRows(baselines.llm, seed, self.folder and self.folder / RESULTS, self.track)
+        rows = ResultRows(baselines.llm, seed, self.folder and self.folder / RESULTS, self.track)
         for name, answers in baseline_runs(baselines, self.settings.cost):
             rows.record(name, None, answers)
         runs: dict[str, list[Answers]] = {name: [] for name in policies}
@@ -342,52 +340,10 @@ class Evaluation:
         }
 
 
-def baseline_runs(baselines: Baselines, unit: str) -> Iterator[tuple[str, Answers]]:
-    """The answers of baselines that have a row in `results.jsonl`, each with its name there.
-
-    Args:
-        baselines: of one set of problems.
-        unit: of the costs that the oracle's answers are ordered by.
-    """
-    yield "slm", baselines.slm
-    yield "llm", baselines.llm
-    if baselines.speculative is not None:
-        yield "speculative", baselines.speculative
-    for answers in baselines.frontier(unit):
-        yield "oracle", answers
-
-
-def result_row(threshold: float | None, seed: int, answers: Answers, llm: Answers) -> dict[str, Any]:
-    """A row of `results.jsonl`, but for its name."""
-    return {"threshold": threshold, "seed": seed, **answers.row(llm)}
-
-
 def _copy_traces(place: Path, runs: Path) -> None:
     """Put the traces that lie beside shared baselines beside their copies too."""
     for path in sorted(place.glob(f"*{SUFFIX}")):
         write_whole(runs / path.name, partial(shutil.copyfile, path))
-
-
-class _ResultRows:
-    """Writes a row for every run of a policy, all of them at each new one.
-
-    Args:
-        llm: that costs are relative to.
-        seed: named in every row.
-        path: of the JSON lines; nothing is written where None.
-        track: receives them too.
-    """
-
-    def __init__(self, llm: Answers, seed: int, path: Path | None, track: Track) -> None:
-        self.llm, self.seed, self.path, self.track = llm, seed, path, track
-        self.lines: list[str] = []
-
-    def record(self, name: str, threshold: float | None, answers: Answers) -> None:
-        row = result_row(threshold, self.seed, answers, self.llm)
-        self.track({"run": name, **row})
-        self.lines.append(json.dumps({"policy": name, **row}) + "\n")
-        if self.path is not None:
-            write_text(self.path, "".join(self.lines))
 
 
 def evaluate(

@@ -27,6 +27,8 @@ from experiments.training.run import SUMMARY
 from experiments.training.seconds import TIMED, measure_seconds
 
 CLOCK = "seconds.json"
+PATIENCE = 1.0
+"""Seconds after which it is looked again whether preferences are there."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class Demonstration:
         """All of them."""
         return [self.first, *self.controls, *self.beside]
 
+    @property
+    def _collected(self) -> bool:
+        """Whether the preferences that the controls take are there: the router of round 1 is trained on them."""
+        return self.first.done or (self.first.folder / "round-1.safetensors").is_file()
+
     def make(self, log: Logger) -> None:
         """Make what is not there yet, and the page.
 
@@ -128,17 +135,18 @@ class Demonstration:
                 )
 
         begin([self.first, *self.beside])
-        if self.first.done:
-            begin(self.controls)
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+        controls = list(self.controls)
+        while waiting or controls:
+            if controls and (self._collected or self.first not in waiting.values()):
+                begin(controls)
+                controls = []
+            for future in wait(waiting, PATIENCE, return_when=FIRST_COMPLETED).done:
                 run, error = waiting.pop(future), future.result()
                 if error:
                     failed[f"{run.agent} ({run.folder / 'log.txt'})"] = error
+                    controls = [] if run is self.first else controls  # there is nothing that they could take
                     continue
                 log.info("%s is done", run.agent)
-                if run is self.first:
-                    begin(self.controls)
         if failed:
             lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
             raise ValueError(f"{len(failed)} runs failed; the others are kept, and are not made again:\n{lines}")

@@ -11,7 +11,7 @@ from typing import Any
 from envs.costs import ModelProfile
 from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.kept import KeptEvaluation
-from experiments.evaluation.runner import RESULTS, baseline_runs, result_row
+from experiments.evaluation.report import RESULTS, baseline_runs, result_row
 from experiments.evaluation.summary import Results, summarize
 from experiments.reporting.tables import markdown, table
 from experiments.verification.findings import Findings
