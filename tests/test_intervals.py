@@ -151,6 +151,16 @@ def test_operating_points_are_chosen_on_validation_and_measured_on_the_problems(
     assert low < 0.8 < high
 
 
+def test_points_chosen_on_the_very_problems_are_said_to_be():
+    baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
+    runs = [[answers(right(0.95), 0.3)]]
+    for split, notes in (("validation", 1), ("test", 0)):
+        results = Results(
+            {"split": split}, baselines, {"mine": runs}, frozenset(), {"mine": [[0.1]]}, validated={"mine": runs}
+        )
+        assert len([note for note in summarize(results, samples=5)["notes"] if "Operating points" in note]) == notes
+
+
 def test_who_never_gets_there_on_validation_is_used_as_the_llm_alone():
     baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
     tried = [[answers(right(0.5), 0.2)]]

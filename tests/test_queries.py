@@ -334,6 +334,7 @@ def test_the_embedded_pool_is_ordered_by_cost():
     assert isinstance(pool, ModelPool)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_file(), reason="the real outcomes are not here")
 def test_routers_beat_guessing_on_real_outcomes(tmp_path):
     config = settings(

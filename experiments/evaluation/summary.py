@@ -230,6 +230,8 @@ def _notes(
     """What must be known to read the table."""
     baselines = results.baselines
     notes = [f"On the front of {agent}: {'; '.join(front['on_front']) or 'none'}." for agent, front in fronts.items()]
+    if results.validated and results.about.get("split") == "validation":
+        notes.append("Operating points were chosen on the problems of this split: they say nothing of others.")
     if baselines.exhausted:
         notes.append(ran_out(baselines))
     shares = {name: policy["measures"].get("oracle_share", {}) for name, policy in {**policies, **fronts}.items()}
