@@ -272,11 +272,12 @@ def table_digit(folder, rng):
 
 
 def other_threshold(folder, rng):
-    path = folder / "runs" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    thresholds = manifest["thresholds"][rng.choice(sorted(manifest["thresholds"]))]
-    thresholds[rng.integers(len(thresholds))] += 1e-4
-    path.write_text(json.dumps(manifest))
+    path = folder / "runs" / str(rng.choice(["manifest.json", "thresholds.json"]))
+    content = json.loads(path.read_text())
+    thresholds = content["thresholds"] if path.stem == "manifest" else content
+    own = thresholds[rng.choice(sorted(thresholds))]
+    own[rng.integers(len(own))] += 1e-4
+    path.write_text(json.dumps(content))
     return None  # what was decoded stands against it
 
 

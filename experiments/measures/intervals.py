@@ -1,10 +1,10 @@
 """95 % intervals over problems and training seeds, for one policy and for two that are compared.
 
 Problems are resampled, the same ones for all policies: comparisons are paired. There are too few training seeds to
-resample (a percentile bootstrap of three covers 74 % where 95 % are said): their part is a t interval. Both half-widths
-are added in quadrature (MOVER, Zou and Donner 2008), which keeps the problems' part as skewed as it is. What a seed
-does to some problems and not to others is in the differences between seeds already, and is taken out of the problems'
-part.
+resample (a percentile bootstrap of three covers 74 % where 95 % are said); theirs is a t interval. For one policy both
+half-widths are added in quadrature (MOVER, Zou and Donner 2008); for two, where that is too wide, both variances are,
+and the degrees of freedom are Satterthwaite's, as in Welch's test. The problems' part stays as skewed as it is. What a
+seed does to some problems and not to others is in the differences between seeds already, and is taken out of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from envs.arrays import FloatArray
 from experiments.measures.metrics import finite
 
-TAIL = 0.025
+TAIL, NORMAL = 0.025, 1.959964
+"""Share of draws beyond each end of an interval, and the quantile of the normal distribution there."""
 Interval = tuple[float | None, float | None]
 
 
@@ -107,22 +108,29 @@ def _interval(value: float, drawn: FloatArray, *estimates: Estimate) -> Interval
         return None, None
     low, middle, high = np.quantile(drawn, (TAIL, 0.5, 1 - TAIL))
     whole, counted = float(drawn.var()), sum(one.interaction for one in estimates)
-    left = np.sqrt(max(0.0, whole - counted) / whole) if whole > 0 else 0.0
-    seeds = _seed_half(estimates)
-    below, above = (np.hypot(left * side, seeds) for side in (middle - low, high - middle))
+    problems = max(0.0, whole - counted)
+    left = np.sqrt(problems / whole) if whole > 0 else 0.0
+    if len(estimates) == 1:
+        widened, seeds = 1.0, _quantile(0.0, estimates) * np.sqrt(estimates[0].seed_variance)
+    else:
+        widened = _quantile(problems, estimates) / NORMAL
+        seeds = NORMAL * np.sqrt(sum(one.seed_variance for one in estimates))
+    below, above = (widened * np.hypot(left * side, seeds) for side in (middle - low, high - middle))
     return finite(value - below), finite(value + above)
 
 
-def _seed_half(estimates: Sequence[Estimate]) -> float:
-    """Half the width of a t interval over training seeds (Welch's, where there are two policies)."""
+def _quantile(problems: float, estimates: Sequence[Estimate]) -> float:
+    """The quantile of the t distribution with the degrees of freedom that a sum of variances has (Satterthwaite).
+
+    Args:
+        problems: the variance that is due to problems, of which there are many.
+        estimates: whose seeds' variances are added, each of few degrees of freedom.
+    """
     from scipy.special import stdtrit
 
     variances = [one.seed_variance for one in estimates]
-    total = sum(variances)
-    if not total > 0:
-        return 0.0
-    parts = [v**2 / (len(one.values) - 1) for v, one in zip(variances, estimates, strict=True) if v > 0]
-    return float(stdtrit(total**2 / sum(parts), 1 - TAIL) * np.sqrt(total))
+    few = sum(v**2 / (len(one.values) - 1) for v, one in zip(variances, estimates, strict=True) if v > 0)
+    return float(stdtrit((problems + sum(variances)) ** 2 / few, 1 - TAIL)) if few > 0 else NORMAL
 
 
 def described(value: float, interval: Interval) -> dict[str, Any]:

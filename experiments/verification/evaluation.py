@@ -16,7 +16,7 @@ from envs.progress import ProgressBar
 from envs.storage import check_manifest
 from envs.tasks.task import Example, Task
 from experiments.evaluation.answers import Answers
-from experiments.evaluation.kept import KeptEvaluation
+from experiments.evaluation.kept import CHOSEN, MANIFEST, KeptEvaluation
 from experiments.traces.trace import Trace, TracedEpisode
 from experiments.verification.episodes import episode_faults, head_faults, number_faults, readable, verdict_faults
 from experiments.verification.findings import Fault, Findings
@@ -70,6 +70,10 @@ class Verification:
         traces = _read([piece for piece in pieces_of(evaluation) if _is_there(piece, findings)], findings)
         sound = {path: self._check_episodes(piece, trace, findings) for path, (piece, trace) in traces.items()}
         self._check_kept(traces, findings)
+        for name, first in evaluation.manifest["thresholds"].items():
+            if evaluation.thresholds.get(name, [])[: len(first)] != first:
+                what = f"the thresholds of {name} do not begin with those of {evaluation.runs / MANIFEST}"
+                findings.fault(evaluation.runs / CHOSEN, None, what)
         if self.pool is not None:
             self._check_tokens(evaluation, traces, sound, findings)
         if traces:
