@@ -174,7 +174,7 @@ class Script:
 
 
 @pytest.mark.parametrize("copied", [True, False], ids=["rows copied", "rows read in place"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routed_decoding_equals_uncached_decoding(pools, family, seed, copied, monkeypatch):
     monkeypatch.setitem(COPY_BYTES, "cpu", 2**40 if copied else 0)
