@@ -83,7 +83,8 @@ def speculate(
             drafts = [session.response(row) for row in busy]
             terminated, truncated = session.verify(busy, session.lengths(busy) - begun, len(pool) - 1)
             for row, drafted in zip(busy, drafts, strict=True):
-                kept = int(len(session.writers(row)) - (session.writers(row)[-1] > 0))  # behind it the LLM's own token
+                writers = session.writers(row)
+                kept = int(len(writers) - (writers[-1] > 0))  # behind it the LLM's own token
                 if kept < len(drafted):
                     refused[row].append(TakenBack(kept, 0, drafted[kept:]))
             ended = terminated | truncated

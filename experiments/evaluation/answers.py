@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from agents.common.policy import Policy, decision_profile
 from agents.common.rollout import Episode
-from envs.arrays import FloatArray
+from envs.arrays import BoolArray, FloatArray
 from envs.costs import ALL_COSTS, WRITTEN, ModelProfile, Price
 from envs.models.pool import ModelPool
 from envs.storage import write_whole
@@ -103,6 +103,13 @@ class Answers:
     def in_units(self, units: Collection[str]) -> Answers:
         """The same with costs in some units alone."""
         return replace(self, costs={unit: cost for unit, cost in self.costs.items() if unit in units})
+
+    def where(self, chosen: BoolArray, other: Answers) -> Answers:
+        """These for the examples `chosen`, (examples,); those of `other` for the rest."""
+        return Answers(
+            **{name: np.where(chosen, getattr(self, name), getattr(other, name)) for name in _PLAIN},
+            costs={unit: np.where(chosen, cost, other.costs[unit]) for unit, cost in self.costs.items()},
+        )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""

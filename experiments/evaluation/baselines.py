@@ -76,7 +76,7 @@ class Baselines:
         rank[order] = np.arange(1, len(order) + 1)
         rank[free] = 0
         cuts = np.unique(np.linspace(0, len(order), FRONTIER_POINTS).round())
-        return [_chosen(best, self.slm, rank <= cut) for cut in cuts]
+        return [best.where(rank <= cut, self.slm) for cut in cuts]
 
     def save(self, folder: Path) -> None:
         """Write all of it into `folder`."""
@@ -106,21 +106,6 @@ class Baselines:
             exhausted=json.loads((folder / EXHAUSTED).read_text()),
             validation=None if ends[0] is None or ends[1] is None else (ends[0], ends[1]),
         )
-
-
-def _chosen(one: Answers, other: Answers, where: np.ndarray) -> Answers:
-    """`one` for the examples `where`, `other` for the rest."""
-
-    def either(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.where(where, a, b)
-
-    return Answers(
-        correct=either(one.correct, other.correct),
-        terminated=either(one.terminated, other.terminated),
-        llm_tokens=either(one.llm_tokens, other.llm_tokens),
-        tokens=either(one.tokens, other.tokens),
-        costs={unit: either(one.costs[unit], other.costs[unit]) for unit in one.costs},
-    )
 
 
 def measure_baselines(
@@ -210,4 +195,4 @@ def oracle_outcomes(tree: PrefixTree, results: Sequence[SearchResult], slm: Answ
         tokens=entries[:, :, WRITTEN].sum(1),
         costs=price.of(entries),
     )
-    return _chosen(answers, slm, answers.correct)
+    return answers.where(answers.correct, slm)

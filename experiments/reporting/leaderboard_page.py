@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reporting.figures import BASELINE_NAMES, plot_curves
-from experiments.reporting.tables import markdown_table, number, with_interval
+from experiments.reporting.tables import markdown_table, measured, number, with_interval
 
 LEVEL = "0.95"
 GAINS = ("0.25", "0.50")
@@ -162,11 +162,11 @@ def results_table(summary: Summary, seconds: Mapping[str, float | None], how: Ho
 def _policy_row(summary: Summary, name: str, seconds: float | None, departed: bool) -> list[str]:
     policy, point = summary["policies"][name], summary["policies"][name]["operating_points"].get(LEVEL)
     intervals, units = policy["cost_at_interval"], policy["cost_at_by_unit"]
-    chosen = ["", ""] if point is None else [_measured(point[key]) for key in ("accuracy", f"cost_{summary['cost']}")]
+    chosen = ["", ""] if point is None else [measured(point[key]) for key in ("accuracy", f"cost_{summary['cost']}")]
     over_first = ""
     if name != summary["first"]:
         ratio = policy[f"against_{summary['first']}"][f"ratio_at_{LEVEL}"]
-        over_first = _measured(ratio)
+        over_first = measured(ratio)
     return [
         f"{name} ({policy['seeds']}){' *' if departed else ''}",
         *chosen,
@@ -201,10 +201,6 @@ def standing(summary: Summary, name: str) -> str:
         return "cheapest"
     low, high = summary["policies"][name][f"against_{cheapest}"][f"ratio_at_{LEVEL}"]["interval"]
     return "not told from the cheapest" if low is None or high is None or low <= 1 <= high else ""
-
-
-def _measured(measure: Mapping[str, Any]) -> str:
-    return with_interval(measure["value"], measure["interval"])
 
 
 def headlines(summary: Summary) -> str:

@@ -67,7 +67,7 @@ def table(summary: Summary) -> Table:
                 *_chosen(policy, levels, summary["cost"]),
                 *(with_interval(policy["cost_at"][level], policy["cost_at_interval"][level]) for level in levels),
                 *_compared(policy, name, first, "against", COMPARED),
-                *(_measured(policy["measures"][key]) for key in areas),
+                *(measured(policy["measures"][key]) for key in areas),
                 number(policy["cost_at_by_unit"]["llm_tokens"]["0.95"]),
                 *([number(_seconds(policy))] if timed else []),
             ]
@@ -84,7 +84,7 @@ def _chosen(policy: Mapping[str, Any], levels: Sequence[str], unit: str) -> list
     """Accuracy and cost at the operating point for each level; empty where none was chosen."""
     points = policy.get("operating_points") or {}
     keys = [(level, key) for level in levels for key in ("accuracy", f"cost_{unit}")]
-    return [_measured(points[level][key]) if level in points else "" for level, key in keys]
+    return [measured(points[level][key]) if level in points else "" for level, key in keys]
 
 
 def _seconds(policy: Mapping[str, Any]) -> float | None:
@@ -132,7 +132,7 @@ def query_table(summary: Summary) -> Table:
     rows = [
         [
             name,
-            *(_measured(policy["measures"][key]) for key in measures),
+            *(measured(policy["measures"][key]) for key in measures),
             *_compared(policy, name, first, "less", COMPARED_QUERIES),
         ]
         for name, policy in summary["policies"].items()
@@ -165,10 +165,10 @@ def _measured_of(summary: Summary, keys: Iterable[str]) -> list[str]:
 
 def _compared(policy: Mapping[str, Any], name: str, first: str, how: str, keys: Iterable[str]) -> list[str]:
     """What a policy has over the first one; empty for that one itself."""
-    return [_measured(policy[f"{how}_{first}"][key]) if name != first else "" for key in keys]
+    return [measured(policy[f"{how}_{first}"][key]) if name != first else "" for key in keys]
 
 
-def _measured(measure: Mapping[str, Any]) -> str:
+def measured(measure: Mapping[str, Any]) -> str:
     """A measure with its interval; that it says nothing, where the summary tells why."""
     return "n/a" if "why" in measure else with_interval(measure["value"], measure["interval"])
 

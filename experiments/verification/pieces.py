@@ -111,14 +111,7 @@ def traced_answers(trace: Trace, slm: Trace | None) -> Answers:
     answers = _answers(trace)
     if head.decoding != SEARCH or slm is None or len(slm.episodes) != len(trace.episodes):
         return answers
-    alone, found = _answers(slm), trace.correct
-    return Answers(
-        correct=np.where(found, answers.correct, alone.correct),
-        terminated=np.where(found, answers.terminated, alone.terminated),
-        llm_tokens=np.where(found, answers.llm_tokens, alone.llm_tokens),
-        tokens=np.where(found, answers.tokens, alone.tokens),
-        costs={unit: np.where(found, cost, alone.costs[unit]) for unit, cost in answers.costs.items()},
-    )
+    return answers.where(trace.correct, _answers(slm))
 
 
 def _answers(trace: Trace) -> Answers:
