@@ -104,6 +104,11 @@ class Answers:
         """The same with costs in some units alone."""
         return replace(self, costs={unit: cost for unit, cost in self.costs.items() if unit in units})
 
+    def first(self, count: int) -> Answers:
+        """Those to the first problems alone."""
+        plain = {name: getattr(self, name)[:count] for name in _PLAIN}
+        return Answers(**plain, costs={unit: cost[:count] for unit, cost in self.costs.items()})
+
     def where(self, chosen: BoolArray, other: Answers) -> Answers:
         """These for the examples `chosen`, (examples,); those of `other` for the rest."""
         return Answers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -59,13 +59,18 @@ class Run:
                 "train", overrides=[f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self.place()]
             )
 
+    @property
+    def shared_baselines(self) -> Path:
+        """The folder of what no agent changes; timed baselines are kept apart."""
+        return self.shared / ("live" if self.live else "replayed")
+
     def place(self) -> list[str]:
-        """Where the evaluation keeps what runs share; one report is made of all. Timed baselines are kept apart."""
+        """Where the evaluation keeps what runs share; one report is made of all."""
+        shared = f"evaluation.shared={self.shared_baselines}"
         if self.live:
-            return ["evaluation.report=false", f"evaluation.shared={self.shared / 'live'}"]
+            return ["evaluation.report=false", shared]
         # processes that wrote one file would undo each other's work
         tree = self.shared / f"{current_process().name}.tree"
-        shared = f"evaluation.shared={self.shared / 'replayed'}"
         return ["evaluation.report=false", shared, f"evaluation.tree={tree}"]
 
 
@@ -128,8 +133,13 @@ def make(run: Run) -> str | None:
     return None
 
 
-def make_all(runs: Sequence[Run], workers: int) -> None:
+def make_all(runs: Sequence[Run], workers: int, made: Callable[[Run], None] = lambda run: None) -> None:
     """Make the runs that are not there yet.
+
+    Args:
+        runs: all of them.
+        workers: how many at a time.
+        made: called with each that was made, in this process.
 
     Raises:
         ValueError: some failed; the error names them and what they said.
@@ -149,6 +159,8 @@ def make_all(runs: Sequence[Run], workers: int) -> None:
                 run, error = waiting[future], future.result()
                 if error:
                     failed[f"{run.agent} with seed {run.seed} ({run.folder / 'log.txt'})"] = error
+                else:
+                    made(run)
                 progress.update()
     if failed:
         lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())

@@ -69,7 +69,7 @@ class Verification:
         self.refuse(evaluation)
         traces = _read([piece for piece in pieces_of(evaluation) if _is_there(piece, findings)], findings)
         sound = {path: self._check_episodes(piece, trace, findings) for path, (piece, trace) in traces.items()}
-        self._check_kept(traces, findings)
+        self._check_kept(traces, evaluation.shipped is not None, findings)
         for name, first in evaluation.manifest["thresholds"].items():
             if evaluation.thresholds.get(name, [])[: len(first)] != first:
                 what = f"the thresholds of {name} do not begin with those of {evaluation.runs / MANIFEST}"
@@ -121,11 +121,13 @@ class Verification:
         findings.count("verdicts", len(trace.episodes))
         return sound
 
-    def _check_kept(self, traces: Mapping[Path, tuple[Piece, Trace]], findings: Findings) -> None:
+    def _check_kept(self, traces: Mapping[Path, tuple[Piece, Trace]], shipped: bool, findings: Findings) -> None:
         slm = next((trace for path, (_, trace) in traces.items() if path.stem == "slm"), None)
         for piece, trace in traces.values():
             try:
-                kept, answers = Answers.load(piece.kept), traced_answers(trace, slm)
+                kept, answers = Answers.load(piece.kept).first(piece.count), traced_answers(trace, slm)
+                if shipped:  # without seconds
+                    answers = answers.in_units(kept.costs)
             except ValueError as error:
                 findings.fault(piece.kept, None, f"{error}".removeprefix(f"{piece.kept} "))
                 continue
@@ -154,9 +156,10 @@ class Verification:
                     policy = None
                 if episodes:
                     unlike, scores = unlike_tokens(self.pool, trace.head, episodes, policy)
-                    self._sort_out(path, trace, unlike, examples, findings)
+                    repeats = not piece.part and self._repeats(trace, examples)
+                    self._sort_out(path, trace, unlike, examples, repeats, findings)
                     if policy is not None:
-                        self._check_scores(path, trace, policy, scores, examples, findings)
+                        self._check_scores(path, trace, policy, scores, examples, repeats, findings)
                     findings.count("tokens", sum(len(episode.response) for episode in episodes))
                 progress.update()
 
@@ -172,7 +175,13 @@ class Verification:
         return drawn
 
     def _sort_out(
-        self, path: Path, trace: Trace, unlike: Sequence[Unlike], examples: Sequence[Example], findings: Findings
+        self,
+        path: Path,
+        trace: Trace,
+        unlike: Sequence[Unlike],
+        examples: Sequence[Example],
+        repeats: bool,
+        findings: Findings,
     ) -> None:
         """Tell faults from tokens that hang on the last bits of two logits.
 
@@ -184,7 +193,6 @@ class Verification:
         by_episode: dict[int, list[Unlike]] = {}
         for one in sorted(unlike, key=lambda one: (one.episode, one.place)):
             by_episode.setdefault(one.episode, []).append(one)
-        repeats = self._repeats(trace, examples)
         if by_episode and repeats:
             again = replayed(self.pool, self.task, examples, trace)
             traced = {episode.episode: episode for episode in trace.episodes}
@@ -210,6 +218,7 @@ class Verification:
         policy: Policy,
         scores: Mapping[int, FloatArray],
         examples: Sequence[Example],
+        repeats: bool,
         findings: Findings,
     ) -> None:
         """Compare scores with those of the states of another pass; where these differ, of the passes that made them."""
@@ -219,7 +228,7 @@ class Verification:
         far = [number for number, own in traced.items() if np.abs(found[number] - own).max() > SCORES]
         half = any(profile.bytes_per_parameter < 4 for profile in trace.head.profiles)
         tolerance = ROUGH_SCORES if half else SCORES
-        if far and self._repeats(trace, examples):
+        if far and repeats:
             again, tolerance = replayed(self.pool, self.task, examples, trace, policy), SCORES
             found |= {n: again[n].scores.astype(np.float64) for n in far if len(again[n].scores) == len(traced[n])}
         for number, own in traced.items():
