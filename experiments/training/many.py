@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import current_process
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from envs.progress import ProgressBar
@@ -54,10 +55,11 @@ class Run:
     def config(self) -> DictConfig:
         """What `experiments.train` is called with."""
         register_schemas()
-        with initialize_config_dir(str(CONF), version_base=None):
-            return compose(
-                "train", overrides=[f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self.place()]
-            )
+        overrides = [f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self.place()]
+        # in a program Hydra reads this folder already
+        reading = GlobalHydra.instance().is_initialized()
+        with nullcontext() if reading else initialize_config_dir(str(CONF), version_base=None):
+            return compose("train", overrides=overrides)
 
     @property
     def shared_baselines(self) -> Path:
