@@ -265,7 +265,14 @@ def test_what_is_not_there_to_see_is_named(policy, pool, tmp_path):
         policy.score(seen)
     policy.save(tmp_path)
     settings = json.loads((tmp_path / "policy.json").read_text())
-    for change in ({"terms": settings["terms"][1:]}, {"terms": None}, {"sees": ["words"]}, {"sees": ["slm"]}):
+    for change in (
+        {"terms": settings["terms"][1:]},
+        {"sees": ["slm", "text"]},
+        {"terms": None},
+        {"most_terms": "9"},
+        {"sees": ["words"]},
+        {"sees": ["slm"]},
+    ):
         (tmp_path / "policy.json").write_text(json.dumps(settings | change))
         if change == {"sees": ["slm"]}:
             assert load_policy(tmp_path, pool).fingerprint != policy.fingerprint

@@ -146,6 +146,8 @@ class TextEmbedder:
                 f"{len(terms)} words and pairs need as many weights and columns; there are {tuple(weights.shape)} and "
                 f"{tuple(directions.shape)}"
             )
+        if not isinstance(most_terms, int) or most_terms < 0:
+            raise ValueError(f"most_terms must be a whole number, is {most_terms!r}")
         self.terms, self.weights, self.directions, self.most_terms = list(terms), weights, directions, most_terms
         self._words = vectorizer(vocabulary=self.terms)
         self._words.idf_ = weights.numpy()

@@ -114,11 +114,14 @@ class RouterInputs:
             ValueError, KeyError: they do not belong together.
         """
         sees = check_views(settings.get("sees", ("slm",)))
+        scales = tensors[PREFIX + "scales"] if len(sees) > 1 else None
+        if scales is not None and scales.shape != (len(sees),):
+            raise ValueError(f"{len(sees)} views need as many scales, there are {tuple(scales.shape)}")
         text = None
         if "text" in sees:
             weights, directions = tensors[PREFIX + "weights"], tensors[PREFIX + "directions"]
             text = TextEmbedder(settings["terms"], weights, directions, settings["most_terms"])
-        return cls(sees, tensors[PREFIX + "scales"] if len(sees) > 1 else None, text)
+        return cls(sees, scales, text)
 
     def _parts(self, views: PromptViews) -> list[Tensor]:
         parts = []

@@ -44,7 +44,7 @@ class QueryLearner(Learner[QueryPolicy]):
     examples: int = 2000
     max_new_tokens: int = 128
     llm_share: float | None = None
-    sees: Sequence[str] = ("slm",)
+    sees: Sequence[str] = field(default_factory=lambda: ["slm"])
     text: TextEmbedding = field(default_factory=TextEmbedding)
     scheduling: Scheduling = field(default_factory=Scheduling)
 
