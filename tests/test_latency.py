@@ -87,6 +87,8 @@ def test_measuring_counts_what_was_written_and_takes_turns(found, large):
     for name, one in measured.items():
         assert one.seconds.shape == (3, 2)
         assert (one.seconds > 0).all()
+        assert (one.passes.sum(1) < one.seconds.max(1)).all()
+        assert ((one.passes > 0) == [name != LLM, True, name == ROUTED]).all()
         assert one.answers.tokens.tolist() == [len(episode.tokens) for episode in found[name].episodes]
     assert measured[LLM].answers.costs["bytes"].sum() > 0
     assert measured[ROUTED].answers.llm_tokens.sum() < measured[LLM].answers.llm_tokens.sum()

@@ -46,6 +46,8 @@ LEVEL = 0.95
 SAMPLES = 1000
 """Resamplings behind an interval."""
 UNITS = ("bytes", "flops")
+PARTS = ("slm", "llm", "decisions")
+"""What a response's seconds are spent on; what is left is the program's."""
 LLM, ROUTED, SPECULATIVE = "llm_only", "routed", "speculative"
 
 
@@ -70,10 +72,12 @@ class Measured(NamedTuple):
     Attributes:
         seconds: of each problem, each time, (problems, repeats).
         answers: of the timed pair, with what they cost.
+        passes: of each problem, the last time, seconds of the SLM's passes, of the LLM's and of decisions, (problems, 3).
     """
 
     seconds: FloatArray
     answers: Answers
+    passes: FloatArray
 
 
 def forced_pool(config: DictConfig, decider: ModelPool, capacity: int) -> ModelPool:
@@ -237,8 +241,12 @@ def measure(found: Mapping[str, Way], large: ModelPool, repeats: int) -> dict[st
         for name, taken in alternated(turns, repeats, f"problem {number + 1}").items():
             seconds[name].append(taken)
             written[name].append(last[name])
+    passes = {
+        name: np.array([[*one.ledger[:, SECONDS], one.decisions[SECONDS]] for one in episodes])
+        for name, episodes in written.items()
+    }
     return {
-        name: Measured(np.array(seconds[name]), Answers.of(written[name], large, way.policy))
+        name: Measured(np.array(seconds[name]), Answers.of(written[name], large, way.policy), passes[name])
         for name, way in found.items()
     }
 
@@ -284,6 +292,9 @@ def latency_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         taken = np.median(one.seconds, axis=1).sum()
         rates[f"{name}_ms_per_token"] = 1e3 * taken / one.answers.tokens.sum()
         rates[f"{name}_ms_per_response"] = 1e3 * taken / len(examples)
+        for part, spent in zip(PARTS, one.passes.mean(0), strict=True):
+            if spent > 0:
+                rates[f"{name}_{part}_ms_per_response"] = 1e3 * spent
         rates[f"{name}_tokens"] = one.answers.tokens.sum()
         rates[f"{name}_llm_tokens"] = one.answers.llm_tokens.sum()
         if name == LLM:
