@@ -44,6 +44,7 @@ QUICK = {
     "training.epochs": 2,
     "training.batch_size": 64,
     "scheduling.rows": 16,
+    "text.dimensions": 4,
     "steps": 256,
     "num_envs": 8,
     "memory": 2**26,

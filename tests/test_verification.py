@@ -129,6 +129,7 @@ def test_a_hundred_random_corruptions_are_found(run, verified, tmp_path, number)
         ("recurrent_ppo", ["agent.steps=256", "agent.num_envs=8"]),
         ("r2r_small", ["agent.examples=24", "agent.training.epochs=1"]),
         ("mlp", ["agent.examples=24"]),
+        ("routellm_mf", ["agent.examples=24", "agent.sees=[slm,llm,text]"]),
         ("margin", []),
     ],
 )

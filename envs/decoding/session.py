@@ -15,6 +15,7 @@ from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, SECONDS, WRITTEN, pass_entry
 from envs.decoding.decoder import Decoder, since_llm
 from envs.decoding.observation import Observation, Step
+from envs.decoding.prompt_states import PromptStates
 from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -56,6 +57,7 @@ class Session(Decoder):
         self._generators: list[np.random.Generator | None] = [None] * rows
         self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
         self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
+        self._prompt_states = PromptStates(rows, len(pool))
 
     def start(
         self,
@@ -110,6 +112,7 @@ class Session(Decoder):
         self._active[rows] = begun < self._limits[rows]
         self._followed[rows] = self._observed[rows] = observed
         self._unread[rows] = False
+        self._prompt_states.forget(rows)
         entries = np.zeros((len(rows), len(self.pool), COLUMNS))
         entries[:, 0, WRITTEN] = begun
         self._leave_unread(rows, entries, np.arange(len(rows)))
@@ -138,7 +141,7 @@ class Session(Decoder):
         for model in np.unique(actions):
             chosen = np.flatnonzero((actions == model) & ~has_read)
             if len(chosen):
-                entries, _, logits, tokens[chosen] = self._read(int(model), rows[chosen])
+                entries, logits, tokens[chosen] = self._next(int(model), rows[chosen])
                 ledger[chosen, model] += entries
                 if uniforms is not None:
                     tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
@@ -242,6 +245,18 @@ class Session(Decoder):
             self._hidden[index], self._logits[index], positions, self._episodes[rows], self._since_llm[rows]
         )
 
+    def read_prompts(self, rows: IntArray, model: int) -> Tensor:
+        """The states of a model other than the SLM behind the prompts of `rows`, (n,); see `Decoder.read_prompts`."""
+        rows = self._checked(rows)
+        self._check_reader(model)
+        new = rows[~self._prompt_states.known[rows, model]]
+        self._check_unwritten(new, model)
+        if len(new):
+            entries, hidden, logits, _ = self._read(model, new)
+            self.ledger[new, model] += entries
+            self._prompt_states.keep(model, new, hidden, logits)
+        return self._prompt_states.states(model, rows)
+
     def state(self, rows: IntArray) -> dict[str, npt.NDArray[Any]]:
         """Where `rows`, (n,), stand, in numbers; see `Decoder.state`."""
         read = np.stack([cache.lengths[rows] for cache in self._caches], axis=-1)
@@ -256,6 +271,7 @@ class Session(Decoder):
         """Let `rows`, (n,), stand where others stood; see `Decoder.restore`."""
         rows = self._checked(rows)
         self._set_books(rows, state, "_limits", "_slm_tokens", "_unread")
+        self._prompt_states.forget(rows)
         for number, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[number]
         for model, cache in enumerate(self._caches):
@@ -266,10 +282,13 @@ class Session(Decoder):
                 continue
             chunks = [self._tokens[row, :count] for row, count in zip(readers, counts[counts > 0], strict=True)]
             hidden, logits = self.pool.models[model].feed(cache, readers, chunks)
+            logits = logits[:, : self.pool.vocab_size]
             if model == 0:
                 index = torch.from_numpy(readers).to(self._hidden.device)
-                self._hidden[index] = hidden.to(self._hidden)
-                self._logits[index] = logits[:, : self.pool.vocab_size].to(self._logits)
+                self._hidden[index], self._logits[index] = hidden.to(self._hidden), logits.to(self._logits)
+            elif len(behind := np.flatnonzero(cache.lengths[readers] == self._prompt_lengths[readers])):
+                of = torch.from_numpy(behind).to(hidden.device)
+                self._prompt_states.keep(model, readers[behind], hidden[of], logits[of])
 
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""
@@ -289,6 +308,21 @@ class Session(Decoder):
         logits = logits[:, : self.pool.vocab_size]
         greedy = self.pool.greedy(model, logits)  # waits for the device, so that the time below is the pass's
         return pass_entry(after - before, before, time.perf_counter() - started), hidden, logits, greedy
+
+    def _next(self, model: int, rows: IntArray) -> tuple[FloatArray, Tensor, IntArray]:
+        """Ledger entries (n, COLUMNS), logits (n, vocab) and greedy tokens (n,) of a model that is to write.
+
+        It reads what it has missed, which is nothing where it has read the prompt for a policy's sake and comes first.
+        """
+        ahead = self._caches[model].lengths[rows] == self._lengths[rows]
+        if not ahead.any():
+            entries, _, logits, greedy = self._read(model, rows)
+            return entries, logits, greedy
+        entries, logits = np.zeros((len(rows), COLUMNS)), self._prompt_states.logits(model, rows)
+        if not ahead.all():
+            missed = torch.from_numpy(np.flatnonzero(~ahead)).to(logits.device)
+            entries[~ahead], _, logits[missed], _ = self._read(model, rows[~ahead])
+        return entries, logits, self.pool.greedy(model, logits)
 
     def _leave_unread(self, rows: IntArray, ledger: FloatArray, entries: IntArray) -> None:
         """Enter what the SLM has to read of rows at `ledger[entries, 0]`; it does so when they are next looked at."""
@@ -345,6 +379,7 @@ class Session(Decoder):
         rowwise = (self._tokens, self._writers, self._prompt_lengths, self._limits, self._episodes, self._slm_tokens)
         for state in (*rowwise, self._since_llm, self._followed, self._observed, self.ledger):
             state[targets] = state[sources]
+        self._prompt_states.copy(sources, targets)
         for target, source in zip(targets, sources, strict=True):
             generator = self._generators[source]
             # a copy draws from a stream of its own, so that what others draw changes nothing

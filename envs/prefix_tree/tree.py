@@ -86,6 +86,8 @@ class PrefixTree:
         self._numbers: dict[bytes, int] = {}
         self._roots: dict[int, int] = {}
         self._pins: dict[int, int] = {}
+        self.prompt_states: dict[bytes, dict[int, npt.NDArray[np.float32]]] = {}
+        """By prompt, the state behind it of each model other than the SLM that was asked for it; not saved."""
         self.walks: weakref.WeakSet[Walks] = weakref.WeakSet()
         self._used: dict[int, None] = {}  # prompts in the order of their last start
         self._next_prompt = 0
@@ -372,7 +374,9 @@ class PrefixTree:
                 "flight need more; raise memory or lower the rows"
             )
         for number in prompts:
-            del self._numbers[self.prompts.pop(number).tobytes()], self._roots[number], self._used[number]
+            prompt = self.prompts.pop(number).tobytes()
+            del self._numbers[prompt], self._roots[number], self._used[number]
+            self.prompt_states.pop(prompt, None)
             self._pins.pop(number, None)
         children = self.children[parents]
         self.children[parents] = np.where(np.isin(children, nodes), UNKNOWN, children)

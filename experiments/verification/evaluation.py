@@ -18,7 +18,14 @@ from envs.tasks.task import Example, Task
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.kept import CHOSEN, MANIFEST, KeptEvaluation
 from experiments.traces.trace import Trace, TracedEpisode
-from experiments.verification.episodes import episode_faults, head_faults, number_faults, readable, verdict_faults
+from experiments.verification.episodes import (
+    episode_faults,
+    head_faults,
+    number_faults,
+    readable,
+    reader_faults,
+    verdict_faults,
+)
 from experiments.verification.findings import Fault, Findings
 from experiments.verification.forcing import Unlike, unlike_tokens
 from experiments.verification.pieces import Piece, check_task, kept_faults, pieces_of, traced_answers
@@ -154,6 +161,8 @@ class Verification:
                 if isinstance(policy, str):
                     findings.unchecked.append(f"{path}: scores: {policy}")
                     policy = None
+                for what in () if policy is None else reader_faults(trace.head, policy):
+                    findings.fault(path, None, what)
                 if episodes:
                     unlike, scores = unlike_tokens(self.pool, trace.head, episodes, policy)
                     repeats = not piece.part and self._repeats(trace, examples)
