@@ -72,7 +72,7 @@ class Measured(NamedTuple):
     Attributes:
         seconds: of each problem, each time, (problems, repeats).
         answers: of the timed pair, with what they cost.
-        passes: of each problem, the last time, seconds of the SLM's passes, of the LLM's and of decisions, (problems, 3).
+        passes: of each problem, the last time, seconds of the passes of SLM and LLM and of decisions, (problems, 3).
     """
 
     seconds: FloatArray
