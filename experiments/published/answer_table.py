@@ -49,7 +49,12 @@ def write_answers(
 
     def write(partial: Path) -> None:
         # the schema in Arrow's own words would hold the metadata once more
-        how: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "store_schema": False}
+        how: dict[str, Any] = {
+            "compression": "zstd",
+            "compression_level": 19,
+            "store_schema": False,
+            "write_page_checksum": True,
+        }
         with pq.ParquetWriter(partial, table.schema, **how) as writer:
             writer.write_table(table)
             writer.add_key_value_metadata({ABOUT: said, FILES: packed})
@@ -67,7 +72,7 @@ def read_answers(path: Path) -> tuple[dict[str, Answers], dict[str, Any], dict[s
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
         metadata = table.schema.metadata or {}
         about, files = (metadata[key.encode()] for key in (ABOUT, FILES))
         about, files = json.loads(about), json.loads(gzip.decompress(base64.b64decode(files)))
