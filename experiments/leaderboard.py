@@ -1,6 +1,6 @@
 """Train and evaluate agents with several seeds on the same problems, and write a page: BENCHMARK.md.
 
-    make benchmark    # the core table; only what is not there yet is made
+    make benchmark    # every agent of conf/agent, three seeds each
     python -m experiments.leaderboard agents=[citer,mine.Impatient] seeds=[0] hydra.run.dir=outputs/mine
 
 Each agent and seed is a run of `experiments.train` in a folder of its own below the run's folder, with a log; runs
@@ -58,9 +58,8 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         if run.done:
             keep(run)
     make_all(runs, config.workers, keep)
-    seconds = measure_seconds(
-        runs, config.seeds[0], config.timings, (store.folder if store else folder) / "seconds.json"
-    )
+    timings = store.folder / "seconds.json" if store else folder / "timings.json"
+    seconds = measure_seconds(runs, config.seeds[0], config.timings, timings)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
     training = training_of(runs)
     how = HowMade(

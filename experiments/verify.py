@@ -33,8 +33,6 @@ WRONG = 1
 """Exit status where something does not hold."""
 UNPACKED = "unpacked"
 """In the program's folder: what files of results hold; left there where something does not hold."""
-ROW = "*-seed*.parquet"
-"""Files of results, by their names."""
 LISTED = 100
 """Faults, and near ties, that are printed; the file holds them all."""
 
@@ -103,11 +101,9 @@ def unpacked(place: Path, folder: Path) -> list[KeptEvaluation]:
     from experiments.published.store import Store
 
     shutil.rmtree(folder, ignore_errors=True)
-    tracks = [place] if any(place.glob(ROW)) else sorted(place.iterdir())
-    stores = [one for one in tracks if one.is_dir() and any(one.glob(ROW))]
-    for store in stores:
-        for _ in Store(store).unpack_all(folder / store.name):
-            pass
+    tracks = [place] if Store(place).rows() else sorted(path for path in place.iterdir() if path.is_dir())
+    for track in tracks:
+        Store(track).unpack_all(folder / track.name)
     return kept_below(folder)
 
 

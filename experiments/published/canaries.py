@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
 
 from envs.progress import ProgressBar
 from experiments.common.config import build
@@ -36,14 +33,15 @@ def restore(store: Store, runs: Sequence[Run], folder: Path) -> None:
         ValueError: another engine, agent or model made one of them; the error names it.
     """
     there = [run for run in runs if store.has(run)]
-    made: dict[str, Any] = {}
-    for run in ProgressBar(there, desc="canaries", disable=not there):
-        config = run.config()
-        check = _checker(config, made)
-        published, place = PublishedRun.read(store.row(run)), folder / TRIED / run.folder.name
-        store.unpack(run.folder.name, published, place, CANARIES)
+    if not there:
+        return
+    config = there[0].config()  # task and models are those of all
+    verification = Verification(build(config, "task"), build(config, "models"))
+    for run in ProgressBar(there, desc="canaries"):
+        published, place = PublishedRun.read(store.row(run)), folder / TRIED / run.name
+        store.unpack(run.name, published, place, CANARIES)
         try:
-            findings = check(KeptEvaluation.read(place / RUNS / MANIFEST))
+            findings = verification.check(KeptEvaluation.read(place / RUNS / MANIFEST))
         except ValueError as error:
             raise ValueError(f"{store.row(run)} cannot be gone on from: {error}") from error
         if findings.faults:
@@ -54,16 +52,6 @@ def restore(store: Store, runs: Sequence[Run], folder: Path) -> None:
                 "delete it to make it anew, or go back to the code that made it"
             )
         if not run.done:
-            store.unpack(run.folder.name, published, run.folder)
+            store.unpack(run.name, published, run.folder)
     shutil.rmtree(folder / TRIED, ignore_errors=True)
-    if there:
-        any_run = there[0]
-        store.restore_baselines(lambda live: any_run.shared / ("live" if live else "replayed"))
-
-
-def _checker(config: DictConfig, made: dict[str, Any]) -> Callable[[KeptEvaluation], Any]:
-    """Checks with the models and the task of a configuration; all runs have the same."""
-    if not made:
-        made["verification"] = Verification(build(config, "task"), build(config, "models"))
-    checks: Callable[[KeptEvaluation], Any] = made["verification"].check
-    return checks
+    store.restore_baselines(runs)

@@ -11,6 +11,7 @@ import numpy as np
 
 from envs.storage import write_text
 from experiments.evaluation.kept import flat
+from experiments.reporting.leaderboard_page import ranked
 from experiments.training.many import Run
 from experiments.training.run import TRAINED
 
@@ -62,25 +63,25 @@ def entries(
         training: what each agent had, as `training_of` gives it.
         seconds: of each agent over LLM-only decoding's.
     """
-    rows = [
-        {
-            "agent": name,
-            "seeds": policy["seeds"],
-            "operating_points": policy["operating_points"],
-            "hull_cost_at": {
-                level: {"value": cost, "interval": policy["cost_at_interval"][level]}
-                for level, cost in policy["cost_at"].items()
-            },
-            "hull_cost_at_by_unit": policy["cost_at_by_unit"],
-            "aiq": policy["measures"]["aiq"],
-            "seconds_over_llm_only": seconds.get(name),
-            "training": training.get(name),
-        }
-        for name, policy in summary["policies"].items()
-    ]
-    return sorted(
-        rows, key=lambda row: (row["hull_cost_at"]["0.95"]["value"] is None, row["hull_cost_at"]["0.95"]["value"])
-    )
+    rows = []
+    for name in ranked(summary):
+        policy = summary["policies"][name]
+        rows.append(
+            {
+                "agent": name,
+                "seeds": policy["seeds"],
+                "operating_points": policy["operating_points"],
+                "hull_cost_at": {
+                    level: {"value": cost, "interval": policy["cost_at_interval"][level]}
+                    for level, cost in policy["cost_at"].items()
+                },
+                "hull_cost_at_by_unit": policy["cost_at_by_unit"],
+                "aiq": policy["measures"]["aiq"],
+                "seconds_over_llm_only": seconds.get(name),
+                "training": training.get(name),
+            }
+        )
+    return rows
 
 
 def write_leaderboard(folder: Path, track: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

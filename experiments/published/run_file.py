@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from envs.storage import write_text
 from experiments.common.continuing import SETTINGS
 from experiments.common.tracking import METRICS
 from experiments.evaluation.answers import Answers
-from experiments.evaluation.baselines import EXHAUSTED, VALIDATION, Baselines
+from experiments.evaluation.baselines import EXHAUSTED, Baselines
 from experiments.evaluation.baselines import MANIFEST as LIMITS
 from experiments.evaluation.kept import CHOSEN, MANIFEST, VALIDATED, KeptEvaluation
 from experiments.evaluation.operating_points import threshold_to_use
 from experiments.evaluation.report import RESULTS
 from experiments.published.answer_table import read_answers, write_answers
 from experiments.training.run import SUMMARY, TRAINED
+from experiments.verification.pieces import ANSWERS
 
 RUNS = Path("evaluation") / "runs"
 TEXTS = (SETTINGS, SUMMARY, TRAINED, METRICS, f"evaluation/{RESULTS}", f"{RUNS / MANIFEST}", f"{RUNS / CHOSEN}")
 """Files of a run that are kept as they are, but for the places of a machine; some runs lack one or the other."""
 PLACES = ("shared", "tree")
 """Settings of an evaluation that name places of a machine, and change nothing of what is measured."""
-ANSWERS = ".safetensors"
 SECONDS = "seconds"
 """The unit of costs that is no result of a run alone: the seconds of a table are measured together."""
 
@@ -111,11 +111,6 @@ class PublishedRun:
         """Of its evaluation."""
         return dict(json.loads(self.texts[f"{RUNS / MANIFEST}"]))
 
-    @property
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows that its training logged."""
-        return (json.loads(line) for line in self.texts.get(METRICS, "").splitlines())
-
 
 _PLAIN = ("agent", "seed", "traced", "made_on")
 
@@ -153,15 +148,7 @@ def same_baselines(runs: Path, path: Path) -> str | None:
 
 
 def _baselines(runs: Path) -> dict[str, Answers]:
-    baselines = Baselines.load(runs)
-    pieces = {
-        "slm": baselines.slm,
-        "llm": baselines.llm,
-        "speculative": baselines.speculative,
-        "oracle": baselines.oracle,
-        **dict(zip(VALIDATION, baselines.validation or (), strict=False)),
-    }
-    return {name: _without_seconds(answers) for name, answers in pieces.items() if answers is not None}
+    return {name: _without_seconds(answers) for name, answers in Baselines.load(runs).pieces().items()}
 
 
 def _alike(one: Answers, other: Answers) -> bool:

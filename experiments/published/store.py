@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from envs.storage import write_text, write_whole
+from envs.storage import copy_files, write_text, write_whole
 from experiments.common.continuing import TRAINING
 from experiments.evaluation.kept import SHIPPED
 from experiments.published.run_file import (
@@ -50,20 +50,15 @@ class Store:
 
     def row(self, run: Run) -> Path:
         """The file of a run."""
-        return self.folder / f"{_name(run)}{SUFFIX}"
+        return self.folder / f"{run.name}{SUFFIX}"
 
     def has(self, run: Run) -> bool:
         """Whether a run is among them."""
         return self.row(run).is_file()
 
-    def rows(self) -> list[tuple[str, PublishedRun]]:
-        """All runs with their names, by name.
-
-        Raises:
-            ValueError: one is damaged.
-        """
-        paths = sorted(self.folder.glob(f"*-seed*{SUFFIX}"))
-        return [(path.stem, PublishedRun.read(path)) for path in paths if re.search(r"-seed\d+$", path.stem)]
+    def rows(self) -> list[Path]:
+        """The files of all runs, by name."""
+        return [path for path in sorted(self.folder.glob(f"*{SUFFIX}")) if re.search(r"-seed\d+$", path.stem)]
 
     def check_settings(self, runs: Sequence[Run]) -> None:
         """Refuse runs that are there and were made by other settings than these.
@@ -101,15 +96,12 @@ class Store:
                 "engine made it; delete one of them"
             )
         if not baselines.is_file():
-            shared = run.shared_baselines
-            for path in sorted(shared.glob(f"*{SUFFIX}")):
-                write_whole(self._baseline_traces(published) / path.name, partial(shutil.copyfile, path))
-            pack_baselines(shared, baselines)
-        for path in sorted((run.folder / "policy").glob("*")):
-            write_whole(self._policy(_name(run)) / path.name, partial(shutil.copyfile, path))
+            copy_files(run.shared_baselines, self._traces(baselines), f"*{SUFFIX}")
+            pack_baselines(run.shared_baselines, baselines)
+        copy_files(run.folder / "policy", self._policy(run.name))
         traced = runs / f"{published.traced}{SUFFIX}"
         if traced.is_file():
-            _copy_trace(traced, self._trace(_name(run)), None if whole_trace else CANARIES)
+            _copy_trace(traced, self._trace(run.name), None if whole_trace else CANARIES)
         published.write(self.row(run))
 
     def unpack(
@@ -124,56 +116,54 @@ class Store:
             episodes: how many of the trace at most; all where None.
             baselines: write the traces of the baselines too.
         """
-        runs, shipped = folder / RUNS, {}
-        unpack_baselines(self._baselines(published), runs)
+        runs, shipped, of = folder / RUNS, {}, self._baselines(published)
+        unpack_baselines(of, runs)
         if baselines:
-            for path in sorted(self._baseline_traces(published).glob(f"*{SUFFIX}")):
+            for path in sorted(self._traces(of).glob(f"*{SUFFIX}")):
                 shipped[path.stem] = _copy_trace(path, runs / path.name, episodes)
-        for path in sorted(self._policy(name).glob("*")):
-            write_whole(folder / "policy" / path.name, partial(shutil.copyfile, path))
+        copy_files(self._policy(name), folder / "policy")
         if self._trace(name).is_file():
             place = runs / f"{published.traced}{SUFFIX}"
             shipped[published.traced] = _copy_trace(self._trace(name), place, episodes)
         write_text(runs / SHIPPED, json.dumps(shipped, indent=1) + "\n")
         published.unpack(folder)
 
-    def unpack_all(self, folder: Path) -> Iterator[tuple[str, PublishedRun, Path]]:
-        """Write every run into a folder of its own below `folder`: its name, what it holds, and its folder."""
-        seen: set[Path] = set()
-        for name, published in self.rows():
-            of = self._baselines(published)
-            self.unpack(name, published, folder / name, baselines=of not in seen)
-            seen.add(of)
-            yield name, published, folder / name
+    def unpack_all(self, folder: Path) -> None:
+        """Write every run into a folder of its own below `folder`.
 
-    def restore_baselines(self, live: Callable[[bool], Path]) -> None:
-        """Write the baselines where runs share them.
-
-        Args:
-            live: the folder of those that were decoded live, or through a replay tree.
+        Raises:
+            ValueError: a file is damaged.
         """
-        for kind in ("tree", "live"):
-            path, place = self.folder / f"{BASELINES}{kind}{SUFFIX}", live(kind == "live")
+        seen: set[Path] = set()
+        for path in self.rows():
+            published = PublishedRun.read(path)
+            of = self._baselines(published)
+            self.unpack(path.stem, published, folder / path.stem, baselines=of not in seen)
+            seen.add(of)
+
+    def restore_baselines(self, runs: Sequence[Run]) -> None:
+        """Write the baselines where runs share them."""
+        for place, live in {run.shared_baselines: run.live for run in runs}.items():
+            path = self._baselines_made(live)
             if path.is_file() and not place.is_dir():
                 unpack_baselines(path, place)
-                for trace in sorted((self.folder / "traces" / f"{BASELINES}{kind}").glob(f"*{SUFFIX}")):
-                    write_whole(place / trace.name, partial(shutil.copyfile, trace))
+                copy_files(self._traces(path), place, f"*{SUFFIX}")
 
     def _baselines(self, published: PublishedRun) -> Path:
-        return self.folder / f"{BASELINES}{'live' if published.manifest['timed'] else 'tree'}{SUFFIX}"
+        return self._baselines_made(published.manifest["timed"])
 
-    def _baseline_traces(self, published: PublishedRun) -> Path:
-        return self.folder / "traces" / self._baselines(published).stem
+    def _baselines_made(self, live: bool) -> Path:
+        """The file of the baselines that were decoded live, or through a replay tree."""
+        return self.folder / f"{BASELINES}{'live' if live else 'tree'}{SUFFIX}"
+
+    def _traces(self, baselines: Path) -> Path:
+        return self.folder / "traces" / baselines.stem
 
     def _policy(self, name: str) -> Path:
         return self.folder / "policies" / name
 
     def _trace(self, name: str) -> Path:
         return self.folder / "traces" / f"{name}{SUFFIX}"
-
-
-def _name(run: Run) -> str:
-    return f"{run.agent}-seed{run.seed}"
 
 
 def _copy_trace(path: Path, to: Path, episodes: int | None) -> int:

@@ -48,6 +48,11 @@ class Run:
     live: bool = False
 
     @property
+    def name(self) -> str:
+        """Of its folder, and of what else is kept of it."""
+        return self.folder.name
+
+    @property
     def done(self) -> bool:
         """Whether it is complete."""
         return (self.folder / SUMMARY).is_file()

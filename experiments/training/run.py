@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from agents.common.policy import Learner, Policy, checked_agent, decision_profile, policy_from
+from agents.common.policy import Learner, Policy, checked_agent, policy_from
 from agents.common.saving import POLICY_FILE, SavedPolicy, load_policy
 from agents.preferences.composition import composition_table, sample_table
 from agents.router.policy import RouterPolicy
@@ -100,7 +100,7 @@ def _fit(
     seconds = round(time.perf_counter() - started, 1)
     summary: dict[str, Any] = {"agent": type(agent).__name__, "seed": seed, "seconds": seconds}
     read = [model.tokens_read - was for model, was in zip(pool.models, before, strict=True)]
-    summary |= {"parameters": decision_profile(policy).parameters, "tokens_read": None if resumed else read}
+    summary |= {"parameters": policy.parameters, "tokens_read": None if resumed else read}
     summary["features"] = getattr(policy, "features", None)
     if isinstance(policy, SavedPolicy):
         policy.save(folder / "policy")
