@@ -28,6 +28,7 @@ from agents.speculative import speculate
 from envs.arrays import FloatArray
 from envs.costs import SECONDS
 from envs.decoding.observation import feature_width
+from envs.models.language_model import LanguageModel
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool, models_manifest
 from envs.tasks.arithmetic import ArithmeticTask
@@ -48,6 +49,8 @@ SAMPLES = 1000
 UNITS = ("bytes", "flops")
 PARTS = ("slm", "llm", "decisions")
 """What a response's seconds are spent on; what is left is the program's."""
+CONTEXT, READ = 50, (1, 8, 44)
+"""Tokens before a pass that is timed by itself, and those that it reads: one, what an LLM has missed, a prompt."""
 LLM, ROUTED, SPECULATIVE = "llm_only", "routed", "speculative"
 
 
@@ -72,7 +75,7 @@ class Measured(NamedTuple):
     Attributes:
         seconds: of each problem, each time, (problems, repeats).
         answers: of the timed pair, with what they cost.
-        passes: of each problem, the last time, seconds of the passes of SLM and LLM and of decisions, (problems, 3).
+        passes: the last time, seconds of each problem's passes of the SLM, of the LLM and of decisions, (problems, 3).
     """
 
     seconds: FloatArray
@@ -251,6 +254,18 @@ def measure(found: Mapping[str, Way], large: ModelPool, repeats: int) -> dict[st
     }
 
 
+def pass_ms(model: LanguageModel, tokens: int, repeats: int = 9) -> float:
+    """Milliseconds of a pass that reads so many tokens behind CONTEXT others, the median of some."""
+    cache, row, taken = model.new_cache(1, CONTEXT + tokens), np.array([0]), []
+    for _ in range(repeats):
+        cache.free(row)
+        model.feed(cache, row, [np.arange(CONTEXT)])
+        begun = time.perf_counter()
+        model.feed(cache, row, [np.arange(tokens)])
+        taken.append(time.perf_counter() - begun)
+    return 1e3 * float(np.median(taken))
+
+
 def over(ours: FloatArray, theirs: FloatArray, seed: int = 0) -> Numbers:
     """The ratio of two ways' seconds, (problems, repeats), and its 95 % interval.
 
@@ -282,11 +297,11 @@ def latency_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     threshold = config.latency_threshold
     if threshold is None:
         threshold = chosen_threshold(policy, pool, task, config.latency_validation, new)
-    print(f"decided by {policy} at the threshold {threshold}")
+    print(f"decided by {type(policy).__name__} at the threshold {threshold}")
     found = ways(pool, task, examples, policy, large, threshold, config.latency_draft_tokens, new)
     measured = measure(found, large, config.latency_repeats)
     ratios: Numbers = {}
-    rates: Numbers = {}
+    rates: Numbers = {f"{m.name.split('/')[1]}_pass_ms_of_{n}": pass_ms(m, n) for m in large.models for n in READ}
     llm = measured[LLM]
     for name, one in measured.items():
         taken = np.median(one.seconds, axis=1).sum()
