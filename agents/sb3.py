@@ -19,7 +19,8 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from agents.common.checkpoints import Checkpoints, described, plain
-from agents.common.policy import Learner, Track, TrainingRun
+from agents.common.policy import Learner, Policy, Track, TrainingRun
+from agents.common.selection import BestPolicy, Selection, Validation
 from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
 from agents.rl.cost_weights import CostWeights
 from agents.rl.sb3_policy import Sb3Policy
@@ -133,6 +134,7 @@ class StableBaselines(Learner[Sb3Policy]):
             buffer, the answers in flight, and with `tree` all its states, so that the policy is to the bit that of an
             undisturbed run with these settings, on the same machine with as many threads; but not where a tree is so
             large that it had to forget states. At every checkpoint models read the answers in flight anew.
+        selection: how the best policy of the training is found, which is the one that is kept.
         arguments: further arguments of the algorithm's class, and in `policy_kwargs` of its network's.
         conditioned: draw a cost weight for every episode and show it to the agent, so that one policy covers them all;
             `cost_weight` is not used then.
@@ -157,6 +159,7 @@ class StableBaselines(Learner[Sb3Policy]):
     bootstrap: bool = False
     threads: int = 1
     checkpoint_steps: int | None = None
+    selection: Selection = field(default_factory=Selection)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     conditioned: CostWeights | None = None
 
@@ -194,12 +197,24 @@ class StableBaselines(Learner[Sb3Policy]):
         trained = checkpoints.trained(Sb3Policy, run.pool)
         if trained is not None:
             return trained
+        problems = self.selection.problems(run.pool, run.task, self.max_new_tokens)
         environment = self.make(run.pool, run.task, run.seed, checkpoints.newest())
+
+        def policy_of(learner: BaseAlgorithm) -> Sb3Policy:
+            return Sb3Policy.of(learner, self.algorithm, run.pool, self.features, self.conditioned)
+
+        choosing = None
+        if problems:
+            tree = getattr(environment, "tree", None)
+            # a tree has a task of its own, those examples alone that are trained on; it judges as the whole one does
+            judge, rows = (run.task, None) if tree is None else (tree.task, self.num_envs)
+            validation = Validation(self.selection, problems, run.pool, judge, self.max_new_tokens, rows, tree)
+            choosing = BestPolicy(validation, self.selection.evaluations, self.steps, made=0), policy_of
         try:
-            learner = train(environment, self, run.seed, run.track, run.pool.slm.device, checkpoints)
+            learner = train(environment, self, run.seed, run.track, run.pool.slm.device, checkpoints, choosing)
         finally:
             environment.close()
-        policy = Sb3Policy.of(learner, self.algorithm, run.pool, self.features, self.conditioned)
+        policy = policy_of(learner)
         checkpoints.finish(policy)
         return policy
 
@@ -257,6 +272,7 @@ def train(
     track: Track,
     device: torch.device,
     checkpoints: Checkpoints | None = None,
+    choosing: tuple[BestPolicy, Callable[[BaseAlgorithm], Policy]] | None = None,
 ) -> BaseAlgorithm:
     """Train an algorithm of Stable-Baselines3 in an environment of same-step autoreset.
 
@@ -268,6 +284,8 @@ def train(
         device: of the network.
         checkpoints: what to go on from and to keep, of an environment that has `get_state` and `set_state`; nothing
             where None.
+        choosing: keeps the best weights of the training, of the policies that its second part makes of a learner; the
+            last ones are kept where None.
 
     Returns:
         The trained algorithm of Stable-Baselines3.
@@ -282,6 +300,7 @@ def train(
     from agents.rl.inputs import input_statistics
     from agents.rl.learner_state import Checkpointing
     from agents.rl.sb3_extensions import Reporting, Rows, random_state_kept
+    from agents.rl.validating import Validating
     from agents.rl.vec_env import VectorEnvBridge, threads
 
     algorithm = algorithm_named(settings.algorithm)
@@ -307,9 +326,13 @@ def train(
         learner.set_logger(Logger(None, [Rows(track, settings.algorithm)]))
         reporting = Reporting(settings.steps // ROWS_REPORTED, progress)
         callbacks: list[BaseCallback] = [reporting]
+        validating = None if choosing is None else Validating(*choosing, bridge, track, settings.algorithm)
+        if validating is not None:
+            callbacks.append(validating)
         if checkpoints is not None:
             interval = settings.checkpoint_steps or max(1, settings.steps // CHECKPOINTS)
-            keeping = Checkpointing(checkpoints, interval, bridge, reporting)
+            best = None if validating is None else validating.best
+            keeping = Checkpointing(checkpoints, interval, bridge, reporting, best)
             callbacks.append(keeping)
             if newest is not None:
                 keeping.restore(learner, newest)
@@ -318,4 +341,6 @@ def train(
         trained: BaseAlgorithm = learner.learn(
             left, callback=callbacks, log_interval=None, reset_num_timesteps=newest is None
         )
+        if validating is not None:
+            trained.policy.load_state_dict(validating.best.weights)
     return trained
