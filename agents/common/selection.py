@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -49,15 +49,15 @@ class Selection:
     evaluations: int = 20
     examples: int = 200
     start: int = 2000
-    llm_shares: tuple[float, ...] = (0.02, 0.035, 0.06, 0.1, 0.17, 0.3)
+    llm_shares: Sequence[float] = field(default_factory=lambda: [0.02, 0.035, 0.06, 0.1, 0.17, 0.3])
 
     def __post_init__(self) -> None:
         for key, least in (("evaluations", 0), ("examples", 1), ("start", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"selection.{key} must be at least {least}, is {getattr(self, key)}")
-        object.__setattr__(self, "llm_shares", tuple(self.llm_shares))  # whatever sequence was given
         if not self.llm_shares or not all(0 < share < 1 for share in self.llm_shares):
-            raise ValueError(f"selection.llm_shares must lie between 0 and 1, at least one; they are {self.llm_shares}")
+            shares = list(self.llm_shares)
+            raise ValueError(f"selection.llm_shares must lie between 0 and 1, at least one; they are {shares}")
 
     def problems(self, pool: ModelPool, task: Task, max_new_tokens: int) -> list[Example]:
         """The validation problems; none where nothing is measured.
