@@ -116,6 +116,7 @@ class StableBaselines(Learner[Sb3Policy]):
         max_new_tokens: the longest response.
         net_arch: units of the hidden layers.
         lr: learning rate.
+        schedule: of the learning rate: `constant`, or `linear`, down to 0 at the last step.
         gamma: discount. What counts is accuracy less cost, in which a token's price does not depend on when it is
             paid; every episode ends, so that 1 is well-defined, and PPO and A2C bound the variance by `gae_lambda`. At
             0.99 a right answer 60 tokens ahead would be worth 0.55.
@@ -154,6 +155,7 @@ class StableBaselines(Learner[Sb3Policy]):
     max_new_tokens: int = 128
     net_arch: Sequence[int] = field(default_factory=lambda: [64, 64])
     lr: float = 1e-3
+    schedule: Literal["constant", "linear"] = "constant"
     gamma: float = 1.0
     slm_prior: float = 0.7
     bootstrap: bool = False
@@ -168,6 +170,7 @@ class StableBaselines(Learner[Sb3Policy]):
         for key, value, known in (
             ("environment", self.environment, list(ENVIRONMENTS)),
             ("cost", self.cost, [cost.name for cost in ALL_COSTS]),
+            ("schedule", self.schedule, ["constant", "linear"]),
         ):
             if value not in known:
                 raise ValueError(f"unknown {key} {value!r}; choose one of {', '.join(known)}")
@@ -246,6 +249,8 @@ class StableBaselines(Learner[Sb3Policy]):
 
     def constructor_arguments(self, rows: int, mean: Tensor, deviation: Tensor) -> dict[str, Any]:
         """Arguments of the algorithm's class, for so many rows and inputs of these statistics, (width,) each."""
+        from stable_baselines3.common.utils import LinearSchedule
+
         from agents.rl.inputs import Standardised
 
         defaults, given = DEFAULTS[self.algorithm](rows), plain(self.arguments)
@@ -258,9 +263,10 @@ class StableBaselines(Learner[Sb3Policy]):
                 "features_extractor_kwargs": {"mean": mean, "deviation": deviation},
             }
         )
+        lr = self.lr if self.schedule == "constant" else LinearSchedule(self.lr, 0.0, 1.0)
         # means over so many of the last episodes: a thousand rows may end a hundred at once
         return {
-            "stats_window_size": 1000, "learning_rate": self.lr, "gamma": self.gamma, **defaults, **given,
+            "stats_window_size": 1000, "learning_rate": lr, "gamma": self.gamma, **defaults, **given,
             "policy_kwargs": network,
         }  # fmt: skip
 

@@ -26,7 +26,7 @@ PPO = {**ON_POLICY, "batch_size": 16, "n_epochs": 2}
 # a buffer of 15 steps, which is full and written over before the end
 OFF_POLICY = {"buffer_size": 120, "learning_starts": 40, "batch_size": 16, "gradient_steps": 2, "n_steps": 3}
 LEARNERS = {
-    "ppo": {"algorithm": "ppo", "arguments": PPO},
+    "ppo": {"algorithm": "ppo", "arguments": PPO, "schedule": "linear"},
     "a2c": {"algorithm": "a2c", "arguments": ON_POLICY},
     "dqn": {"algorithm": "dqn", "arguments": OFF_POLICY},
     "qrdqn": {"algorithm": "qrdqn", "arguments": OFF_POLICY},
