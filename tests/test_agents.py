@@ -55,6 +55,9 @@ QUICK = {
     **{f"{part}.training.epochs": 2 for part in ("citer", "expert")},
     "expert.memory": 2**26,
     "validation_examples": 4,
+    "selection.evaluations": 1,
+    "selection.examples": 2,
+    "selection.llm_shares": [0.2],
 }
 
 

@@ -12,13 +12,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from agents.common.curves import Sweep
 from agents.common.policy import Policy, decision_profile
 from agents.common.rollout import Episode
 from envs.arrays import BoolArray, FloatArray
 from envs.costs import ALL_COSTS, WRITTEN, ModelProfile, Price
 from envs.models.pool import ModelPool
 from envs.storage import write_whole
-from experiments.measures.metrics import Sweep
 
 
 class Counted(Protocol):
