@@ -1,6 +1,8 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,6 +15,12 @@ from experiments.training.many import Run, runs_of
 ROOT = CONF.parent
 
 
+def compose_evaluation(*overrides):
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("train", overrides=list(overrides)).evaluation
+
+
 def settings(*overrides):
     register_schemas()
     with initialize_config_dir(str(CONF), version_base=None):
@@ -21,7 +29,7 @@ def settings(*overrides):
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_agent_and_seed_is_a_run_and_composes(every, tmp_path):
-    whole = settings()
+    whole = settings("agents=null")
     runs = runs_of(whole, tmp_path)
     # composed are those that the leaderboard treats each in its own way, and two that it does not; all of them if slow
     special = {*whole.departures, *whole.live, "citer", "random"}
@@ -35,6 +43,31 @@ def test_every_agent_and_seed_is_a_run_and_composes(every, tmp_path):
             assert config.evaluate
             assert config.evaluation.shared.startswith(str(tmp_path / "shared"))
             assert (config.evaluation.tree is None) == (run.agent in ("r2r", "r2r_small"))
+
+
+def test_the_core_table_has_one_budget_rule_and_twenty_agents_at_most(tmp_path):
+    core = settings()
+    runs = runs_of(core, tmp_path)
+    assert not core.departures
+    assert len({run.agent for run in runs}) == len(core.agents) <= 20
+    assert len(runs) == 3 * len(core.agents)
+
+
+STARTS = re.compile(r"\bstart\b\s*[=:]\s*(\d[\d_]*)")
+
+
+def test_nothing_else_opens_the_test_problems_of_the_core_table():
+    """They stand in one file; no code, configuration or command starts among them, or a thousand problems before."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    opened = compose_evaluation("experiment=benchmark")
+    assert (opened.split, opened.start, opened.examples) == ("test", 4000, 1000)
+    found = {
+        name
+        for name in listed
+        if Path(name).suffix in (".py", ".yaml", ".md")
+        and any(3000 < int(start) < 5000 for start in STARTS.findall((ROOT / name).read_text()))
+    }
+    assert found == {"conf/experiment/benchmark.yaml"}
 
 
 @pytest.mark.parametrize(

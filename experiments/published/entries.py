@@ -27,7 +27,7 @@ def training_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
     Returns:
         For each agent: `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM read or wrote in
-        training, `minutes`; None where there is none of it, or it is not known.
+        training, `minutes` of processors; None where there is none of it, or it is not known.
     """
     told: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -49,8 +49,12 @@ def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "features": first.get("features"),
         "parameters": first.get("parameters"),
         "llm_tokens": mean([None if one is None else one[-1] for one in read]) if learned else None,
-        "minutes": mean([one["seconds"] / 60 for one in seeds]) if learned else None,
+        "minutes": _minutes(mean([one.get("cpu_seconds") for one in seeds])) if learned else None,
     }
+
+
+def _minutes(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds / 60
 
 
 def entries(

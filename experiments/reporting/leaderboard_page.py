@@ -131,7 +131,8 @@ Query-level agents decide once a response, and the SLM then reads no more than t
 
 {trainings(how)}
 Problems are those of the train split that labels, preferences or episodes are made of; LLM tokens are all that the LLM
-read or wrote while the agent was trained; minutes are of one core; weights are those of a decision. Means over seeds.
+read or wrote while the agent was trained; minutes are those of one processor core; weights are those of a decision.
+Means over seeds.
 
 ## The paper's headlines
 

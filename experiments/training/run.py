@@ -95,10 +95,13 @@ def _fit(
     """The agent's policy, saved if it can be, and what the summary says of its training."""
     # a training that goes on has read more than it knows of
     resumed, before = bool(track.rows()), [model.tokens_read for model in pool.models]
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), time.process_time()
     policy = policy_from(agent, pool, task, seed, track, folder)
     seconds = round(time.perf_counter() - started, 1)
+    # of all threads; what else runs on the machine hardly changes it
+    cpu_seconds = None if resumed else round(time.process_time() - computed, 1)
     summary: dict[str, Any] = {"agent": type(agent).__name__, "seed": seed, "seconds": seconds}
+    summary["cpu_seconds"] = cpu_seconds
     read = [model.tokens_read - was for model, was in zip(pool.models, before, strict=True)]
     summary |= {"parameters": policy.parameters, "tokens_read": None if resumed else read}
     summary["features"] = getattr(policy, "features", None)
