@@ -30,6 +30,8 @@ SUMMARY = "summary.json"
 """Written last: a run in a folder is complete with it."""
 TRAINED = "trained.json"
 """Written when a policy is made and saved, if it can be: what made it, and what is known of its training."""
+BEGUN = "training_begun"
+"""There while a policy is made: a training that finds it goes on where another one was interrupted."""
 TABLES: dict[str, Callable[[Any], str]] = {"composition": composition_table, "case_2_sample": sample_table}
 """What learners log of their labels that stands in the summary too, and how it is printed."""
 
@@ -73,6 +75,7 @@ def train(
         policy, known = _fit(agent, pool, task, folder, track, seed)
         if made_by is not None:
             write_text(folder / TRAINED, json.dumps({"made_by": made_by, "summary": known}, indent=1) + "\n")
+        (folder / BEGUN).unlink(missing_ok=True)
     summary: dict[str, Any] = dict(known)
     images: dict[str, Path] = {}
     reported = evaluation is None or evaluation.report  # else the report of many runs shows it
@@ -93,8 +96,10 @@ def _fit(
     agent: Policy | Learner[Policy], pool: ModelPool, task: Task, folder: Path, track: Tracker, seed: int
 ) -> tuple[Policy, dict[str, Any]]:
     """The agent's policy, saved if it can be, and what the summary says of its training."""
-    # a training that goes on has read more than it knows of
-    resumed, before = bool(track.rows()), [model.tokens_read for model in pool.models]
+    # a training that goes on has read more than it knows of; most read long before they report a row
+    resumed = (folder / BEGUN).exists() or bool(track.rows())
+    write_text(folder / BEGUN, "")
+    before = [model.tokens_read for model in pool.models]
     started = time.perf_counter()
     policy = policy_from(agent, pool, task, seed, track, folder)
     seconds = round(time.perf_counter() - started, 1)
