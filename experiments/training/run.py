@@ -19,7 +19,7 @@ from envs.storage import check_manifest, write_text
 from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
 from experiments.common.program import Begin
-from experiments.common.tracking import Tracker
+from experiments.common.tracking import Jsonl, Tracker, Wandb
 from experiments.evaluation.kept import MODELS
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
@@ -162,16 +162,31 @@ def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begi
     if read_trained(folder, made_by) is not None and _is_complete(folder, evaluated_by):
         print(f"{folder} is complete, nothing is left to do")
         return
-    evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
-    if evaluation is not None:
-        evaluation.shown([name])
-    agent, task, tracking = checked_agent(build(config, "agent")), build(config, "task"), build(config, "track")
+    evaluation, agent, task, tracking = checked(config, name)
     pool = build(config, "models")
     begin()
     with tracking.open(folder, plain, "train") as track:
         summary = train(agent, pool, task, folder, track, name, config.seed, evaluation, made_by)
     summary = {**summary, **({"evaluated_by": evaluated_by} if evaluated_by else {})}
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def checked(
+    config: DictConfig, name: str
+) -> tuple[EvaluationSettings | None, Policy | Learner[Policy], Task, Jsonl | Wandb]:
+    """What `config` describes, but for the models: the evaluation if there is one, the agent, the task, where rows go.
+
+    Args:
+        config: of `experiments.train`.
+        name: what results call the agent.
+
+    Raises:
+        ValueError: a setting is wrong; the error names it.
+    """
+    evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
+    if evaluation is not None:
+        evaluation.shown([name])
+    return evaluation, checked_agent(build(config, "agent")), build(config, "task"), build(config, "track")
 
 
 def _is_complete(folder: Path, evaluated_by: Mapping[str, Any] | None) -> bool:
