@@ -38,7 +38,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     from experiments.published.entries import entries, training_of, write_leaderboard
     from experiments.published.store import Store
     from experiments.reporting.leaderboard_page import HowMade, page, picture
-    from experiments.training.many import Run, make_all, runs_of
+    from experiments.training.many import Run, check, make_all, runs_of
     from experiments.training.seconds import measure_seconds
 
     runs = runs_of(config, folder)
@@ -51,6 +51,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
 
     if store is not None:
         store.check_settings(runs)
+    check([run for run in runs if store is None or not store.has(run)])
     begin()
     if store is not None:
         restore(store, runs, folder)

@@ -55,6 +55,13 @@ def test_every_run_of_the_demo_composes_and_measures_as_always(tmp_path):
         ("controls=[citter]", "there is no agent 'citter'"),
         ("heuristics=[citer]", "citer is named twice"),
         ("workers=0", "workers must be at least 1"),
+        ("heuristics=random", r"heuristics is a list, such as heuristics=\[random\]"),
+        (
+            'train=["experiment=demo","agent.examples=50"]',
+            r"random cannot .*agent\.examples.*not in 'Random'; .* every agent",
+        ),
+        ('train=["experiment=demo","task.level=medium"]', "citer cannot be made .*unknown level 'medium'"),
+        ("train=[]", "citer cannot be compared: evaluate is false"),
     ],
 )
 def test_bad_settings_of_the_demo_are_named(override, message, tmp_path):

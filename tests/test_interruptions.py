@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 
 KILLS = 200 if os.environ.get("CITER_SOAK") == "1" else 20
 TIMED = ("seconds", "time/fps", "time/time_elapsed")
+NOT_PROMISED = (*TIMED, "tokens_read")
+"""What is timed, and what the models read in training, which one that was interrupted does not know."""
 COLLECTING = ["agent.examples=24", "agent.shard_examples=6", "agent.scheduling.rows=24", "agent.training.epochs=4"]
 SELECTING = ["agent.selection.evaluations=3", "agent.selection.examples=6", "agent.selection.llm_shares=[0.2]"]
 PLAYING = ["agent.examples=20", "agent.num_envs=16", "agent.steps=2000", "agent.net_arch=[8]", *SELECTING]
@@ -37,8 +39,8 @@ class Program:
         script: of `experiments`.
         overrides: its settings.
         same_bytes: files that are promised to be those of an undisturbed run, patterns in the run's folder.
-        same_rows: JSON lines of which all is promised but what is timed.
-        same_summaries: JSON of which all is promised but what is timed.
+        same_rows: JSON lines of which all is promised but NOT_PROMISED.
+        same_summaries: JSON of which all is promised but NOT_PROMISED.
     """
 
     script: str
@@ -61,9 +63,9 @@ class Program:
         rows = {name: path.read_text().splitlines() for name, path in found(self.same_rows).items()}
         return {
             "bytes": {name: path.read_bytes() for name, path in found(self.same_bytes).items()},
-            "rows": {name: [untimed(json.loads(line)) for line in lines] for name, lines in rows.items()},
+            "rows": {name: [promises(json.loads(line)) for line in lines] for name, lines in rows.items()},
             "summaries": {
-                name: untimed(json.loads(path.read_text())) for name, path in found(self.same_summaries).items()
+                name: promises(json.loads(path.read_text())) for name, path in found(self.same_summaries).items()
             },
         }
 
@@ -114,11 +116,11 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-def untimed(value):
-    """Everything but what was timed."""
+def promises(value):
+    """Everything that is promised."""
     if isinstance(value, dict):
-        return {key: untimed(inner) for key, inner in value.items() if not key.endswith(TIMED)}
-    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+        return {key: promises(inner) for key, inner in value.items() if not key.endswith(NOT_PROMISED)}
+    return [promises(inner) for inner in value] if isinstance(value, list) else value
 
 
 def killed(program, folder, kills, seconds, rng):
@@ -174,7 +176,7 @@ def test_a_sweep_of_which_jobs_were_killed_goes_on_and_is_one_table(tmp_path):
 
     def reported(folder):
         report([str(folder)])
-        return untimed(json.loads((folder / "summary.json").read_text()))
+        return promises(json.loads((folder / "summary.json").read_text()))
 
     seconds = swept(tmp_path / "whole").finish(SWEPT)
     rng = np.random.default_rng(14)

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 
 from experiments.common.config import CONF, register_schemas
 from experiments.reporting.leaderboard_page import headlines, ranked, standing
-from experiments.training.many import Run, runs_of
+from experiments.training.many import Run, check, runs_of
 
 ROOT = CONF.parent
 
@@ -79,11 +79,33 @@ def test_nothing_else_opens_the_test_problems_of_the_core_table():
         ("agents=[citer,agents.heuristics.Nobody]", "Nobody cannot be imported"),
         ("seeds=[]", "seed"),
         ("workers=0", "workers"),
+        ("agents=citer", r"agents is a list, such as agents=\[citer\]"),
     ],
 )
 def test_bad_settings_are_named(override, message, tmp_path):
     with pytest.raises((ValueError, HydraException), match=message):
         runs_of(settings(override), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            'train=["experiment=benchmark","agent.examples=50"]',
+            r"^random cannot .*agent\.examples.*goes to every agent$",
+        ),
+        ('+departures.random=["agent.odds=2"]', r"^random cannot .*agent\.odds"),
+        ('train=["experiment=benchmark","evaluation.refine=-1"]', r"^citer_s cannot .*refine"),
+    ],
+)
+def test_settings_that_an_agent_does_not_take_are_named_before_anything_runs(override, message, tmp_path):
+    runs = runs_of(settings("agents=[citer_s,random]", "first=citer_s", "seeds=[0,1]", override), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        check(runs)
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "summary.json").write_text("{}")
+    check(runs)  # what is done is not made
 
 
 def test_a_class_is_an_agent_too(tmp_path):

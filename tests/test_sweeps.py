@@ -16,6 +16,9 @@ from omegaconf import OmegaConf
 import experiments.evaluation.report
 import experiments.train
 import experiments.training.run as training
+from agents.common.policy import Learner
+from agents.common.rollout import decode_alone
+from agents.heuristics import Uncertainty
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from envs.costs import ALL_COSTS
@@ -23,6 +26,7 @@ from envs.models.pool import models_manifest
 from experiments.common.config import CONF, register_schemas
 from experiments.common.job_names import LONGEST, folder_name
 from experiments.common.program import program
+from experiments.common.tracking import Tracker
 from experiments.evaluate import listed_agents
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines
@@ -349,6 +353,29 @@ def test_a_trained_policy_is_not_taken_for_one_of_other_settings(tmp_path, pool,
     assert training.read_trained(tmp_path / "nowhere", made_by) is None
     with pytest.raises(ValueError, match=r"made with agent .*5.*, this run has .*6"):
         training.read_trained(tmp_path, {**made_by, "agent": {"steps": 6}})
+
+
+def test_a_training_that_goes_on_does_not_know_what_was_read_before_it(tmp_path, pool, task):
+    class Reader(Learner):
+        def train(self, run):
+            decode_alone(run.pool.slm, run.task, run.task.examples("train", 1), 2)
+            if dies:
+                raise KeyboardInterrupt  # before any row
+            return Uncertainty()
+
+    def read(folder):
+        with Tracker(folder) as track:
+            return training.train(Reader(), pool, task, folder, track, "reader")["tokens_read"]
+
+    dies = False
+    whole = read(tmp_path / "whole")
+    assert whole[0] > 0
+    dies = True
+    with pytest.raises(KeyboardInterrupt):
+        read(tmp_path / "cut")
+    dies = False
+    assert read(tmp_path / "cut") is None
+    assert read(tmp_path / "cut") == whole  # trained anew
 
 
 def test_agents_are_evaluated_by_a_list():

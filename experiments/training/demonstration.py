@@ -22,7 +22,7 @@ from experiments.common.tracking import METRICS, read_rows
 from experiments.evaluation.merge import report
 from experiments.evaluation.runner import TRANSCRIPTS
 from experiments.reporting.page import PageParts, Training
-from experiments.training.many import OWN_THREADS, Run, make
+from experiments.training.many import OWN_THREADS, Run, check, check_list, make
 from experiments.training.run import SUMMARY
 from experiments.training.seconds import TIMED, measure_seconds
 
@@ -64,8 +64,11 @@ class Demonstration:
             folder: of the page.
 
         Raises:
-            ValueError: an agent that is not there, one that is named twice, or a number out of range.
+            ValueError: an agent that is not there, one that is named twice, a number out of range, or a setting that
+                not all agents take; the error names it.
         """
+        for key in ("controls", "heuristics", "train"):
+            check_list(key, config[key])
         names = [config["first"], *config["controls"], *config["heuristics"]]
         known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
         for name in names:
@@ -85,7 +88,7 @@ class Demonstration:
 
         first = run(config["first"])
         given = f"agent.preferences='{first.folder / 'round-1'}'"
-        return cls(
+        made = cls(
             folder,
             first,
             beside=tuple(run(name) for name in config["heuristics"]),
@@ -95,6 +98,8 @@ class Demonstration:
             timings=config["timings"],
             bootstrap=config["bootstrap"],
         )
+        check(made.runs)
+        return made
 
     @property
     def runs(self) -> list[Run]:

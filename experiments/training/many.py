@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
@@ -14,14 +15,16 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from envs.progress import ProgressBar
 from experiments.common.config import CONF, imported, prepare, register_schemas
 from experiments.common.continuing import TRAINING
 from experiments.common.run_folder import run_folder
 from experiments.common.stopping import Workers
-from experiments.training.run import SUMMARY, train_as_configured
+from experiments.training.run import SUMMARY, checked, train_as_configured
 
 OWN_THREADS = torch.get_num_threads()
 """Those that torch has chosen, or its user, before any run."""
@@ -88,6 +91,8 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
         ValueError: an agent that is not there, or a setting out of range.
         ConfigCompositionException: a class that cannot be imported.
     """
+    for key in ("agents", "seeds", "train", "live"):
+        check_list(key, config[key] or [])
     known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
     names = list(config.agents or known)
     for name in (*names, *config.departures, *config.live):
@@ -116,6 +121,44 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
         for name in names
         for seed in config.seeds
     ]
+
+
+def check_list(key: str, value: object) -> None:
+    """Refuse what is no list: the letters of a name are no names.
+
+    Raises:
+        ValueError: it is none; the error names the setting.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{key} is a list, such as {key}=[{value}]; it is {value!r}")
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Compose each run that is not there yet, and build what its settings describe, before any is made.
+
+    Raises:
+        ValueError: a setting is wrong, or not one of the agent's, or no evaluation is asked for; the error names the
+            agent and the setting.
+    """
+    alike = {(run.agent, run.overrides): run for run in runs if not run.done}  # but for their seeds
+    for run in alike.values():
+        try:
+            config = run.config()
+            checked(config, run.agent)
+        except (HydraException, ValueError) as error:
+            raise ValueError(f"{run.agent} cannot be made as asked: {_said(error)}") from error
+        if not config.evaluate:
+            raise ValueError(f"{run.agent} cannot be compared: evaluate is false")
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line, without what Hydra adds: where it has looked, the names of its schemas."""
+    text = re.split(r"\nConfig search path|\nSee http", f"{error}")[0]
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        cause = f"{error.__cause__}".splitlines()[0]
+        if cause not in text:
+            text = f"{text.splitlines()[0]} {cause}; what stands in train goes to every agent"
+    return " ".join(text.replace("Builds_", "").split())
 
 
 def make(run: Run) -> str | None:

@@ -19,7 +19,7 @@ from envs.storage import check_manifest, write_text
 from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
 from experiments.common.program import Begin
-from experiments.common.tracking import Tracker
+from experiments.common.tracking import Jsonl, Tracker, Wandb
 from experiments.evaluation.kept import MODELS
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
@@ -30,6 +30,8 @@ SUMMARY = "summary.json"
 """Written last: a run in a folder is complete with it."""
 TRAINED = "trained.json"
 """Written when a policy is made and saved, if it can be: what made it, and what is known of its training."""
+BEGUN = "training_begun"
+"""There while a policy is made: a training that finds it goes on where another one was interrupted."""
 TABLES: dict[str, Callable[[Any], str]] = {"composition": composition_table, "case_2_sample": sample_table}
 """What learners log of their labels that stands in the summary too, and how it is printed."""
 
@@ -73,6 +75,7 @@ def train(
         policy, known = _fit(agent, pool, task, folder, track, seed)
         if made_by is not None:
             write_text(folder / TRAINED, json.dumps({"made_by": made_by, "summary": known}, indent=1) + "\n")
+        (folder / BEGUN).unlink(missing_ok=True)
     summary: dict[str, Any] = dict(known)
     images: dict[str, Path] = {}
     reported = evaluation is None or evaluation.report  # else the report of many runs shows it
@@ -93,8 +96,10 @@ def _fit(
     agent: Policy | Learner[Policy], pool: ModelPool, task: Task, folder: Path, track: Tracker, seed: int
 ) -> tuple[Policy, dict[str, Any]]:
     """The agent's policy, saved if it can be, and what the summary says of its training."""
-    # a training that goes on has read more than it knows of
-    resumed, before = bool(track.rows()), [model.tokens_read for model in pool.models]
+    # a training that goes on has read more than it knows of; most read long before they report a row
+    resumed = (folder / BEGUN).exists() or bool(track.rows())
+    write_text(folder / BEGUN, "")
+    before = [model.tokens_read for model in pool.models]
     started, computed = time.perf_counter(), time.process_time()
     policy = policy_from(agent, pool, task, seed, track, folder)
     seconds = round(time.perf_counter() - started, 1)
@@ -160,16 +165,31 @@ def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begi
     if read_trained(folder, made_by) is not None and _is_complete(folder, evaluated_by):
         print(f"{folder} is complete, nothing is left to do")
         return
-    evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
-    if evaluation is not None:
-        evaluation.shown([name])
-    agent, task, tracking = checked_agent(build(config, "agent")), build(config, "task"), build(config, "track")
+    evaluation, agent, task, tracking = checked(config, name)
     pool = build(config, "models")
     begin()
     with tracking.open(folder, plain, "train") as track:
         summary = train(agent, pool, task, folder, track, name, config.seed, evaluation, made_by)
     summary = {**summary, **({"evaluated_by": evaluated_by} if evaluated_by else {})}
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def checked(
+    config: DictConfig, name: str
+) -> tuple[EvaluationSettings | None, Policy | Learner[Policy], Task, Jsonl | Wandb]:
+    """What `config` describes, but for the models: the evaluation if there is one, the agent, the task, where rows go.
+
+    Args:
+        config: of `experiments.train`.
+        name: what results call the agent.
+
+    Raises:
+        ValueError: a setting is wrong; the error names it.
+    """
+    evaluation = build_settings(config.evaluation, EvaluationSettings) if config.evaluate else None
+    if evaluation is not None:
+        evaluation.shown([name])
+    return evaluation, checked_agent(build(config, "agent")), build(config, "task"), build(config, "track")
 
 
 def _is_complete(folder: Path, evaluated_by: Mapping[str, Any] | None) -> bool:
