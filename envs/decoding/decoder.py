@@ -64,6 +64,8 @@ class Decoder(ABC):
         prompts: Sequence[IntArray],
         episodes: IntArray | None = None,
         generators: Sequence[np.random.Generator] | None = None,
+        *,
+        observed: bool = True,
     ) -> FloatArray:
         """Start a new sequence in each row.
 
@@ -72,6 +74,8 @@ class Decoder(ABC):
             prompts: n arrays of token ids.
             episodes: a number for each row's episode, (n,); the rows' own numbers where None.
             generators: the source of chance of each row, needed where tokens are sampled.
+            observed: whether somebody may look at the rows' states. Where nobody does, the SLM too reads what it has
+                missed when it is chosen, and nothing else; `Step.slm_tokens` are of no use where others write.
 
         Returns:
             Ledger entries of the SLM's reading of the prompts, (n, models, COLUMNS).

@@ -65,6 +65,7 @@ class Session(Decoder):
         generators: Sequence[np.random.Generator] | None = None,
         limits: IntArray | None = None,
         responses: Sequence[IntArray] | None = None,
+        *,
         observed: bool = True,
     ) -> FloatArray:
         """Start a new sequence in each row.
@@ -138,7 +139,9 @@ class Session(Decoder):
         for model in np.unique(actions):
             chosen = np.flatnonzero((actions == model) & ~has_read)
             if len(chosen):
-                entries, _, logits, tokens[chosen] = self._read(int(model), rows[chosen])
+                entries, hidden, logits, tokens[chosen] = self._read(int(model), rows[chosen])
+                if model == 0:
+                    self._keep_state(rows[chosen], hidden, logits)
                 ledger[chosen, model] += entries
                 if uniforms is not None:
                     tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
@@ -267,9 +270,7 @@ class Session(Decoder):
             chunks = [self._tokens[row, :count] for row, count in zip(readers, counts[counts > 0], strict=True)]
             hidden, logits = self.pool.models[model].feed(cache, readers, chunks)
             if model == 0:
-                index = torch.from_numpy(readers).to(self._hidden.device)
-                self._hidden[index] = hidden.to(self._hidden)
-                self._logits[index] = logits[:, : self.pool.vocab_size].to(self._logits)
+                self._keep_state(readers, hidden, logits[:, : self.pool.vocab_size])
 
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""
@@ -308,6 +309,10 @@ class Session(Decoder):
         entries, hidden, logits, self._slm_tokens[rows] = self._read(0, rows)
         self._unread[rows] = False
         self.ledger[rows, 0, SECONDS] += entries[:, SECONDS]
+        self._keep_state(rows, hidden, logits)
+
+    def _keep_state(self, rows: IntArray, hidden: Tensor, logits: Tensor) -> None:
+        """Keep what the SLM made of the last tokens of rows."""
         index = torch.from_numpy(rows).to(self._hidden.device)
         self._hidden[index], self._logits[index] = hidden.to(self._hidden), logits.to(self._logits)
 
