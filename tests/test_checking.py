@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from envs.arrays import UNKNOWN
 from envs.costs import COLUMNS, PASSES, READ, SECONDS, WRITTEN
 from envs.decoding.checked_session import CheckedSession
 from envs.decoding.checking import agreed
-from envs.decoding.judges import GAP, RANK, FirstDisagreement, Gap, TopK, opinions
+from envs.decoding.judges import GAP, RANK, FirstDisagreement, Gap, TopK, described, judge_of, opinions
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.prefix_tree.checked_tree_session import CheckedTreeSession
@@ -351,3 +352,21 @@ def test_a_row_that_has_ended_takes_no_step(kin):
         assert not last.ledger.any()
         with pytest.raises(ValueError, match=r"rows \[0\] are not in flight"):
             session.step(array(0), array(0))
+
+
+def test_rows_whose_drafts_are_checked_are_not_copied_nor_taught(kin):
+    session = CheckedSession(kin["llama"], 2, MAX_NEW)
+    session.start(array(0), prompts_of(kin["llama"], 1))
+    with pytest.raises(ValueError, match=r"rows \[0\] are of a session that checks drafts, .* use `state`"):
+        session.fork(array(0), array(1))
+    with pytest.raises(ValueError, match=r"rows \[0\] are of a session that checks drafts; teach"):
+        session.extend(array(0), [array(5)])
+
+
+def test_a_judge_is_written_down_and_read_again():
+    for judge in (FirstDisagreement(), Gap(1.5), NEVER, TopK(3)):
+        assert judge_of(json.loads(json.dumps(described(judge)))) == judge
+    with pytest.raises(ValueError, match="unknown judge 'taste'; there are first_disagreement, gap, top_k"):
+        judge_of({"name": "taste"})
+    with pytest.raises(ValueError, match="no settings of the judge gap"):
+        judge_of({"name": "gap", "k": 1})

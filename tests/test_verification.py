@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from agents.checking.speculative import speculate
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling
 from agents.heuristics import Random, Uncertainty
-from agents.speculative import speculate
 from envs.costs import COLUMNS, SECONDS
 from experiments.evaluation.kept import KeptEvaluation
 from experiments.evaluation.runner import Evaluation, evaluate

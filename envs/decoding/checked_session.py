@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -58,6 +60,20 @@ class CheckedSession(CheckingDecoder, TeacherSession):
             hidden, logits = torch.zeros(len(rows), 0, device=self._hidden.device), None
         positions, drafts = self._lengths[rows] - self._prompt_lengths[rows], self.drafts(rows)
         return Observation(hidden, logits, positions, self._episodes[rows], self._since_llm[rows], drafts=drafts)
+
+    def extend(self, rows: IntArray, chunks: Sequence[IntArray], model: int = 0) -> None:
+        """Refused: what is given is no draft.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"rows {rows.tolist()} are of a session that checks drafts; teach those of a TeacherSession")
+
+    def _copy(self, sources: IntArray, targets: IntArray, lengths: IntArray, reread: bool) -> None:
+        raise ValueError(
+            f"rows {sources.tolist()} are of a session that checks drafts, which are not copied; use `state` and "
+            "`restore`"
+        )
 
     def _draft(self, rows: IntArray) -> Step:
         self._catch_up(rows)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS
-from envs.decoding.observation import Observation, Step
+from envs.decoding.observation import Observation, Step, TakenBack
 from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -130,6 +130,10 @@ class Decoder(ABC):
     @abstractmethod
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""
+
+    def taken_back(self, row: int) -> tuple[TakenBack, ...]:
+        """What was written in a row since it was started or restored and taken back, in order: nothing, as a rule."""
+        return ()
 
     def check_fit(self, name: str, prompt: IntArray, response: Sequence[int] | IntArray = ()) -> None:
         """Refuse a prompt that leaves no room for `max_new_tokens`, or a reference response longer than these.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,3 +112,30 @@ class TopK(Judge):
 
     def stands(self, opinions: Opinions) -> BoolArray:
         return np.asarray(opinions[:, RANK] < self.k)
+
+
+JUDGES: Mapping[str, type[Judge]] = {"first_disagreement": FirstDisagreement, "gap": Gap, "top_k": TopK}
+"""Judges by the names that settings and traces have for them."""
+
+
+def described(judge: Judge) -> dict[str, Any]:
+    """A judge as plain data: its name, or that of its class, and its settings."""
+    known = [name for name, kind in JUDGES.items() if kind is type(judge)]
+    settings: dict[str, Any] = asdict(judge) if is_dataclass(judge) else {}
+    return {"name": known[0] if known else type(judge).__qualname__, **settings}
+
+
+def judge_of(description: Mapping[str, Any]) -> Judge:
+    """The judge that was `described`.
+
+    Raises:
+        ValueError: it is none of JUDGES, or its settings are not; the error says which there are.
+    """
+    settings = dict(description)
+    kind = JUDGES.get(settings.pop("name", ""))
+    if kind is None:
+        raise ValueError(f"unknown judge {description.get('name')!r}; there are {', '.join(JUDGES)}")
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ValueError(f"{settings} are no settings of the judge {description['name']}") from error

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from envs.costs import ALL_COSTS, CostModel
-from envs.decoding.judges import FirstDisagreement, Gap, Judge, TopK
+from envs.decoding.judges import JUDGES, Judge
 from envs.decoding.references import References
 from envs.decoding.sampling import Sampling
 from envs.environments.rewards import OutcomeReward, Reward, ShortcutReward
@@ -31,7 +31,7 @@ REGISTRIES: Mapping[str, Mapping[str, Callable[[], Any]]] = {
     },
     "cost": {cost.name: type(cost) for cost in ALL_COSTS},
     "reward": {"outcome": OutcomeReward, "shortcut": ShortcutReward},
-    "judge": {"first_disagreement": FirstDisagreement, "gap": Gap, "top_k": TopK},
+    "judge": JUDGES,
 }
 """What a string stands for, by the setting it is given for."""
 

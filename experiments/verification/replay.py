@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from agents.checking.speculative import speculate
 from agents.common.policy import Observation, Policy
 from agents.common.rollout import Episode, Scheduling, decode
-from agents.speculative import speculate
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
 from experiments.traces.recorder import LIVE, hardware_of
