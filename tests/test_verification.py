@@ -146,7 +146,7 @@ def test_scores_of_what_was_trained_are_computed_again(agent, settings, tmp_path
     write_trace(path, trace)
     with pytest.raises(SystemExit):
         call("verify", f"{tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'out'}")
-    assert f"{path}, episode 1: the score at token" in capsys.readouterr().out
+    assert f"{path}, episode 1: the score at decision" in capsys.readouterr().out
 
 
 @pytest.mark.slow

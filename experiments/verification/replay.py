@@ -10,10 +10,11 @@ from torch import Tensor
 from agents.checking.speculative import speculate
 from agents.common.policy import Observation, Policy
 from agents.common.rollout import Episode, Scheduling, decode
+from envs.decoding.judges import judge_of
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
 from experiments.traces.recorder import LIVE, hardware_of
-from experiments.traces.schema import SEARCH, SPECULATIVE
+from experiments.traces.schema import CHECKED, SEARCH, SPECULATIVE
 from experiments.traces.trace import Head, Trace
 
 
@@ -40,6 +41,23 @@ class RecordedOnce(Recorded):
     """The same where one decision holds for a whole response."""
 
     per_response = True
+
+
+class RecordedScores(Policy):
+    """Decides on drafts as a trace says, one decision after the other.
+
+    Args:
+        trace: of a policy with a judge, its threshold among what holds.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.scores = {episode.episode: iter(episode.scores.tolist()) for episode in trace.episodes}
+        self.judge = judge_of(trace.head.settings["judge"])
+        self.observes = bool(trace.head.settings["observes"])  # type: ignore[misc]
+
+    def score(self, observation: Observation) -> Tensor:
+        # behind the end of what was decided ends are accepted
+        return torch.tensor([next(self.scores.get(n, iter(())), 1.0) for n in observation.host_episodes.tolist()])
 
 
 def same_machine(head: Head, pool: ModelPool) -> bool:
@@ -69,6 +87,8 @@ def replayed(
     scheduling = Scheduling(settings["rows"], settings["gather"])
     if trace.head.decoding == SPECULATIVE:
         return speculate(pool, task, examples, settings["draft_tokens"], settings["max_new_tokens"], scheduling)
+    if policy is None and trace.head.decoding == CHECKED:
+        policy = RecordedScores(trace)
     if policy is None or threshold is None:
         policy, threshold = (RecordedOnce if trace.head.per_response else Recorded)(trace), 0.5
     return decode(pool, task, examples, policy, threshold, settings["max_new_tokens"], scheduling)
