@@ -48,7 +48,7 @@ def test_checked_answers_are_verified_with_all_their_decisions(run, verified):
     assert {trace.head.policy for trace in checked} == {"checked_entropy", "adaptive"}
     assert any(one.taken_back for trace in checked for one in trace.episodes)
     decisions = sum(len(one.scores) for trace in traces for one in trace.episodes)
-    assert found.checked["scores"] == decisions
+    assert found.counts["scores"] == decisions
 
 
 def lowered(one, trace):
