@@ -61,6 +61,7 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 	$(BIN)/python -m experiments.speed suite=env
 	$(BIN)/python -m experiments.speed suite=collect
 	$(BIN)/python -m experiments.speed suite=rl
+	$(BIN)/python -m experiments.speed suite=latency
 
 benchmark: $(STAMP) ## train and compare all agents, three seeds each, and write BENCHMARK.md; goes on where it was
 	$(BIN)/python -m experiments.leaderboard target=BENCHMARK.md picture=docs/assets/benchmark.png

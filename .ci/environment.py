@@ -97,8 +97,11 @@ def set_up(asked: str, lock: int) -> None:
 
 def check_folder() -> None:
     """Refuse a checkout where nothing can be written."""
-    with tempfile.TemporaryFile(dir=ROOT):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=ROOT):
+            pass
+    except OSError as error:  # it names a file that nobody knows
+        raise OSError(error.errno, error.strerror, f"{ROOT}") from error
 
 
 def check_room(folder: Path, needed: int, way: str) -> None:

@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from agents.common.policy import Learner, TrainingRun
 from agents.common.rollout import Scheduling, decode
+from agents.common.selection import validation_problems
 from agents.router.dataset import LabelledTokens
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router, predict
 from envs.arrays import FloatArray, IntArray
 from envs.costs import WRITTEN
-from envs.decoding.decoder import check_fit, sequence_capacity
 from envs.decoding.preference_rule import cases
 from envs.decoding.reference_reader import ReferenceReader
 from envs.decoding.references import shape_that_fits
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.pool import ModelPool, models_manifest
 from envs.storage import write_text
-from envs.tasks.task import Example, Task
+from envs.tasks.task import Example
 
 VALIDATION_START = 1000
 """The first validation problem for eta where problems are generated: evaluations set thresholds on earlier ones."""
@@ -156,7 +156,15 @@ class CoLlm(Learner[RouterPolicy]):
     def train(self, run: TrainingRun) -> RouterPolicy:
         pool, task = run.pool, run.task
         examples = task.examples("train", self.examples, start=task.training_start(run.seed))
-        problems = self._validation_problems(pool, task)
+        problems = validation_problems(
+            pool,
+            task,
+            self.validation_examples,
+            VALIDATION_START,
+            self.max_new_tokens,
+            "validation_examples",
+            "leave eta at 0.5 with 0",
+        )
         data = ReferenceTokens.read(pool, examples, self.max_new_tokens, self.scheduling)
         run.track(
             {
@@ -196,26 +204,6 @@ class CoLlm(Learner[RouterPolicy]):
             eta = max(tried, key=lambda row: (row["accuracy"], -row["llm_tokens"]))["eta"]
         run.track({"run": "marginal", "eta": eta, **report})
         return RouterPolicy(shifted(network, eta), policy.models, calibration={"eta": eta, **report})
-
-    def _validation_problems(self, pool: ModelPool, task: Task) -> list[Example]:
-        """Problems that choose eta: the last ones of the split, or from VALIDATION_START on where it has no end.
-
-        Raises:
-            ValueError: there are too few, or a prompt does not fit.
-        """
-        size, count = task.size("validation"), self.validation_examples
-        if size is not None and count > size:
-            raise ValueError(
-                f"validation_examples is {count}, {task.name} has {size} validation examples; lower it, 0 leaves eta "
-                "at 0.5"
-            )
-        if not count:
-            return []
-        problems = task.examples("validation", count, start=VALIDATION_START if size is None else size - count)
-        capacity = sequence_capacity(pool, self.max_new_tokens, None)
-        for problem in problems:
-            check_fit(f"example {problem.id}", pool.encode(problem.prompt), (), capacity, self.max_new_tokens)
-        return problems
 
     def _try(
         self, run: TrainingRun, problems: Sequence[Example], policy: RouterPolicy, etas: Sequence[float]

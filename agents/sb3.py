@@ -19,7 +19,8 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from agents.common.checkpoints import Checkpoints, described, plain
-from agents.common.policy import Learner, Track, TrainingRun
+from agents.common.policy import Learner, Policy, Track, TrainingRun
+from agents.common.selection import BestPolicy, Selection, Validation
 from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
 from agents.rl.cost_weights import CostWeights
 from agents.rl.sb3_policy import Sb3Policy
@@ -115,6 +116,7 @@ class StableBaselines(Learner[Sb3Policy]):
         max_new_tokens: the longest response.
         net_arch: units of the hidden layers.
         lr: learning rate.
+        schedule: of the learning rate: `constant`, or `linear`, down to 0 at the last step.
         gamma: discount. What counts is accuracy less cost, in which a token's price does not depend on when it is
             paid; every episode ends, so that 1 is well-defined, and PPO and A2C bound the variance by `gae_lambda`. At
             0.99 a right answer 60 tokens ahead would be worth 0.55.
@@ -133,6 +135,7 @@ class StableBaselines(Learner[Sb3Policy]):
             buffer, the answers in flight, and with `tree` all its states, so that the policy is to the bit that of an
             undisturbed run with these settings, on the same machine with as many threads; but not where a tree is so
             large that it had to forget states. At every checkpoint models read the answers in flight anew.
+        selection: how the best policy of the training is found, which is the one that is kept.
         arguments: further arguments of the algorithm's class, and in `policy_kwargs` of its network's.
         conditioned: draw a cost weight for every episode and show it to the agent, so that one policy covers them all;
             `cost_weight` is not used then.
@@ -152,11 +155,13 @@ class StableBaselines(Learner[Sb3Policy]):
     max_new_tokens: int = 128
     net_arch: Sequence[int] = field(default_factory=lambda: [64, 64])
     lr: float = 1e-3
+    schedule: Literal["constant", "linear"] = "constant"
     gamma: float = 1.0
     slm_prior: float = 0.7
     bootstrap: bool = False
     threads: int = 1
     checkpoint_steps: int | None = None
+    selection: Selection = field(default_factory=Selection)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     conditioned: CostWeights | None = None
 
@@ -165,6 +170,7 @@ class StableBaselines(Learner[Sb3Policy]):
         for key, value, known in (
             ("environment", self.environment, list(ENVIRONMENTS)),
             ("cost", self.cost, [cost.name for cost in ALL_COSTS]),
+            ("schedule", self.schedule, ["constant", "linear"]),
         ):
             if value not in known:
                 raise ValueError(f"unknown {key} {value!r}; choose one of {', '.join(known)}")
@@ -194,12 +200,24 @@ class StableBaselines(Learner[Sb3Policy]):
         trained = checkpoints.trained(Sb3Policy, run.pool)
         if trained is not None:
             return trained
+        problems = self.selection.problems(run.pool, run.task, self.max_new_tokens)
         environment = self.make(run.pool, run.task, run.seed, checkpoints.newest())
+
+        def policy_of(learner: BaseAlgorithm) -> Sb3Policy:
+            return Sb3Policy.of(learner, self.algorithm, run.pool, self.features, self.conditioned)
+
+        choosing = None
+        if problems:
+            tree = getattr(environment, "tree", None)
+            # a tree has a task of its own, those examples alone that are trained on; it judges as the whole one does
+            judge, rows = (run.task, None) if tree is None else (tree.task, self.num_envs)
+            validation = Validation(self.selection, problems, run.pool, judge, self.max_new_tokens, rows, tree)
+            choosing = BestPolicy(validation, self.selection.evaluations, self.steps, made=0), policy_of
         try:
-            learner = train(environment, self, run.seed, run.track, run.pool.slm.device, checkpoints)
+            learner = train(environment, self, run.seed, run.track, run.pool.slm.device, checkpoints, choosing)
         finally:
             environment.close()
-        policy = Sb3Policy.of(learner, self.algorithm, run.pool, self.features, self.conditioned)
+        policy = policy_of(learner)
         checkpoints.finish(policy)
         return policy
 
@@ -231,6 +249,8 @@ class StableBaselines(Learner[Sb3Policy]):
 
     def constructor_arguments(self, rows: int, mean: Tensor, deviation: Tensor) -> dict[str, Any]:
         """Arguments of the algorithm's class, for so many rows and inputs of these statistics, (width,) each."""
+        from stable_baselines3.common.utils import LinearSchedule
+
         from agents.rl.inputs import Standardised
 
         defaults, given = DEFAULTS[self.algorithm](rows), plain(self.arguments)
@@ -243,9 +263,10 @@ class StableBaselines(Learner[Sb3Policy]):
                 "features_extractor_kwargs": {"mean": mean, "deviation": deviation},
             }
         )
+        lr = self.lr if self.schedule == "constant" else LinearSchedule(self.lr, 0.0, 1.0)
         # means over so many of the last episodes: a thousand rows may end a hundred at once
         return {
-            "stats_window_size": 1000, "learning_rate": self.lr, "gamma": self.gamma, **defaults, **given,
+            "stats_window_size": 1000, "learning_rate": lr, "gamma": self.gamma, **defaults, **given,
             "policy_kwargs": network,
         }  # fmt: skip
 
@@ -257,6 +278,7 @@ def train(
     track: Track,
     device: torch.device,
     checkpoints: Checkpoints | None = None,
+    choosing: tuple[BestPolicy, Callable[[BaseAlgorithm], Policy]] | None = None,
 ) -> BaseAlgorithm:
     """Train an algorithm of Stable-Baselines3 in an environment of same-step autoreset.
 
@@ -268,6 +290,8 @@ def train(
         device: of the network.
         checkpoints: what to go on from and to keep, of an environment that has `get_state` and `set_state`; nothing
             where None.
+        choosing: keeps the best weights of the training, of the policies that its second part makes of a learner; the
+            last ones are kept where None.
 
     Returns:
         The trained algorithm of Stable-Baselines3.
@@ -282,6 +306,7 @@ def train(
     from agents.rl.inputs import input_statistics
     from agents.rl.learner_state import Checkpointing
     from agents.rl.sb3_extensions import Reporting, Rows, random_state_kept
+    from agents.rl.validating import Validating
     from agents.rl.vec_env import VectorEnvBridge, threads
 
     algorithm = algorithm_named(settings.algorithm)
@@ -307,9 +332,13 @@ def train(
         learner.set_logger(Logger(None, [Rows(track, settings.algorithm)]))
         reporting = Reporting(settings.steps // ROWS_REPORTED, progress)
         callbacks: list[BaseCallback] = [reporting]
+        validating = None if choosing is None else Validating(*choosing, bridge, track, settings.algorithm)
+        if validating is not None:
+            callbacks.append(validating)
         if checkpoints is not None:
             interval = settings.checkpoint_steps or max(1, settings.steps // CHECKPOINTS)
-            keeping = Checkpointing(checkpoints, interval, bridge, reporting)
+            best = None if validating is None else validating.best
+            keeping = Checkpointing(checkpoints, interval, bridge, reporting, best)
             callbacks.append(keeping)
             if newest is not None:
                 keeping.restore(learner, newest)
@@ -318,4 +347,6 @@ def train(
         trained: BaseAlgorithm = learner.learn(
             left, callback=callbacks, log_interval=None, reset_num_timesteps=newest is None
         )
+        if validating is not None:
+            trained.policy.load_state_dict(validating.best.weights)
     return trained

@@ -29,6 +29,7 @@ from agents.common.checkpoints import (
 )
 from agents.common.policy import Learner, TrainingRun
 from agents.common.saving import load_policy
+from agents.common.selection import BestPolicy, Selection, Validation
 from agents.distillation import OracleDistillation
 from agents.preferences.labels import Labels
 from agents.router.network import RouterNetwork
@@ -81,6 +82,7 @@ class Tapo(Learner[RouterPolicy]):
         max_new_tokens: the longest response.
         memory: bytes of the replay tree.
         rows: answers in flight.
+        selection: how the best router is found, of the one to begin with and those of the iterations; it is kept.
         checkpoint_iterations: iterations between two checkpoints, which lie in the run's folder: an interrupted
             training goes on from the newest. Kept are weights, optimizer, the random state and the replay tree, so that
             the policy is to the bit that of an undisturbed run with these settings, on the same machine with as many
@@ -108,6 +110,7 @@ class Tapo(Learner[RouterPolicy]):
     max_new_tokens: int = 128
     memory: int = 2**31
     rows: int = 256
+    selection: Selection = field(default_factory=Selection)
     checkpoint_iterations: int = 1
 
     def __post_init__(self) -> None:
@@ -132,12 +135,14 @@ class Tapo(Learner[RouterPolicy]):
         improvement = self._improvement(run, checkpoints.newest())
         with ProgressBar(total=self.iterations, initial=improvement.made, desc="tapo", leave=False) as progress:
             for number in range(improvement.made, self.iterations):
-                run.track({"run": "tapo", "iteration": number, **improvement.iterate(number)})
+                validated = improvement.validate()
+                run.track({"run": "tapo", "iteration": number, **validated, **improvement.iterate(number)})
                 if improvement.made % self.checkpoint_iterations == 0 and improvement.made < self.iterations:
                     improvement.keep(checkpoints)
                 progress.update()
-        network = improvement.network.eval().requires_grad_(False)
-        policy = RouterPolicy(network, models_manifest(run.pool), improvement.features)
+        if validated := improvement.validate():
+            run.track({"run": "tapo", "iteration": self.iterations, **validated})
+        policy = improvement.policy()
         checkpoints.finish(policy)
         return policy
 
@@ -158,10 +163,11 @@ class Tapo(Learner[RouterPolicy]):
             ValueError: the checkpoint is damaged, or `policy` is not the folder of a router.
         """
         examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
+        problems = self.selection.problems(run.pool, run.task, self.max_new_tokens)
         if checkpoint is None:
             begun = self._begin(run)
             tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory)
-            return _Improvement(self, tree, examples, begun, run.seed)
+            return _Improvement(self, tree, examples, begun, run.seed, problems)
         path = checkpoint / TREE_FILE
         tree = PrefixTree(run.pool, run.task, self.max_new_tokens, self.memory, path if path.is_file() else None)
         arrays, about = read(checkpoint)
@@ -169,7 +175,7 @@ class Tapo(Learner[RouterPolicy]):
             weights = {name: torch.tensor(value) for name, value in arrays["network"].items()}
             network = restored_network(about["router"], weights, run.pool)
             begun = RouterPolicy(network, models_manifest(run.pool), about["router"]["features"])
-            improvement = _Improvement(self, tree, examples, begun, run.seed, set_out=False)
+            improvement = _Improvement(self, tree, examples, begun, run.seed, problems, set_out=False)
             improvement.restore(arrays, about)
         return improvement
 
@@ -204,6 +210,7 @@ class _Improvement:
         examples: Sequence[Example],
         begun: RouterPolicy,
         seed: int,
+        problems: Sequence[Example] = (),
         set_out: bool = True,
     ) -> None:
         self.settings, self.tree, self.examples = settings, tree, examples
@@ -215,8 +222,23 @@ class _Improvement:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
         self.prompts = [tree.pool.encode(example.prompt) for example in examples]
         self.made = 0
+        selection, pool, task = settings.selection, tree.pool, tree.task
+        validation = Validation(selection, problems, pool, task, tree.max_new_tokens, settings.rows, tree)
+        self.best = BestPolicy(validation, selection.evaluations if problems else 0, settings.iterations)
         if set_out:
             self._set_out()
+
+    def validate(self) -> dict[str, float]:
+        """Measure the router on validation problems if it is due; what is reported of it."""
+        router = RouterPolicy(self.network, models_manifest(self.tree.pool), self.features)
+        return self.best.measure(self.made, router, self.network) if self.best.due(self.made) else {}
+
+    def policy(self) -> RouterPolicy:
+        """The best router so far; the last one where none was measured."""
+        if self.best.weights:
+            self.network.load_state_dict(self.best.weights)
+        network = self.network.eval().requires_grad_(False)
+        return RouterPolicy(network, models_manifest(self.tree.pool), self.features)
 
     def keep(self, checkpoints: Checkpoints) -> None:
         """Keep a checkpoint.
@@ -231,14 +253,16 @@ class _Improvement:
             "optimizer": moments,
             "generator": generator_numbers(self.rng),
         }
+        arrays["best"], best = self.best.state()
         router = {"features": self.features, "width": self.network.width, "units": self.network.units}
-        about = {"made": self.made, "router": router, "optimizer": others}
+        about = {"made": self.made, "router": router, "optimizer": others, "best": best}
         checkpoints.save(self.made, arrays, about, lambda folder: self.tree.save(folder / TREE_FILE))
 
     def restore(self, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Go on from what `keep` has kept, but for the network, which is made with its weights."""
         restore_optimizer(self.optimizer, arrays["optimizer"], about["optimizer"])
         self.rng, self.made = generator_of(arrays["generator"]), about["made"]
+        self.best.restore(arrays.get("best", {}), about["best"], self.network)
 
     def _set_out(self) -> None:
         """Move the router's threshold of one half to where the share of LLM tokens is the one to begin with."""

@@ -63,7 +63,9 @@ def step_entries(actions: IntArray, lengths: IntArray, read: IntArray, going_on:
     entries = np.zeros((*read.shape, COLUMNS))
     others = np.flatnonzero(actions)
     writers = actions[others]
-    entries[others, writers] = pass_entry(lengths[others] - read[others, writers], read[others, writers], 0.0)
+    missed = lengths[others] - read[others, writers]
+    # a model that has read the prompt for a policy's sake knows its first token
+    entries[others, writers] = pass_entry(missed, read[others, writers], 0.0) * (missed > 0)[:, None]
     read[others, writers] = lengths[others]
     entries[n, 0] += pass_entry(np.ones_like(lengths), lengths, 0.0) * going_on[:, None]
     read[n, 0] += going_on
@@ -71,7 +73,9 @@ def step_entries(actions: IntArray, lengths: IntArray, read: IntArray, going_on:
     return entries
 
 
-def response_entries(prompt: int, writers: npt.NDArray[np.int8], terminated: bool, models: int) -> FloatArray:
+def response_entries(
+    prompt: int, writers: npt.NDArray[np.int8], terminated: bool, models: int, prompt_readers: Sequence[int] = ()
+) -> FloatArray:
     """The ledger of a whole routed response, but for seconds, (models, COLUMNS).
 
     Args:
@@ -79,6 +83,8 @@ def response_entries(prompt: int, writers: npt.NDArray[np.int8], terminated: boo
         writers: the model that wrote each token, (n,).
         terminated: the last token ended the response, so that the SLM did not read it.
         models: of the pool.
+        prompt_readers: models besides the SLM that read the prompt before anybody wrote, since the policy sees their
+            states behind it.
     """
     entries = np.zeros((models, COLUMNS))
     one = np.ones(len(writers) - terminated, dtype=np.int64)
@@ -87,6 +93,8 @@ def response_entries(prompt: int, writers: npt.NDArray[np.int8], terminated: boo
     ).sum(0)
     for model in range(1, models):
         ends = prompt + np.flatnonzero(writers == model)
+        if model in prompt_readers:
+            ends = np.union1d([prompt], ends)
         before = np.concatenate([[0], ends[:-1]])[: len(ends)]
         entries[model] = pass_entry(ends - before, before, 0.0).sum(0)
     entries[:, WRITTEN] = np.bincount(writers, minlength=models)

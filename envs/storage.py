@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
 import platform
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,12 @@ _HOST = re.sub(r"\W", "_", platform.node())
 def write_text(path: Path, text: str) -> None:
     """Write text."""
     write_whole(path, lambda partial: partial.write_text(text))
+
+
+def copy_files(source: Path, target: Path, pattern: str = "*") -> None:
+    """Copy the files of a folder whose names match into another one, each whole or not at all."""
+    for path in sorted(source.glob(pattern)):
+        write_whole(target / path.name, functools.partial(shutil.copyfile, path))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -1,11 +1,12 @@
-"""Train and evaluate every agent of `conf/agent` with several seeds, and write a page: BENCHMARK.md.
+"""Train and evaluate agents with several seeds on the same problems, and write a page: BENCHMARK.md.
 
-    python -m experiments.leaderboard target=BENCHMARK.md    # `make benchmark`, but for the place of the picture
-    python -m experiments.leaderboard agents=[citer,mine] seeds=[0] hydra.run.dir=outputs/mine
+    make benchmark    # every agent of conf/agent, three seeds each
+    python -m experiments.leaderboard agents=[citer,mine.Impatient] seeds=[0] hydra.run.dir=outputs/mine
 
 Each agent and seed is a run of `experiments.train` in a folder of its own below the run's folder, with a log; runs
 share what no agent changes. Started again, it goes on where it was: a run that is complete is not made again. One that
-fails does not stop the others.
+fails does not stop the others. With `results=FOLDER` each run that is done is kept there as one file, and those that
+are kept there are not made, if this code still decodes what they hold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONTINUING = Continuing(
-    may_differ=("agents", "seeds", "first", "workers", "live", "timings", "bootstrap", "target", "picture")
+    may_differ=("agents", "seeds", "first", "workers", "live", "timings", "bootstrap", "target", "picture", "results")
 )
 """Runs have settings of their own; which there are, and the page, may change."""
 
@@ -31,24 +32,42 @@ CONTINUING = Continuing(
 def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Make all runs, measure seconds, and write the page."""
     from envs.storage import write_text
-    from experiments.common.timing import commit, lasting_clock, machine
+    from experiments.common.timing import commit, machine
     from experiments.evaluation.merge import report
+    from experiments.published.canaries import restore
+    from experiments.published.entries import entries, training_of, write_leaderboard
+    from experiments.published.store import Store
     from experiments.reporting.leaderboard_page import HowMade, page, picture
-    from experiments.training.many import make_all, runs_of
+    from experiments.training.many import Run, make_all, runs_of
     from experiments.training.seconds import measure_seconds
 
     runs = runs_of(config, folder)
+    store = Store(Path(config.results)) if config.results else None
+    made_on = {**machine(), "commit": commit()}
+
+    def keep(run: Run) -> None:
+        if store is not None and not store.has(run):
+            store.add(run, made_on, whole_trace=run.seed == config.seeds[0])
+
+    if store is not None:
+        store.check_settings(runs)
     begin()
-    with lasting_clock(folder / "seconds.json") as spent:
-        make_all(runs, config.workers)
-        seconds = measure_seconds(runs, config.seeds[0], config.timings, folder / "timings.json")
+    if store is not None:
+        restore(store, runs, folder)
+    for run in runs:
+        if run.done:
+            keep(run)
+    make_all(runs, config.workers, keep)
+    timings = store.folder / "seconds.json" if store else folder / "timings.json"
+    seconds = measure_seconds(runs, config.seeds[0], config.timings, timings)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
+    training = training_of(runs)
     how = HowMade(
         machine=machine(),
         commit=commit(),
         workers=config.workers,
         seeds=list(config.seeds),
-        minutes=round(spent() / 60),
+        training=training,
         train=list(config.train),
         departures={name: list(config.departures[name]) for name in {run.agent for run in runs} & {*config.departures}},
     )
@@ -56,6 +75,8 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     drawn = Path(config.picture or target.with_suffix(".png"))
     picture(summary, drawn)
     write_text(target, page(summary, seconds, how, os.path.relpath(drawn, target.parent)))
+    if store is not None:
+        write_leaderboard(store.folder.parent, store.folder.name, summary, entries(summary, training, seconds))
     print(f"wrote {target}")
 
 

@@ -4,6 +4,7 @@
     python -m experiments.speed suite=env
     python -m experiments.speed suite=collect
     python -m experiments.speed suite=rl
+    python -m experiments.speed suite=latency
 
 The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
 turn (A B A B ...) in one process, and medians are compared, since machines are noisy. Where something else took the
@@ -23,7 +24,7 @@ from experiments.common.program import Begin, program
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SUITES = ("decode", "env", "collect", "rl")
+SUITES = ("decode", "env", "collect", "rl", "latency")
 
 
 @program("speed", Continuing(anything_differs=True))

@@ -4,6 +4,7 @@
     python -m experiments.verify multirun/citer_vs_citer_s sample=200
     python -m experiments.verify outputs/evaluate/... rescore=true
     python -m experiments.verify FOLDER models=embedded task=arithmetic
+    python -m experiments.verify experiments/results/arithmetic sample=1000
 
 Models and task are those that `config.yaml` in the run's folder names, or those that are chosen here. What holds is
 said in one line; what does not is listed, each with its file and episode, and the exit status is 1. The program's own
@@ -13,6 +14,7 @@ folder receives `verification.json`; what is verified is left as it is.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 WRONG = 1
 """Exit status where something does not hold."""
+UNPACKED = "unpacked"
+"""In the program's folder: what files of results hold; left there where something does not hold."""
 LISTED = 100
 """Faults, and near ties, that are printed; the file holds them all."""
 
@@ -62,7 +66,12 @@ def verify_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None
         raise ValueError(f"there is no folder {place}; give that of an evaluation, or of several")
     evaluations = kept_below(place)
     if not evaluations:
-        raise ValueError(f"{place} holds no evaluations; give the folder of experiments.evaluate or experiments.train")
+        evaluations = unpacked(place, folder / UNPACKED)
+    if not evaluations:
+        raise ValueError(
+            f"{place} holds no evaluations; give the folder of experiments.evaluate, experiments.train, or of results "
+            "that experiments.leaderboard keeps"
+        )
     import_modules([*config.imports, *(name for one in evaluations for name in one.config.get("imports", []))])
     before: dict[str, Any] = {}
     checks = []
@@ -78,6 +87,24 @@ def verify_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None
     report(findings)
     if findings.faults:
         raise SystemExit(WRONG)
+    shutil.rmtree(folder / UNPACKED, ignore_errors=True)
+
+
+def unpacked(place: Path, folder: Path) -> list[KeptEvaluation]:
+    """The evaluations that files of results hold, each unpacked into a folder of its own.
+
+    Args:
+        place: of the results of a track, or of several.
+        folder: where they are unpacked; what is there goes.
+    """
+    from experiments.evaluation.kept import kept_below
+    from experiments.published.store import Store
+
+    shutil.rmtree(folder, ignore_errors=True)
+    tracks = [place] if Store(place).rows() else sorted(path for path in place.iterdir() if path.is_dir())
+    for track in tracks:
+        Store(track).unpack_all(folder / track.name)
+    return kept_below(folder)
 
 
 def made(key: str, config: DictConfig, evaluation: KeptEvaluation, before: dict[str, Any]) -> Any:

@@ -31,6 +31,7 @@ EVALUATION += ["max_new_tokens=48", "draft_tokens=8", "transcripts=1"]
 TRAINING = {
     "examples": 24, "training.epochs": 1, "training.batch_size": 64, "steps": 256, "num_envs": 8, "memory": 2**26,
     "iterations": 1, "batch": 8, "rows": 8, "validation_examples": 8,
+    "selection.evaluations": 2, "selection.examples": 4, "selection.llm_shares": [0.2],
     **{f"{part}.examples": 24 for part in ("citer", "expert")},
     **{f"{part}.training.epochs": 1 for part in ("citer", "expert")}, "expert.memory": 2**26,
 }  # fmt: skip

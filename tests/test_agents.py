@@ -47,6 +47,7 @@ QUICK = {
     "training.epochs": 2,
     "training.batch_size": 64,
     "scheduling.rows": 16,
+    "text.dimensions": 4,
     "steps": 256,
     "num_envs": 8,
     "memory": 2**26,
@@ -57,6 +58,9 @@ QUICK = {
     **{f"{part}.training.epochs": 2 for part in ("citer", "expert")},
     "expert.memory": 2**26,
     "validation_examples": 4,
+    "selection.evaluations": 1,
+    "selection.examples": 2,
+    "selection.llm_shares": [0.2],
 }
 
 

@@ -29,6 +29,7 @@ ORDER = {
         {"reporting", "traces", "measures"},
         {"evaluation"},
         {"training", "query_routing", "speed_suites", "pretraining", "verification"},
+        {"published"},
         {TOP},
     ],
 }

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from agents.common.checkpoints import STATE_FILE, Checkpoints, flat, nested, read
+from agents.common.selection import Selection
 from agents.rl.cost_weights import CostWeights
 from agents.rl.vec_env import VectorEnvBridge
 from agents.sb3 import StableBaselines
@@ -25,7 +26,7 @@ PPO = {**ON_POLICY, "batch_size": 16, "n_epochs": 2}
 # a buffer of 15 steps, which is full and written over before the end
 OFF_POLICY = {"buffer_size": 120, "learning_starts": 40, "batch_size": 16, "gradient_steps": 2, "n_steps": 3}
 LEARNERS = {
-    "ppo": {"algorithm": "ppo", "arguments": PPO},
+    "ppo": {"algorithm": "ppo", "arguments": PPO, "schedule": "linear"},
     "a2c": {"algorithm": "a2c", "arguments": ON_POLICY},
     "dqn": {"algorithm": "dqn", "arguments": OFF_POLICY},
     "qrdqn": {"algorithm": "qrdqn", "arguments": OFF_POLICY},
@@ -39,8 +40,18 @@ LEARNERS = {
         "max_new_tokens": 128,
     },
 }
+SELECTION = Selection(evaluations=3, examples=4, llm_shares=(0.1, 0.4))
 TAPO = Tapo(
-    start="scratch", examples=12, iterations=4, batch=4, branches=2, rows=8, memory=2**24, max_new_tokens=24, lr=0.01
+    start="scratch",
+    examples=12,
+    iterations=4,
+    batch=4,
+    branches=2,
+    rows=8,
+    memory=2**24,
+    max_new_tokens=24,
+    lr=0.01,
+    selection=SELECTION,
 )
 
 
@@ -55,7 +66,15 @@ def _short(monkeypatch):
 
 def tiny(learner):
     return StableBaselines(
-        **{"steps": 256, "num_envs": 8, "examples": 12, "max_new_tokens": 24, "net_arch": [8], "checkpoint_steps": 60}
+        **{
+            "steps": 256,
+            "num_envs": 8,
+            "examples": 12,
+            "max_new_tokens": 24,
+            "net_arch": [8],
+            "checkpoint_steps": 60,
+            "selection": SELECTION,
+        }
         | LEARNERS[learner]
     )
 
@@ -75,7 +94,8 @@ def broken_off(after):
 def measured(rows):
     """Rows without what is timed, the later of two for the same steps."""
     plain = [{key: value for key, value in row.items() if key not in ("time/fps", "time/time_elapsed")} for row in rows]
-    return list({row.get("time/total_timesteps", row.get("iteration")): row for row in plain}.values())
+    progress = ("time/total_timesteps", "iteration")
+    return list({(*map(row.get, progress), "validation_cost" in row): row for row in plain}.values())
 
 
 def same_tensors(first, second):
@@ -216,7 +236,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(learner, pool, task
 def test_tapo_that_was_broken_off_ends_with_the_same_bits(pool, task, tmp_path, interrupted_at):
     whole = []
     undisturbed = TAPO.fit(pool, task, seed=3, track=whole.append, folder=tmp_path / "whole")
-    assert [row["iteration"] for row in whole] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in whole] == [0, 1, 2, 3, 4]  # the last one is measured alone
     rows, track = broken_off(after=2)
     with pytest.raises(Interruption):
         TAPO.fit(pool, task, seed=3, track=track, folder=tmp_path / "cut")
@@ -224,7 +244,7 @@ def test_tapo_that_was_broken_off_ends_with_the_same_bits(pool, task, tmp_path, 
     with interrupted_at(2):  # its next checkpoint, of which the tree is written and the rest is not
         TAPO.fit(pool, task, seed=3, track=again.append, folder=tmp_path / "cut")
     found = TAPO.fit(pool, task, seed=3, track=again.append, folder=tmp_path / "cut")
-    assert [row["iteration"] for row in again] == [2, 2, 3]
+    assert [row["iteration"] for row in again] == [2, 2, 3, 4]
     assert measured([*rows, *again]) == whole
     assert same_tensors(found, undisturbed)
 

@@ -373,7 +373,7 @@ def test_the_old_name_of_speed_still_runs_and_says_so(tmp_path):
     assert done.stderr.splitlines()[0] == "python -m experiments.benchmark is called python -m experiments.speed now"
 
 
-@pytest.mark.parametrize("suite", ["decode", "env", "collect", "rl"])
+@pytest.mark.parametrize("suite", ["decode", "env", "collect", "rl", "latency"])
 def test_benchmarks_print_their_report_last(suite, tmp_path, start):
     tiny = "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, mlp_size: 32}"
     sizes = [f"slm={tiny}", f"llm={tiny}", "vocab_size=64", "prompt_tokens=8", "new_tokens=8", "rate_tokens=4"]
@@ -395,6 +395,9 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "rl_oracle_examples=3",
         "rl_ppo_steps=64",
         "rl_ppo_envs=2",
+        "latency_threshold=0.95",
+        "latency_problems=2",
+        "latency_repeats=1",
     ]
     code, out, err = start("speed", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     assert code == 0, out + err
@@ -414,6 +417,15 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "env": set(),
         "collect": {"plain_over_ours"},
         "rl": {"shortcut_over_live", "tree_over_live"},
+        "latency": {
+            *(
+                f"{way}_seconds_over_llm_only{end}"
+                for way in ("routed", "speculative")
+                for end in ("", "_low", "_high")
+            ),
+            *(f"routed_seconds_over_speculative{end}" for end in ("", "_low", "_high")),
+            *(f"{way}_{unit}_over_llm_only" for way in ("routed", "speculative") for unit in ("bytes", "flops")),
+        },
     }[suite]
     assert report["ratios"].keys() == names
     assert all(value > 0 for value in [*report["ratios"].values(), *report["rates"].values()])
@@ -422,5 +434,10 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "env": {"vector_steps_per_second"},
         "collect": {"reference_tokens_per_second"},
         "rl": {"shortcut_steps_per_second", "tree_steps_per_second", "ppo_steps_per_second"},
+        "latency": {
+            f"{way}_{what}"
+            for way in ("llm_only", "routed", "speculative")
+            for what in ("ms_per_token", "ms_per_response", "llm_ms_per_response", "tokens", "llm_tokens")
+        },
     }[suite]
     assert rates <= report["rates"].keys()

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 KILLS = 200 if os.environ.get("CITER_SOAK") == "1" else 20
 TIMED = ("seconds", "time/fps", "time/time_elapsed")
 COLLECTING = ["agent.examples=24", "agent.shard_examples=6", "agent.scheduling.rows=24", "agent.training.epochs=4"]
-PLAYING = ["agent.examples=20", "agent.num_envs=16", "agent.steps=2000", "agent.net_arch=[8]"]
+SELECTING = ["agent.selection.evaluations=3", "agent.selection.examples=6", "agent.selection.llm_shares=[0.2]"]
+PLAYING = ["agent.examples=20", "agent.num_envs=16", "agent.steps=2000", "agent.net_arch=[8]", *SELECTING]
 EVALUATING = [
     "examples=8", "threshold_examples=4", "llm_shares=[0.1,0.3]", "bootstrap=10", "transcripts=0", "oracle_budget=4",
     "draft_tokens=0", "max_new_tokens=64",
@@ -76,7 +77,8 @@ PROGRAMS = {
     "r2r": training("r2r_small", *COLLECTING, same_bytes=("policy/*", "paths/*")),
     "expert": training("expert", "agent.examples=16", "agent.training.epochs=4", "agent.oracle.budget=10"),
     "collm": training("collm", "agent.examples=40", "agent.training.epochs=4", "agent.validation_examples=6"),
-    "tapo": training("tapo_scratch", "agent.examples=16", "agent.iterations=5", "agent.batch=8", "agent.branches=2"),
+    "tapo": training("tapo_scratch", "agent.examples=16", "agent.iterations=5", "agent.batch=8", "agent.branches=2",
+        *SELECTING),
     "ppo": training("ppo", *PLAYING, "+agent.arguments.n_steps=16", "+agent.arguments.batch_size=256"),
     "dqn": training("dqn", *PLAYING),
     "routellm": training("routellm_mf", "agent.examples=40"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from agents.common.curves import Sweep
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.operating_points import (
@@ -13,7 +14,7 @@ from experiments.evaluation.operating_points import (
 )
 from experiments.evaluation.summary import Results, summarize
 from experiments.measures.intervals import Estimate, estimates, resampled
-from experiments.measures.metrics import Sweep, measures
+from experiments.measures.metrics import measures
 
 THRESHOLDS = 6
 SHARES = np.linspace(0, 1, THRESHOLDS)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from experiments.measures.metrics import Hull, Sweep, measures, oracle_share
+from agents.common.curves import Hull, Sweep
+from experiments.measures.metrics import measures, oracle_share
 
 UNIT = st.floats(0, 1, width=32)
 

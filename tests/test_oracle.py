@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.common.curves import Hull
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode
 from agents.distillation import OracleDistillation, OracleStates
@@ -24,7 +25,7 @@ from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from experiments.evaluation.answers import Answers, sweep
 from experiments.evaluation.baselines import Baselines, measure_baselines, oracle_outcomes
 from experiments.evaluation.decoder import ExampleDecoder
-from experiments.measures.metrics import Hull, oracle_share
+from experiments.measures.metrics import oracle_share
 
 EXAMPLES = 16
 

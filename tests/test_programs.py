@@ -435,7 +435,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder(start, tmp_path):
 
     code, printed = start("speed", f"hydra.run.dir={tmp_path}", run=filled)
     assert code == 2
-    assert f"No space left on device: {tmp_path}" in printed.splitlines()[-1]
+    assert f"No space left on device: {tmp_path}; free some room" in printed.splitlines()[-1]
     assert "Traceback" not in printed
     assert "No space left" in (tmp_path / "speed.log").read_text()
 
@@ -452,8 +452,33 @@ def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(start, tmp_pa
     monkeypatch.setattr("filelock.BaseFileLock.acquire", read_only)
     code, printed = start("speed", "suite=swift", f"hydra.run.dir={tmp_path}")
     assert code == 2
-    assert f"Permission denied: '{tmp_path / '.lock'}'" in printed.splitlines()[-1]
+    assert f"Permission denied: '{tmp_path / '.lock'}'; name a folder that you may write: hydra.run.dir=" in printed
     assert "Traceback" not in printed
+
+
+def test_a_folder_that_hydra_cannot_make_names_the_way_out(start, tmp_path, monkeypatch):
+    def read_only(self, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "outputs")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    code, printed = start("speed", "suite=swift", f"hydra.run.dir={tmp_path / 'run'}")
+    assert code == 2
+    (line,) = printed.strip().splitlines()
+    assert line.endswith(
+        "Read-only file system: 'outputs'; name a folder that you may write: hydra.run.dir=..., "
+        "of a multirun hydra.sweep.dir=..."
+    )
+
+
+def test_a_file_of_the_users_that_cannot_be_read_is_not_answered_with_another_folder(start, tmp_path):
+    @program("speed", Continuing(anything_differs=True))
+    def reads(config, folder, begin):
+        begin()
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/problems.jsonl")
+
+    code, printed = start("speed", f"hydra.run.dir={tmp_path}", run=reads)
+    assert code == 2
+    assert printed.splitlines()[-1].endswith("Permission denied: '/elsewhere/problems.jsonl'")
 
 
 def test_a_mistake_on_the_command_line_is_named_without_frames(start):

@@ -152,9 +152,9 @@ def test_answers_of_other_settings_are_not_taken(answered, pool, task):
 
 def test_answering_alone_is_what_each_model_does_alone(pool, task):
     examples = task.examples("validation", 6)
-    outcomes, embeddings = answer_alone(pool, task, examples, 40, ONCE)
+    outcomes, views = answer_alone(pool, task, examples, 40, ONCE)
     assert outcomes.models == tuple(pool.names)
-    assert embeddings.shape == (6, pool.slm.width)
+    assert views.slm.shape == (6, pool.slm.width)
     for number in (0, 1):
         episodes = decode(pool, task, examples, Always(slm=number == 0), 0.5, 40)
         assert outcomes.correct[:, number].tolist() == [episode.correct for episode in episodes]

@@ -362,6 +362,18 @@ def test_the_actor_begins_at_the_prior(prior, tiny_pool):
     np.testing.assert_allclose(score, prior, atol=0.01)
 
 
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 1.0), ("linear", 0.0)])
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+def test_the_learning_rate_falls_as_it_is_told(algorithm, schedule, last, monkeypatch):
+    monkeypatch.setattr("agents.sb3.ROWS_REPORTED", 10**9)  # every rollout
+    rows = []
+    train(TwoStates(16), small(algorithm, steps=4096, lr=1e-3, schedule=schedule), 0, rows.append, CPU)
+    rates = [row["train/learning_rate"] / 1e-3 for row in rows if "train/learning_rate" in row]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(last, abs=0.01)
+    assert rates[len(rates) // 2] == pytest.approx((1 + last) / 2, abs=0.13)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_logged_rows_are_plain_numbers(algorithm):
     rows = []
@@ -548,6 +560,7 @@ def test_policies_of_others_and_broken_ones_are_refused(tiny_pool, pools, tmp_pa
         ({"algorithm": "sac"}, "unknown algorithm 'sac'; choose one of ppo"),
         ({"environment": "maze"}, "unknown environment 'maze'; choose one of tree"),
         ({"cost": "euros"}, "unknown cost 'euros'"),
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'; choose one of constant, linear"),
         ({"features": "all"}, "unknown features 'all'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"net_arch": [8, 0]}, "net_arch"),

@@ -201,10 +201,12 @@ def test_another_python_than_that_of_the_venv_is_refused(environment, bare, monk
 )
 def test_a_checkout_that_cannot_be_written_is_named_at_once(environment, monkeypatch, number, said):
     def none(**kwargs):
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number), f"{environment.ROOT}/tmp_drawn")
 
     monkeypatch.setattr(environment.tempfile, "TemporaryFile", none)
-    assert re.search(said, ending(environment))
+    ended = ending(environment)
+    assert re.search(said, ended)
+    assert "tmp_drawn" not in ended
     assert not environment.VENV.exists()
 
 

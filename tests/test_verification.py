@@ -126,9 +126,10 @@ def test_a_hundred_random_corruptions_are_found(run, verified, tmp_path, number)
     ("agent", "settings"),
     [
         ("citer", ["agent.examples=24", "agent.training.epochs=1"]),
-        ("recurrent_ppo", ["agent.steps=256", "agent.num_envs=8"]),
+        ("recurrent_ppo", ["agent.steps=256", "agent.num_envs=8", "agent.selection.examples=4"]),
         ("r2r_small", ["agent.examples=24", "agent.training.epochs=1"]),
         ("mlp", ["agent.examples=24"]),
+        ("routellm_mf", ["agent.examples=24", "agent.sees=[slm,llm,text]"]),
         ("margin", []),
     ],
 )

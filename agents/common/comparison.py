@@ -9,6 +9,7 @@ import numpy as np
 
 from agents.common.policy import Policy, decision_profile
 from agents.common.rollout import Episode, Scheduling, decode, decode_alone
+from envs.arrays import FloatArray
 from envs.costs import CostModel, MemoryTraffic, Price
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -82,7 +83,9 @@ def compare(
         answers[name] = decode_alone(model, task, examples, pool=pool, **settings), None  # type: ignore[arg-type]
     for name, policy in named.items():
         answers[name] = decode(pool, task, examples, policy, threshold, **settings), policy  # type: ignore[arg-type]
-    totals = {name: _total(episodes, policy, pool, unit) for name, (episodes, policy) in answers.items()}
+    totals = {
+        name: float(answer_costs(episodes, policy, pool, unit).sum()) for name, (episodes, policy) in answers.items()
+    }
     whole = totals[pool.names[-1]]
     return Comparison(
         {
@@ -96,11 +99,23 @@ def compare(
     )
 
 
-def _total(episodes: Sequence[Episode], policy: Policy | None, pool: ModelPool, unit: CostModel) -> float:
-    """The cost of all episodes, the policy's decisions included."""
+def answer_costs(
+    episodes: Sequence[Episode], policy: Policy | None, pool: ModelPool, unit: CostModel, llm_alone: bool = False
+) -> FloatArray:
+    """What each of n answers cost, (n,).
+
+    Args:
+        episodes: the answers.
+        policy: whose decisions are priced too; nobody's where None.
+        pool: the models that wrote them.
+        unit: of cost.
+        llm_alone: leave the other models out, who read along where the LLM wrote everything: by itself it needs none.
+    """
     ledgers = np.stack([episode.ledger for episode in episodes])
-    total = float(Price(pool.profiles, [unit]).of(ledgers)[unit.name].sum())
+    if llm_alone:
+        ledgers[:, :-1] = 0
+    costs = Price(pool.profiles, [unit]).of(ledgers)[unit.name]
     if policy is not None:
         decisions = np.stack([episode.decisions for episode in episodes])[:, None]
-        total += float(Price([decision_profile(policy)], [unit]).of(decisions)[unit.name].sum())
-    return total
+        costs = costs + Price([decision_profile(policy)], [unit]).of(decisions)[unit.name]
+    return costs

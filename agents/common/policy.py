@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,6 +24,8 @@ from envs.tasks.task import Task
 
 Track = Callable[[Mapping[str, Any]], None]
 """Where a learner reports what it measures: a row of named numbers."""
+VIEWS = ("slm", "llm", "text")
+"""What a policy can see: what an `Observation` always holds; the LLM's state behind the prompt; the prompt's text."""
 Scores = Tensor | npt.NDArray[np.floating[Any]]
 """What a policy may score with: a tensor on any device, or an array."""
 
@@ -65,6 +67,11 @@ class Policy(ABC):
         Returns:
             A floating-point tensor or array, (n,).
         """
+
+    @property
+    def sees(self) -> Sequence[str]:
+        """What its observations hold, of VIEWS. For `llm` the LLM reads every prompt, which is part of the cost."""
+        return ("slm",)
 
     @property
     def parameters(self) -> int:

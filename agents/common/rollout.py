@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.checked_session import CheckedSession
 from envs.decoding.decoder import Decoder
-from envs.decoding.observation import TakenBack
+from envs.decoding.observation import Observation, TakenBack
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.models.language_model import LanguageModel
@@ -222,6 +222,15 @@ def _queue(
     return EpisodeQueue(np.arange(session.rows), len(examples), start)
 
 
+def look(session: Decoder, rows: IntArray, sees: Sequence[str]) -> Observation:
+    """What a policy that `sees` so much, of VIEWS, may see of rows, (n,); see `Decoder.observe`."""
+    observation = session.observe(rows)
+    if "llm" in sees:
+        states = session.read_prompts(rows, len(session.pool) - 1).to(observation.hidden.device)
+        observation = replace(observation, llm_prompt_states=states)
+    return replace(observation, prompts=session.prompts(rows)) if "text" in sees else observation
+
+
 class EndedRow(NamedTuple):
     """A row whose response has ended, which holds it until the next row is asked for.
 
@@ -337,7 +346,7 @@ def decode_loop(
             return
         undecided = busy[actions[busy] == NO_ACTION]
         if policy is not None and len(undecided):
-            observation = session.observe(undecided)
+            observation = look(session, undecided, policy.sees)
             asked[undecided], episodes[undecided] = True, observation.host_episodes
             begun = time.perf_counter()
             with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from agents.query_routing.outcomes import fewest_queries
 from envs.decoding.session import Session
 from envs.models.loading import load_model
 from envs.models.pool import ModelPool
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 
 class Embedder(Protocol):
@@ -100,31 +103,69 @@ class TextEmbedding:
                 "be at least 1"
             )
 
-    def fit(self, prompts: Sequence[str], seed: int = 0) -> Embedder:
+    def fit(self, prompts: Sequence[str], seed: int = 0) -> TextEmbedder:
         from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
 
         fewest_queries("dimensions", self.dimensions, prompts)
-        words = TfidfVectorizer(
-            sublinear_tf=True, ngram_range=(1, 2), max_features=self.max_features, min_df=self.fewest
-        )
+        words = vectorizer(max_features=self.max_features, min_df=self.fewest)
         counted = words.fit_transform(prompts)
         if counted.shape[1] <= self.dimensions:
             raise ValueError(
                 f"the {len(prompts)} training queries hold {counted.shape[1]} words and pairs that stand in at least "
                 f"{self.fewest} of them; lower dimensions ({self.dimensions}) below that, or fewest"
             )
-        return _TextEmbedder(words, TruncatedSVD(self.dimensions, random_state=seed).fit(counted))
+        reduced = TruncatedSVD(self.dimensions, random_state=seed).fit(counted)
+        terms = [str(term) for term in words.get_feature_names_out()]
+        weights, directions = torch.tensor(words.idf_), torch.tensor(reduced.components_).contiguous()
+        return TextEmbedder(terms, weights, directions, int(np.diff(counted.indptr).max()))
 
 
-class _TextEmbedder:
-    def __init__(self, words: Any, reduced: Any) -> None:
-        self.words, self.reduced = words, reduced
+def vectorizer(**settings: Any) -> TfidfVectorizer:
+    """What counts words and pairs of words; further settings are scikit-learn's."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), **settings)
+
+
+class TextEmbedder:
+    """Embeds by words and pairs of words that are known.
+
+    Args:
+        terms: the m words and pairs, distinct, in alphabetical order.
+        weights: of each, its inverse document frequency: float64, (m,).
+        directions: of the singular value decomposition: float64, (dimensions, m).
+        most_terms: that one training query holds; `parameters` counts so many.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+
+    def __init__(self, terms: Sequence[str], weights: Tensor, directions: Tensor, most_terms: int) -> None:
+        if weights.shape != (len(terms),) or directions.dim() != 2 or directions.shape[1] != len(terms):
+            raise ValueError(
+                f"{len(terms)} words and pairs need as many weights and columns; there are {tuple(weights.shape)} and "
+                f"{tuple(directions.shape)}"
+            )
+        if not isinstance(most_terms, int) or most_terms < 0:
+            raise ValueError(f"most_terms must be a whole number, is {most_terms!r}")
+        self.terms, self.weights, self.directions, self.most_terms = list(terms), weights, directions, most_terms
+        self._words = vectorizer(vocabulary=self.terms)
+        self._words.idf_ = weights.numpy()
+
+    @property
+    def width(self) -> int:
+        """Of the embedding."""
+        return len(self.directions)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers read for one query: of each word and pair the row that is looked up, as many as any has held."""
+        return self.most_terms * (self.width + 1)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         from sklearn.preprocessing import normalize
 
-        vectors = self.reduced.transform(self.words.transform(prompts))
+        vectors = self._words.transform(prompts) @ self.directions.numpy().T
         return torch.tensor(normalize(vectors).astype(np.float32))  # a copy, as those that are read from files
 
 

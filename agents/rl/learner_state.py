@@ -23,6 +23,7 @@ from agents.common.checkpoints import (
     restore_optimizer,
     restoring,
 )
+from agents.common.selection import BestPolicy
 from agents.rl.sb3_extensions import Reporting
 from agents.rl.vec_env import VectorEnvBridge
 from envs.environments.episodes import generator_numbers, generator_of
@@ -45,11 +46,20 @@ class Checkpointing(BaseCallback):
         interval: steps between two of them.
         bridge: the learner's environment, which has `get_state` and `set_state`.
         reporting: reports the learner's rows; called before this.
+        best: the best weights so far, which are part of a checkpoint; they are chosen before this is called.
     """
 
-    def __init__(self, checkpoints: Checkpoints, interval: int, bridge: VectorEnvBridge, reporting: Reporting) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        interval: int,
+        bridge: VectorEnvBridge,
+        reporting: Reporting,
+        best: BestPolicy | None = None,
+    ) -> None:
         super().__init__()
         self.checkpoints, self.interval, self.bridge, self.reporting = checkpoints, interval, bridge, reporting
+        self.best = best
         self._kept, self._seconds = 0, 0.0
 
     def restore(self, learner: Any, folder: Path) -> None:
@@ -64,6 +74,8 @@ class Checkpointing(BaseCallback):
             self._kept, self._seconds = about["numbers"]["num_timesteps"], about["seconds"]
             self.reporting.dumped = about["reported"]
             restore_learner(learner, arrays, about)
+            if self.best is not None:
+                self.best.restore(arrays.get("best", {}), about["best"], learner.policy)
 
     def _on_training_start(self) -> None:
         # what is logged of time is that of the whole training
@@ -79,6 +91,8 @@ class Checkpointing(BaseCallback):
         self.bridge.set_state(state)
         arrays, about = learner_state(self.model)
         about |= {"reported": self.reporting.dumped, "seconds": time.time() - self.model.start_time / 1e9}
+        if self.best is not None:
+            arrays["best"], about["best"] = self.best.state()
         self.checkpoints.save(steps, {**arrays, "bridge": state}, about, self._write_tree)
 
     def _on_step(self) -> bool:

@@ -35,7 +35,8 @@ class VectorEnvBridge(VecEnv):
     last number of the observation, and `weight x info["cost"]` is taken from the reward, so that the environment should
     take nothing itself.
 
-    The environment runs with as many threads as there were when it was wrapped, whatever the agent learns with.
+    The environment runs with as many threads as there were when it was wrapped (`threads`), whatever the agent learns
+    with.
 
     Args:
         environment: steps all rows at once.
@@ -70,7 +71,7 @@ class VectorEnvBridge(VecEnv):
         self._weights = np.ones(rows)
         self._generators = [np.random.default_rng() for _ in range(rows)] if weights is not None else []
         self._examples: npt.NDArray[Any] = np.full(rows, None)
-        self._made, self._threads = time.perf_counter(), torch.get_num_threads()
+        self._made, self.threads = time.perf_counter(), torch.get_num_threads()
 
     def seed(self, seed: int | None = None) -> list[int | None]:
         """Seed the rows at the next reset, as the environment itself would from one number."""
@@ -83,7 +84,7 @@ class VectorEnvBridge(VecEnv):
         if seeds is not None and self.weights is not None:
             # another stream than the environment's, which is seeded with the same numbers
             self._generators = [np.random.default_rng([1, seed or 0]) for seed in seeds]
-        with threads(self._threads):
+        with threads(self.threads):
             observations, infos = self.environment.reset(seed=seeds)  # type: ignore[arg-type]
         self._reset_seeds()
         self._returns[:], self._lengths[:] = 0, 0
@@ -95,7 +96,7 @@ class VectorEnvBridge(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[FloatRows, FloatRows, BoolArray, list[Info]]:
-        with threads(self._threads):
+        with threads(self.threads):
             observations, rewards, terminated, truncated, infos = self.environment.step(self._actions)
         ended = np.asarray(terminated | truncated)
         rows = np.flatnonzero(ended)
@@ -171,7 +172,7 @@ class VectorEnvBridge(VecEnv):
     def get_state(self) -> dict[str, Any]:
         """Where all rows stand, in numbers, of an environment that has `get_state`; for `set_state`."""
         environment: Any = self.environment
-        with threads(self._threads):
+        with threads(self.threads):
             state = {"environment": environment.get_state()}
         state |= {"returns": self._returns.copy(), "lengths": self._lengths.copy(), "weights": self._weights.copy()}
         if self.weights is not None:
@@ -185,7 +186,7 @@ class VectorEnvBridge(VecEnv):
         Models read again what they had read: from there on the same actions see the same numbers to the bit, in either.
         """
         environment: Any = self.environment
-        with threads(self._threads):
+        with threads(self.threads):
             environment.set_state(state["environment"])
         self._returns[:], self._lengths[:], self._weights[:] = state["returns"], state["lengths"], state["weights"]
         if self.weights is not None:

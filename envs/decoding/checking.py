@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, WRITTEN
@@ -62,6 +63,17 @@ class CheckingDecoder(Decoder):
     def taken_back_tokens(self, row: int) -> int:
         """How many tokens of a row were taken back since it was started."""
         return int(self._gone[row])
+
+    def read_prompts(self, rows: IntArray, model: int) -> Tensor:
+        """Refused: a model that is called reads the prompt with the first draft.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"rows {np.asarray(rows).tolist()} are of a session that checks drafts, where no model reads prompts by "
+            "itself; a policy with a judge sees the SLM's states and the text"
+        )
 
     def drafts(self, rows: IntArray) -> Drafts:
         """What was drafted in `rows`, (n,), since a larger model read them last."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS
@@ -56,6 +57,7 @@ class Decoder(ABC):
         self.pool, self.rows, self.max_new_tokens = pool, rows, max_new_tokens
         self.capacity = sequence_capacity(pool, max_new_tokens, capacity)
         self.sampling = sampling or Sampling()
+        self._texts: dict[bytes, str] = {}  # of prompts, which policies may ask for at every step
 
     @abstractmethod
     def start(
@@ -99,6 +101,17 @@ class Decoder(ABC):
     @abstractmethod
     def observe(self, rows: IntArray) -> Observation:
         """What a router may see of `rows`, (n,); copies, which later steps leave as they are."""
+
+    @abstractmethod
+    def read_prompts(self, rows: IntArray, model: int) -> Tensor:
+        """The states of a model other than the SLM behind the prompts of `rows`, (n,): float32, (n, width).
+
+        Where it has not read a prompt it does so, in a pass that is entered in the ledger; if it then writes the first
+        token, it knows that already, and makes no other pass for it.
+
+        Raises:
+            ValueError: a model out of range, or a prompt it has not read behind which something is written already.
+        """
 
     @abstractmethod
     def release_slm(self, rows: IntArray) -> None:
@@ -150,6 +163,19 @@ class Decoder(ABC):
     def writers(self, row: int) -> npt.NDArray[np.int8]:
         """Which model wrote each token of the response, (n,)."""
         return self._writers[row, self._prompt_lengths[row] : self._lengths[row]].copy()
+
+    def prompts(self, rows: IntArray) -> list[str]:
+        """The texts of the prompts of `rows`, (n,)."""
+        texts = []
+        for row in rows:
+            prompt = self._tokens[row, : self._prompt_lengths[row]]
+            text = self._texts.get(prompt.tobytes())
+            if text is None:
+                if len(self._texts) >= 4 * self.rows:
+                    self._texts.clear()
+                text = self._texts[prompt.tobytes()] = self.pool.decode(prompt)
+            texts.append(text)
+        return texts
 
     def lengths(self, rows: IntArray) -> IntArray:
         """Tokens of each row, prompt included, (n,)."""
@@ -213,6 +239,20 @@ class Decoder(ABC):
             raise ValueError(f"rows {rows[~self._active[rows]].tolist()} are not in flight; start them first")
         self._check_followed(rows[self._observed[rows] & (actions == 0)])
         return rows, actions
+
+    def _check_reader(self, model: int) -> None:
+        """Refuse a model that `read_prompts` cannot ask."""
+        if not 1 <= model < len(self.pool):
+            raise ValueError(f"the model that reads prompts must be in 1..{len(self.pool) - 1}, is {model}")
+
+    def _check_unwritten(self, rows: IntArray, model: int) -> None:
+        """Refuse rows, (n,), whose prompts a model can no longer read by themselves."""
+        begun = rows[self._lengths[rows] > self._prompt_lengths[rows]]
+        if len(begun):
+            raise ValueError(
+                f"{self.pool.names[model]} has not read the prompts of rows {begun.tolist()}, and their responses have "
+                "begun; let it read prompts before the first step"
+            )
 
     def _check_followed(self, rows: IntArray) -> None:
         """Refuse rows, (n,), that the SLM was released from."""

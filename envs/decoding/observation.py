@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -104,7 +104,7 @@ class Drafts:
 class Observation:
     """What a policy may see of n responses that await a decision, n differing from one call to the next.
 
-    All of it is tensors on one device, the SLM's:
+    What is tensors is on one device, the SLM's:
 
     | | type, shape | |
     |---|---|---|
@@ -114,6 +114,10 @@ class Observation:
     | `positions` | int64, (n,) | tokens of the response written so far |
     | `since_llm` | int64, (n,) | tokens since another model than the SLM last wrote, or since the response began |
     | `episodes` | int64, (n,) | a number for the response; with its position it names the decision |
+    | `llm_prompt_states` | float32, (n, LLM's width), or None | the LLM's last hidden state behind the prompt |
+    | `prompts` | n texts, or None | of the prompts |
+
+    The last two are there for a policy that `sees` them; the LLM reads the prompt for it, which is part of the cost.
 
     `vector(features)` puts them together as a network reads them. Counts are kept on the host, where they are made, and
     copied when they are asked for: `host_positions`, `host_since_llm` and `host_episodes` are the same numbers as numpy
@@ -130,6 +134,8 @@ class Observation:
         host_since_llm: `since_llm`, on the host.
         kept_logit_features: what `logit_features` are where the logits are not there.
         drafts: what was drafted since the last call; None where drafts are not checked.
+        llm_prompt_states: as above.
+        prompts: as above.
     """
 
     hidden: Tensor
@@ -139,6 +145,8 @@ class Observation:
     host_since_llm: IntArray
     kept_logit_features: Tensor | None = None
     drafts: Drafts | None = None
+    llm_prompt_states: Tensor | None = None
+    prompts: Sequence[str] | None = None
 
     def __len__(self) -> int:
         """The number of decisions, n."""

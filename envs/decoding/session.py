@@ -15,6 +15,7 @@ from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, SECONDS, WRITTEN, pass_entry
 from envs.decoding.decoder import Decoder, since_llm
 from envs.decoding.observation import Observation, Step
+from envs.decoding.prompt_states import PromptStates
 from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -56,6 +57,7 @@ class Session(Decoder):
         self._generators: list[np.random.Generator | None] = [None] * rows
         self._hidden = torch.zeros(rows, pool.slm.width, device=pool.slm.device)
         self._logits = torch.zeros(rows, pool.vocab_size, device=pool.slm.device)
+        self._prompt_states = PromptStates(rows, len(pool))
 
     def start(
         self,
@@ -111,6 +113,7 @@ class Session(Decoder):
         self._active[rows] = begun < self._limits[rows]
         self._followed[rows] = self._observed[rows] = observed
         self._unread[rows] = False
+        self._prompt_states.forget(rows)
         entries = np.zeros((len(rows), len(self.pool), COLUMNS))
         entries[:, 0, WRITTEN] = begun
         self._leave_unread(rows, entries, np.arange(len(rows)))
@@ -139,10 +142,7 @@ class Session(Decoder):
         for model in np.unique(actions):
             chosen = np.flatnonzero((actions == model) & ~has_read)
             if len(chosen):
-                entries, hidden, logits, tokens[chosen] = self._read(int(model), rows[chosen])
-                if model == 0:
-                    self._keep_state(rows[chosen], hidden, logits)
-                ledger[chosen, model] += entries
+                ledger[chosen, model], logits, tokens[chosen] = self._next(int(model), rows[chosen])
                 if uniforms is not None:
                     tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
         if uniforms is not None and has_read.any():
@@ -240,10 +240,20 @@ class Session(Decoder):
         self._check_followed(rows)
         self._catch_up(rows)
         index = torch.from_numpy(rows).to(self._hidden.device)
-        positions = self._lengths[rows] - self._prompt_lengths[rows]
-        return Observation(
-            self._hidden[index], self._logits[index], positions, self._episodes[rows], self._since_llm[rows]
-        )
+        counts = (self._lengths[rows] - self._prompt_lengths[rows], self._episodes[rows], self._since_llm[rows])
+        return Observation(self._hidden[index], self._logits[index], *counts)
+
+    def read_prompts(self, rows: IntArray, model: int) -> Tensor:
+        """The states of a model other than the SLM behind the prompts of `rows`, (n,); see `Decoder.read_prompts`."""
+        rows = self._checked(rows)
+        self._check_reader(model)
+        new = rows[~self._prompt_states.known[rows, model]]
+        self._check_unwritten(new, model)
+        if len(new):
+            entries, hidden, logits, _ = self._read(model, new)
+            self.ledger[new, model] += entries
+            self._prompt_states.keep(model, new, hidden, logits)
+        return self._prompt_states.states(model, rows)
 
     def state(self, rows: IntArray) -> dict[str, npt.NDArray[Any]]:
         """Where `rows`, (n,), stand, in numbers; see `Decoder.state`."""
@@ -259,6 +269,7 @@ class Session(Decoder):
         """Let `rows`, (n,), stand where others stood; see `Decoder.restore`."""
         rows = self._checked(rows)
         self._set_books(rows, state, "_limits", "_slm_tokens", "_unread")
+        self._prompt_states.forget(rows)
         for number, row in enumerate(rows):
             self._generators[row] = None if generators is None else generators[number]
         for model, cache in enumerate(self._caches):
@@ -269,8 +280,12 @@ class Session(Decoder):
                 continue
             chunks = [self._tokens[row, :count] for row, count in zip(readers, counts[counts > 0], strict=True)]
             hidden, logits = self.pool.models[model].feed(cache, readers, chunks)
+            logits = logits[:, : self.pool.vocab_size]
             if model == 0:
-                self._keep_state(readers, hidden, logits[:, : self.pool.vocab_size])
+                self._keep_state(readers, hidden, logits)
+            elif len(behind := np.flatnonzero(cache.lengths[readers] == self._prompt_lengths[readers])):
+                of = torch.from_numpy(behind).to(hidden.device)
+                self._prompt_states.keep(model, readers[behind], hidden[of], logits[of])
 
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""
@@ -290,6 +305,23 @@ class Session(Decoder):
         logits = logits[:, : self.pool.vocab_size]
         greedy = self.pool.greedy(model, logits)  # waits for the device, so that the time below is the pass's
         return pass_entry(after - before, before, time.perf_counter() - started), hidden, logits, greedy
+
+    def _next(self, model: int, rows: IntArray) -> tuple[FloatArray, Tensor, IntArray]:
+        """Ledger entries (n, COLUMNS), logits (n, vocab) and greedy tokens (n,) of a model that is to write.
+
+        It reads what it has missed, which is nothing where it has read the prompt for a policy's sake and comes first.
+        """
+        ahead = self._caches[model].lengths[rows] == self._lengths[rows]
+        if not ahead.any():
+            entries, hidden, logits, greedy = self._read(model, rows)
+            if model == 0:
+                self._keep_state(rows, hidden, logits)
+            return entries, logits, greedy
+        entries, logits = np.zeros((len(rows), COLUMNS)), self._prompt_states.logits(model, rows)
+        if not ahead.all():
+            missed = torch.from_numpy(np.flatnonzero(~ahead)).to(logits.device)
+            entries[~ahead], _, logits[missed], _ = self._read(model, rows[~ahead])
+        return entries, logits, self.pool.greedy(model, logits)
 
     def _leave_unread(self, rows: IntArray, ledger: FloatArray, entries: IntArray) -> None:
         """Enter what the SLM has to read of rows at `ledger[entries, 0]`; it does so when they are next looked at."""
@@ -350,6 +382,7 @@ class Session(Decoder):
         rowwise = (self._tokens, self._writers, self._prompt_lengths, self._limits, self._episodes, self._slm_tokens)
         for state in (*rowwise, self._since_llm, self._followed, self._observed, self.ledger):
             state[targets] = state[sources]
+        self._prompt_states.copy(sources, targets)
         for target, source in zip(targets, sources, strict=True):
             generator = self._generators[source]
             # a copy draws from a stream of its own, so that what others draw changes nothing

@@ -97,6 +97,7 @@ class TeacherSession(Session):
             self._prompt_lengths[row], self._lengths[row] = len(prompt), len(whole)
         self._active[rows], self._unread[rows], self._episodes[rows], self.ledger[rows] = False, False, rows, 0
         self._followed[rows] = True
+        self._prompt_states.forget(rows)
         self._limits[rows] = self.max_new_tokens
         views: list[Tensor] = []
         choices = [np.empty((len(response), len(self.pool)), dtype=np.int64) for response in responses]

@@ -60,6 +60,9 @@ class LanguageModel:
         network: a decoder that takes a `Cache`, position ids and a 4-D boolean mask.
         tokenizer: its tokenizer.
 
+    Attributes:
+        tokens_read: by all passes since it was loaded, those that were written and read back included.
+
     Raises:
         ValueError: the network's attention cannot take the slot cache.
     """
@@ -67,6 +70,7 @@ class LanguageModel:
     def __init__(self, name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         check_attention(name, network.config, network)
         self.name, self.network, self.tokenizer = name, network.eval().requires_grad_(False), tokenizer
+        self.tokens_read, self._counting = 0, threading.Lock()
         use_onednn(network)
         self.device: torch.device = network.get_input_embeddings().weight.device
         self.width: int = network.get_output_embeddings().weight.shape[1]
@@ -152,6 +156,8 @@ class LanguageModel:
         counts = np.array([len(chunk) for chunk in chunks])
         if counts.min() < 1:
             raise ValueError(f"{self.name}: row {rows[counts.argmin()]} was fed an empty chunk")
+        with self._counting:
+            self.tokens_read += int(counts.sum())
         if self._packed:
             return self._packed_pass(cache, rows, chunks, counts, every_position)
         if every_position:

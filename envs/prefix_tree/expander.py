@@ -64,6 +64,26 @@ class TreeExpander:
                     use(prompt)
         return np.array([self.tree.root(prompt) for prompt in prompts])
 
+    def prompt_states(self, rows: IntArray, prompts: Sequence[IntArray], model: int) -> npt.NDArray[np.float32]:
+        """The states of a model other than the SLM behind prompts of the tree, (n, width), in distinct rows, (n,).
+
+        Unknown ones are read in these rows, which then stand at the prompts.
+        """
+        self._forget_evicted()
+        known, texts = self.tree.prompt_states, [prompt.tobytes() for prompt in prompts]
+        new = {text: i for i, text in enumerate(texts) if model not in known.get(text, {})}
+        if new:
+            where = np.array(list(new.values()))
+            roots = np.array([self.tree.root(prompts[i]) for i in where])
+            elsewhere = where[self._at[rows[where]] != roots]
+            if len(elsewhere):
+                self.session.start(rows[elsewhere], [prompts[i] for i in elsewhere])
+            self._at[rows[where]] = roots
+            states = self.session.read_prompts(rows[where], model).cpu().numpy()
+            for text, state in zip(new, states, strict=True):
+                known.setdefault(text, {})[model] = state
+        return np.stack([known[text][model] for text in texts])
+
     def step(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> IntArray:
         """The nodes behind `actions` at `nodes`, (n,) each; unknown ones are decoded in distinct rows, (n,)."""
         children = self.tree.children[nodes, actions]

@@ -89,6 +89,8 @@ class PrefixTree:
         self._numbers: dict[bytes, int] = {}
         self._roots: dict[int, int] = {}
         self._pins: dict[int, int] = {}
+        self.prompt_states: dict[bytes, dict[int, npt.NDArray[np.float32]]] = {}
+        """By prompt, the state behind it of each model other than the SLM that was asked for it; not saved."""
         self.walks: weakref.WeakSet[Walks] = weakref.WeakSet()
         self._used: dict[int, None] = {}  # prompts in the order of their last start
         self._next_prompt = 0
@@ -277,8 +279,7 @@ class PrefixTree:
         """Write all nodes in use to a safetensors file, whole or not at all."""
         kept = np.setdiff1d(np.arange(self.size), self._free)
         renumbered = np.full(self.size + 1, UNKNOWN, dtype=np.int32)  # the last entry is that of UNKNOWN
-        renumbered[kept] = np.arange(len(kept))
-        numbers = sorted(self.prompts)
+        renumbered[kept], numbers = np.arange(len(kept)), sorted(self.prompts)
         of_prompt = np.zeros(self._next_prompt, dtype=np.int32)
         of_prompt[numbers] = np.arange(len(numbers))
         prompts = [self.prompts[number] for number in numbers]
@@ -383,7 +384,9 @@ class PrefixTree:
                 "flight need more; raise memory or lower the rows"
             )
         for number in prompts:
-            del self._numbers[self.prompts.pop(number).tobytes()], self._roots[number], self._used[number]
+            prompt = self.prompts.pop(number).tobytes()
+            del self._numbers[prompt], self._roots[number], self._used[number]
+            self.prompt_states.pop(prompt, None)
             self._pins.pop(number, None)
         children = self.children[parents]
         self.children[parents] = np.where(np.isin(children, nodes), UNKNOWN, children)

@@ -128,6 +128,17 @@ class TreeSession(Decoder):
         self._check_followed(rows)
         return observation_at(self.tree, self._nodes[rows], self._since_llm[rows], self._episodes[rows])
 
+    def read_prompts(self, rows: IntArray, model: int) -> Tensor:
+        """The states of a model other than the SLM behind the prompts of `rows`, (n,); see `Decoder.read_prompts`."""
+        rows = self._checked(rows)
+        self._check_reader(model)
+        new = rows[self._read[rows, model] == 0]
+        self._check_unwritten(new, model)
+        self.ledger[new, model] += pass_entry(self._prompt_lengths[new], np.zeros_like(new), 0.0)
+        self._read[new, model] = self._prompt_lengths[new]
+        prompts = [self._tokens[row, : self._prompt_lengths[row]] for row in rows]
+        return torch_copy(self.explorer.prompt_states(rows, prompts, model))
+
     def release_slm(self, rows: IntArray) -> None:
         """Let the SLM read no more of `rows`, (n,); see `Decoder.release_slm`."""
         self._followed[rows] = False

@@ -53,20 +53,29 @@ class Continuing:
             there = yaml.safe_load(place.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{place} cannot be read; give this run another folder, or delete that file") from error
-        passed = [*ALWAYS_MAY_DIFFER, *self.may_differ]
-        for part, switch in self.unless_off.items():
-            if isinstance(there, Mapping) and not there.get(switch):
-                passed += [part, switch]
-        others = [
-            f"{name} {_shown(old)}, not {_shown(new)}"
-            for name, old, new in differences(there, yaml.safe_load(text))
-            if not any(name == one or name.startswith(f"{one}.") for one in passed)
-        ]
+        others = self.others(there, yaml.safe_load(text))
         if others:
             raise OtherSettingsError(
                 f"{folder} was made with {'; '.join(others)}: give this run another folder (hydra.run.dir=...), or the "
                 "settings that made it"
             )
+
+    def others(self, there: Any, here: Any) -> list[str]:
+        """In words, the settings that must be the same and are not, both values of each.
+
+        Args:
+            there: settings that made something, as plain data.
+            here: those of a run that would go on with it.
+        """
+        passed = [*ALWAYS_MAY_DIFFER, *self.may_differ]
+        for part, switch in self.unless_off.items():
+            if isinstance(there, Mapping) and not there.get(switch):
+                passed += [part, switch]
+        return [
+            f"{name} {_shown(old)}, not {_shown(new)}"
+            for name, old, new in differences(there, here)
+            if not any(name == one or name.startswith(f"{one}.") for one in passed)
+        ]
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

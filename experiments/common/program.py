@@ -5,6 +5,7 @@ Nothing heavy is imported here, nor by the file of a program before its function
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -113,7 +114,8 @@ def one_line() -> Iterator[None]:
         if not isinstance(error, (HydraException, OSError)):
             raise
         cause = error.__cause__
-        print(error, *([cause] if isinstance(cause, OmegaConfBaseException) else []), sep="\n", file=sys.stderr)
+        said = f"{error}{way_out(error)}" if isinstance(error, OSError) else f"{error}"
+        print(said, *([cause] if isinstance(cause, OmegaConfBaseException) else []), sep="\n", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, HydraException) else REFUSED) from error
     finally:
         if before is None:
@@ -123,12 +125,19 @@ def one_line() -> Iterator[None]:
 
 
 def in_words(error: Exception, folder: Path) -> str:
-    """What an error says, and where, if it does not: a write to a full disk does not."""
-    if (
-        isinstance(error, OSError)
-        and error.errno is not None
-        and error.filename is None
-        and f"{folder}" not in f"{error}"
-    ):
-        return f"{error}: {folder}"
-    return f"{error}"
+    """What an error says, where, if it does not (a write to a full disk does not), and the way out of the folder."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return f"{error}"
+    named = error.filename is not None or f"{folder}" in f"{error}"
+    said = f"{error}" if named else f"{error}: {folder}"
+    # a file that is read may lie anywhere: another folder for the run is no help there
+    return said + way_out(error) if f"{folder}" in said else said
+
+
+def way_out(error: OSError) -> str:
+    """What to do where a run's folder cannot be written; empty where nothing general is known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "; free some room and start it again: it goes on where it was"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "; name a folder that you may write: hydra.run.dir=..., of a multirun hydra.sweep.dir=..."
+    return ""

@@ -23,13 +23,19 @@ Numbers = dict[str, float]
 
 def alternate(actions: dict[str, Callable[[], float]], repeats: int, label: str) -> Numbers:
     """Run each action in turn, `repeats` times; medians of what they return."""
+    values = alternated(actions, repeats, label)
+    return {name: float(np.median(measured)) for name, measured in values.items()}
+
+
+def alternated(actions: dict[str, Callable[[], float]], repeats: int, label: str) -> dict[str, list[float]]:
+    """Run each action in turn, `repeats` times; all that they return, in order."""
     values: dict[str, list[float]] = {name: [] for name in actions}
     with ProgressBar(total=repeats * len(actions), desc=label, leave=False) as progress:
         for _ in range(repeats):
             for name, action in actions.items():
                 values[name].append(action())
                 progress.update()
-    return {name: float(np.median(measured)) for name, measured in values.items()}
+    return values
 
 
 def machine() -> dict[str, Any]:

@@ -12,13 +12,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from agents.common.curves import Sweep
 from agents.common.policy import Policy, decision_profile
 from agents.common.rollout import Episode
 from envs.arrays import BoolArray, FloatArray
 from envs.costs import ALL_COSTS, WRITTEN, ModelProfile, Price
 from envs.models.pool import ModelPool
 from envs.storage import write_whole
-from experiments.measures.metrics import Sweep
 
 
 class Counted(Protocol):
@@ -103,6 +103,11 @@ class Answers:
     def in_units(self, units: Collection[str]) -> Answers:
         """The same with costs in some units alone."""
         return replace(self, costs={unit: cost for unit, cost in self.costs.items() if unit in units})
+
+    def first(self, count: int) -> Answers:
+        """Those to the first problems alone."""
+        plain = {name: getattr(self, name)[:count] for name in _PLAIN}
+        return Answers(**plain, costs={unit: cost[:count] for unit, cost in self.costs.items()})
 
     def where(self, chosen: BoolArray, other: Answers) -> Answers:
         """These for the examples `chosen`, (examples,); those of `other` for the rest."""

@@ -78,13 +78,16 @@ class Baselines:
         cuts = np.unique(np.linspace(0, len(order), FRONTIER_POINTS).round())
         return [best.where(rank <= cut, self.slm) for cut in cuts]
 
-    def save(self, folder: Path) -> None:
-        """Write all of it into `folder`."""
+    def pieces(self) -> dict[str, Answers]:
+        """All answers that are there, by their names on disk."""
         pieces = {"slm": self.slm, "llm": self.llm, "speculative": self.speculative, "oracle": self.oracle}
         pieces |= dict(zip(VALIDATION, self.validation or (), strict=False))
-        for name, answers in pieces.items():
-            if answers is not None:
-                answers.save(folder / f"{name}.safetensors")
+        return {name: answers for name, answers in pieces.items() if answers is not None}
+
+    def save(self, folder: Path) -> None:
+        """Write all of it into `folder`."""
+        for name, answers in self.pieces().items():
+            answers.save(folder / f"{name}.safetensors")
         write_text(folder / EXHAUSTED, json.dumps(self.exhausted) + "\n")
 
     @classmethod

@@ -22,6 +22,8 @@ VALIDATED = "validation"
 """The folder of the answers to validation problems."""
 SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens", "thresholds_at")
 """What the manifests of one experiment agree in."""
+SHIPPED = "shipped.json"
+"""In an evaluation that was unpacked: the pieces whose traces came with it, and how many episodes each holds."""
 MODELS = ("names", "dtype")
 """Settings of a pool that change what it writes; the others are of the machine."""
 
@@ -90,6 +92,12 @@ class KeptEvaluation:
         """All thresholds of each policy."""
         text = (self.runs / CHOSEN).read_text() if self.thresholds_chosen else ""
         return dict(json.loads(text) if text else self.manifest["thresholds"])
+
+    @cached_property
+    def shipped(self) -> dict[str, int] | None:
+        """Which traces came with an evaluation that was unpacked, see SHIPPED; None where it was made here."""
+        path = self.runs / SHIPPED
+        return dict(json.loads(path.read_text())) if path.is_file() else None
 
     def missing(self) -> Path | None:
         """The first piece that is not there; None where it is complete."""

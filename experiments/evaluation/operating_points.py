@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from agents.common.curves import Hull
 from envs.arrays import FloatArray
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
 from experiments.measures.intervals import Estimate, estimates, resampled
-from experiments.measures.metrics import LEVELS, Hull
+from experiments.measures.metrics import LEVELS
 
 SHARES = np.linspace(0, 1, 1001)
 """Quantiles of a score that thresholds are looked up in."""

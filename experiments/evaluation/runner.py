@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from agents.oracle import Oracle
 from envs.models.pool import ModelPool, models_manifest
 from envs.prefix_tree.tree import PrefixTree
 from envs.progress import ProgressBar
-from envs.storage import keep_manifest, write_text, write_whole
+from envs.storage import copy_files, keep_manifest, write_text
 from envs.tasks.task import Example, Task
 from experiments.common.locks import one_at_a_time
 from experiments.evaluation.answers import Answers
@@ -224,7 +223,7 @@ class Evaluation:
             if self.runs and place and place != self.runs:
                 baselines.save(self.runs)
                 if self.recorder is not None:
-                    _copy_traces(place, self.runs)
+                    copy_files(place, self.runs, f"*{SUFFIX}")
         if baselines.exhausted:
             logging.getLogger(__name__).warning(ran_out(baselines))
         return baselines
@@ -338,12 +337,6 @@ class Evaluation:
             "oracle": self.settings.oracle_budget,  # by the name that folders of before know it by
             "draft_tokens": self.settings.draft_tokens,
         }
-
-
-def _copy_traces(place: Path, runs: Path) -> None:
-    """Put the traces that lie beside shared baselines beside their copies too."""
-    for path in sorted(place.glob(f"*{SUFFIX}")):
-        write_whole(runs / path.name, partial(shutil.copyfile, path))
 
 
 def evaluate(

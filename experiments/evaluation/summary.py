@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.common.curves import Hull, Sweep
 from envs.arrays import FloatArray
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
@@ -16,8 +17,6 @@ from experiments.measures.intervals import Estimate, described, estimates, resam
 from experiments.measures.metrics import (
     COSTS,
     LEVELS,
-    Hull,
-    Sweep,
     finite,
     measures,
     oracle_share,

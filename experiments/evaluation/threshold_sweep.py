@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.common.policy import Policy, as_tensor, check_scores
+from agents.common.policy import VIEWS, Policy, as_tensor, check_scores
 from envs.arrays import FloatArray, IntArray
 from envs.decoding.observation import Observation
 from experiments.evaluation.decoder import ExampleDecoder
@@ -27,6 +27,11 @@ class ScoreRecorder(Policy):
         # nobody is called, so that any judge will do
         self.judge, self.observes = first.judge, first.observes  # type: ignore[misc]
         self.scores: dict[str, list[Tensor]] = {name: [] for name in policies}
+
+    @property
+    def sees(self) -> Sequence[str]:
+        seen = {view for policy in self.policies.values() for view in policy.sees}
+        return [view for view in VIEWS if view in seen]
 
     def score(self, observation: Observation) -> Tensor:
         first = torch.from_numpy(observation.host_positions == 0)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from agents.common.curves import Sweep
 from agents.common.policy import Track, untracked
 from agents.query_routing.embeddings import Embedding
 from agents.query_routing.learner import QueryLearner
@@ -21,7 +22,6 @@ from envs.arrays import FloatArray, IntArray
 from envs.progress import ProgressBar
 from envs.storage import write_tensors
 from experiments.common.tracking import labelled
-from experiments.measures.metrics import Sweep
 
 SWEEP = 64
 """Cost weights on a curve."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from agents.common.curves import Sweep
 from agents.query_routing.outcomes import QueryOutcomes
 from envs.arrays import FloatArray
 from experiments.evaluation.summary import band, mean_curve
 from experiments.measures.intervals import estimates, resampled
-from experiments.measures.metrics import Sweep, finite, measures
+from experiments.measures.metrics import finite, measures
 from experiments.query_routing.splits import Routed, Split
 
 

@@ -206,15 +206,24 @@ class LearningAxis:
     first: int = 0
 
 
+_VALIDATED = {
+    "validation_cost": "cost at 95 % of the LLM's accuracy (validation)",
+    "validation_accuracy": "mean accuracy of the curve (validation)",
+}
 LEARNING = {
     "time/total_timesteps": LearningAxis(
         "tokens decided on",
-        {"rollout/ep_rew_mean": "return", "rollout/success_rate": "share of right answers"},
+        {"rollout/ep_rew_mean": "return", "rollout/success_rate": "share of right answers", **_VALIDATED},
         "mean over the last training responses",
     ),
     "iteration": LearningAxis(
         "iteration",
-        {"return": "return", "accuracy": "share of right answers", "llm_share": "share of tokens by the LLM"},
+        {
+            "return": "return",
+            "accuracy": "share of right answers",
+            "llm_share": "share of tokens by the LLM",
+            **_VALIDATED,
+        },
         "mean over the iteration's responses",
     ),
     "epoch": LearningAxis(

@@ -52,7 +52,7 @@ class HowMade:
         commit: of the code.
         workers: runs at a time.
         seeds: of training.
-        minutes: in all.
+        training: what each agent had for it: problems, features, parameters, LLM tokens, minutes.
         train: overrides of every run.
         departures: overrides of some agents' runs, by agent.
     """
@@ -61,7 +61,7 @@ class HowMade:
     commit: str
     workers: int
     seeds: Sequence[int]
-    minutes: int
+    training: Mapping[str, Mapping[str, Any]]
     train: Sequence[str]
     departures: Mapping[str, Sequence[str]]
 
@@ -101,6 +101,14 @@ LLM on {models["llm"]["accuracy"]:.1%}. Training seeds: {seeds}.
 
 The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summary["first"]}; all are in the table.
 
+## What is saved, in every unit
+
+{headline(summary, seconds)}
+At 95 % of the LLM's accuracy (speculative decoding: at all of it), relative to LLM-only decoding of the same problems.
+The order of policies is that of memory traffic, the paper's measure, which is what one user waits for where weights
+are read anew for every token; where passes are bound by arithmetic (large batches) FLOPs count, of which every token of
+the SLM takes some.
+
 ## What a user gets, and cost at equal accuracy
 
 {results_table(summary, seconds, how)}
@@ -119,6 +127,12 @@ A policy's curve is the upper concave hull of its thresholds, the SLM alone and 
 query with one of two of these, drawn at random, has any point between them. Thresholds are set on validation problems.
 Query-level agents decide once a response, and the SLM then reads no more than the prompt of what the LLM answers.
 
+## What each agent had
+
+{trainings(how)}
+Problems are those of the train split that labels, preferences or episodes are made of; LLM tokens are all that the LLM
+read or wrote while the agent was trained; minutes are of one core; weights are those of a decision. Means over seeds.
+
 ## The paper's headlines
 
 What CITER saves at equal accuracy (95 % of the LLM's) and gains at equal cost (a quarter and a half of LLM-only
@@ -131,12 +145,48 @@ compare directions, not digits.
 ## How it was made
 
 {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, Python {machine["python"]}; commit
-`{how.commit}`; {how.workers} runs at a time, one thread each; {how.minutes} minutes in all. One row:
+`{how.commit}`; {how.workers} runs at a time, one thread each. One row:
 
 ```
 {reproduce(how)}
 ```
 {departures(how)}"""
+
+
+def headline(summary: Summary, seconds: Mapping[str, float | None]) -> str:
+    """The first policy, the cheapest, speculative decoding and a coin per query, in every unit."""
+    units = ("bytes", "flops", "llm_tokens", "dollars")
+    rows = []
+    for name in dict.fromkeys((summary["first"], summary["cheapest"])):
+        costs = summary["policies"][name]["cost_at_by_unit"]
+        rows.append([name, *(number(costs[unit][LEVEL]) for unit in units), number(seconds.get(name))])
+    for name in ("speculative", "line"):
+        limit = summary["limits"].get(name)
+        if limit is not None:
+            costs = limit.get("cost_at_by_unit")
+            values = [limit[f"cost_{unit}"] if costs is None else costs[unit][LEVEL] for unit in units]
+            rows.append([f"*{BASELINE_NAMES[name]}*", *map(number, values), ""])
+    return markdown_table(["", "memory traffic", "FLOPs", "LLM tokens", "dollars", "seconds, in batches"], rows)
+
+
+def trainings(how: HowMade) -> str:
+    """What each agent had for its training."""
+
+    def whole(value: float | None) -> str:
+        return "" if value is None else f"{value:,.0f}"
+
+    rows = [
+        [
+            name,
+            whole(had["problems"]),
+            had["features"] or "",
+            whole(had["parameters"]),
+            whole(had["llm_tokens"]),
+            "" if had["minutes"] is None else f"{had['minutes']:.1f}",
+        ]
+        for name, had in sorted(how.training.items())
+    ]
+    return markdown_table(["agent", "problems", "features", "weights", "LLM tokens", "minutes"], rows)
 
 
 def results_table(summary: Summary, seconds: Mapping[str, float | None], how: HowMade) -> str:

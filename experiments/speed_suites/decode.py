@@ -39,28 +39,32 @@ class _NoTokenizer:
         return {str(token): token for token in range(self.ids)}
 
 
+def random_network(shape: DictConfig, vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama of random weights in float32, of a shape: `hidden_size`, `mlp_size`, `layers`, `heads`, `kv_heads`."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.mlp_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="sdpa",
+        )
+    )
+
+
 def random_pool(config: DictConfig) -> ModelPool:
     """A pair of random-weight Llamas of the configured sizes."""
     tokenizer: Any = _NoTokenizer(config.vocab_size)
     models = []
     for name in ("slm", "llm"):
-        shape = config[name]
-        torch.manual_seed(0)
-        network = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=shape.hidden_size,
-                intermediate_size=shape.mlp_size,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=None,
-                attn_implementation="sdpa",
-            )
-        )
+        network = random_network(config[name], config.vocab_size)
         size = sum(p.numel() for p in network.parameters())
         print(f"{name}: {size / 1e6:.1f} M parameters")
         models.append(LanguageModel(name, network, tokenizer))

@@ -20,10 +20,15 @@ from envs.decoding.judges import described
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from envs.tasks.task import Example, Task
-from experiments.traces.schema import CHECKED, LLM_ONLY, ROUTED, SEARCH, SPECULATIVE
+from experiments.traces.schema import CHECKED, LLM_ONLY, PROMPT_READERS, ROUTED, SEARCH, SPECULATIVE
 from experiments.traces.trace import SUFFIX, Head, Trace, traced, write_trace
 
 LIVE, TREE = "citer/TokenRouting-v1", "citer/TreeRouting-v1"
+
+
+def prompt_readers(policy: Policy, models: int) -> list[int]:
+    """The models of a pool of so many that read each prompt because the policy sees their states behind it."""
+    return [models - 1] if "llm" in policy.sees else []
 
 
 def hardware_of(pool: ModelPool) -> str:
@@ -121,6 +126,7 @@ class Recorder:
         **more: Any,
     ) -> Head:
         scheduling = self.scheduling or Scheduling()
+        readers = [] if policy is None else prompt_readers(policy, len(self.pool))
         settings = {
             "start": self.start,
             "max_new_tokens": self.max_new_tokens,
@@ -128,6 +134,7 @@ class Recorder:
             "rows": scheduling.rows_for(self.pool),
             "gather": scheduling.gather,
             "timed": self.timed,
+            **({PROMPT_READERS: readers} if readers else {}),
             **more,
         }
         return Head(

@@ -16,6 +16,8 @@ SCHEMA = 1
 """The number of this format. A column that is added, goes or changes its meaning makes it another one."""
 ROUTED, LLM_ONLY, SPECULATIVE, SEARCH = "routed", "llm_only", "speculative", "search"
 CHECKED = "checked"
+PROMPT_READERS = "prompt_readers"
+"""The setting that names, by number, models that read each prompt because the policy sees their states behind it."""
 LEDGER = {
     "passes": PASSES, "read": READ, "context": CONTEXT, "pairs": PAIRS, "written": WRITTEN, "seconds": SECONDS,
 }  # fmt: skip

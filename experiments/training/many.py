@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import current_process
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from envs.progress import ProgressBar
@@ -47,6 +48,11 @@ class Run:
     live: bool = False
 
     @property
+    def name(self) -> str:
+        """Of its folder, and of what else is kept of it."""
+        return self.folder.name
+
+    @property
     def done(self) -> bool:
         """Whether it is complete."""
         return (self.folder / SUMMARY).is_file()
@@ -54,18 +60,24 @@ class Run:
     def config(self) -> DictConfig:
         """What `experiments.train` is called with."""
         register_schemas()
-        with initialize_config_dir(str(CONF), version_base=None):
-            return compose(
-                "train", overrides=[f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self.place()]
-            )
+        overrides = [f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self.place()]
+        # in a program Hydra reads this folder already
+        reading = GlobalHydra.instance().is_initialized()
+        with nullcontext() if reading else initialize_config_dir(str(CONF), version_base=None):
+            return compose("train", overrides=overrides)
+
+    @property
+    def shared_baselines(self) -> Path:
+        """The folder of what no agent changes; timed baselines are kept apart."""
+        return self.shared / ("live" if self.live else "replayed")
 
     def place(self) -> list[str]:
-        """Where the evaluation keeps what runs share; one report is made of all. Timed baselines are kept apart."""
+        """Where the evaluation keeps what runs share; one report is made of all."""
+        shared = f"evaluation.shared={self.shared_baselines}"
         if self.live:
-            return ["evaluation.report=false", f"evaluation.shared={self.shared / 'live'}"]
+            return ["evaluation.report=false", shared]
         # processes that wrote one file would undo each other's work
         tree = self.shared / f"{current_process().name}.tree"
-        shared = f"evaluation.shared={self.shared / 'replayed'}"
         return ["evaluation.report=false", shared, f"evaluation.tree={tree}"]
 
 
@@ -128,8 +140,13 @@ def make(run: Run) -> str | None:
     return None
 
 
-def make_all(runs: Sequence[Run], workers: int) -> None:
+def make_all(runs: Sequence[Run], workers: int, made: Callable[[Run], None] = lambda run: None) -> None:
     """Make the runs that are not there yet.
+
+    Args:
+        runs: all of them.
+        workers: how many at a time.
+        made: called with each that was made, in this process.
 
     Raises:
         ValueError: some failed; the error names them and what they said.
@@ -149,6 +166,8 @@ def make_all(runs: Sequence[Run], workers: int) -> None:
                 run, error = waiting[future], future.result()
                 if error:
                     failed[f"{run.agent} with seed {run.seed} ({run.folder / 'log.txt'})"] = error
+                else:
+                    made(run)
                 progress.update()
     if failed:
         lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())

@@ -93,10 +93,15 @@ def _fit(
     agent: Policy | Learner[Policy], pool: ModelPool, task: Task, folder: Path, track: Tracker, seed: int
 ) -> tuple[Policy, dict[str, Any]]:
     """The agent's policy, saved if it can be, and what the summary says of its training."""
+    # a training that goes on has read more than it knows of
+    resumed, before = bool(track.rows()), [model.tokens_read for model in pool.models]
     started = time.perf_counter()
     policy = policy_from(agent, pool, task, seed, track, folder)
     seconds = round(time.perf_counter() - started, 1)
     summary: dict[str, Any] = {"agent": type(agent).__name__, "seed": seed, "seconds": seconds}
+    read = [model.tokens_read - was for model, was in zip(pool.models, before, strict=True)]
+    summary |= {"parameters": policy.parameters, "tokens_read": None if resumed else read}
+    summary["features"] = getattr(policy, "features", None)
     if isinstance(policy, SavedPolicy):
         policy.save(folder / "policy")
         print(f"saved {folder / 'policy'} after {seconds} s")

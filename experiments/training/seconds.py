@@ -38,14 +38,17 @@ def measure_seconds(runs: Sequence[Run], seed: int, repeats: int, path: Path) ->
         runs: that are complete, all with the same models and problems.
         seed: of those that are measured.
         repeats: turns that each takes.
-        path: a JSON file; what is there is not measured again.
+        path: a JSON file of such ratios. They are those of one sitting: where one agent's is missing, all are measured.
 
     Returns:
         The ratio of each agent; None where validation chooses none of its thresholds.
     """
-    ratios: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
-    thresholds = {run: chosen_threshold(run) for run in runs if run.seed == seed and run.agent not in ratios}
-    ratios |= {run.agent: None for run, threshold in thresholds.items() if threshold is None}
+    kept: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
+    timed = [run for run in runs if run.seed == seed]
+    if all(run.agent in kept for run in timed):
+        return {run.agent: kept[run.agent] for run in timed}
+    thresholds = {run: chosen_threshold(run) for run in timed}
+    ratios: dict[str, float | None] = {run.agent: None for run in timed}
     measured = {run: threshold for run, threshold in thresholds.items() if threshold is not None}
     if measured:
         ratios |= _seconds_over_llm_only(measured, repeats)

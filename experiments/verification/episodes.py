@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from agents.common.policy import Policy
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
-from experiments.traces.schema import CHECKED, LEDGER, SEARCH, example_hash
+from experiments.traces.recorder import prompt_readers
+from experiments.traces.schema import CHECKED, LEDGER, PROMPT_READERS, SEARCH, example_hash
 from experiments.traces.trace import Head, Trace, TracedEpisode
 from experiments.verification.ledgers import expected_decisions, expected_ledger
 
@@ -38,6 +40,13 @@ def head_faults(head: Head, wanted: Mapping[str, Any], pool: ModelPool | None) -
             yield "the sizes of the models are not those of the models that are there"
         if head.settings["end_tokens"] != pool.end_tokens.tolist():
             yield f"end_tokens are {head.settings['end_tokens']}, those of the models are {pool.end_tokens.tolist()}"
+
+
+def reader_faults(head: Head, policy: Policy) -> Iterator[str]:
+    """Where a trace has other models read the prompt for its policy's sake than the policy asks for."""
+    said, wanted = head.settings.get(PROMPT_READERS, []), prompt_readers(policy, len(head.models))
+    if said != wanted:
+        yield f"models {said} read prompts for the policy, which sees what {wanted} make of them"
 
 
 def number_faults(trace: Trace, examples: Sequence[Example]) -> Iterator[str]:

@@ -20,7 +20,14 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.kept import CHOSEN, MANIFEST, KeptEvaluation
 from experiments.traces.schema import CHECKED
 from experiments.traces.trace import Trace, TracedEpisode
-from experiments.verification.episodes import episode_faults, head_faults, number_faults, readable, verdict_faults
+from experiments.verification.episodes import (
+    episode_faults,
+    head_faults,
+    number_faults,
+    readable,
+    reader_faults,
+    verdict_faults,
+)
 from experiments.verification.findings import Fault, Findings
 from experiments.verification.forcing import Unlike, unlike_tokens
 from experiments.verification.pieces import Piece, check_task, kept_faults, pieces_of, traced_answers
@@ -71,7 +78,7 @@ class Verification:
         self.refuse(evaluation)
         traces = _read([piece for piece in pieces_of(evaluation) if _is_there(piece, findings)], findings)
         sound = {path: self._check_episodes(piece, trace, findings) for path, (piece, trace) in traces.items()}
-        self._check_kept(traces, findings)
+        self._check_kept(traces, evaluation.shipped is not None, findings)
         for name, first in evaluation.manifest["thresholds"].items():
             if evaluation.thresholds.get(name, [])[: len(first)] != first:
                 what = f"the thresholds of {name} do not begin with those of {evaluation.runs / MANIFEST}"
@@ -123,11 +130,13 @@ class Verification:
         findings.count("verdicts", len(trace.episodes))
         return sound
 
-    def _check_kept(self, traces: Mapping[Path, tuple[Piece, Trace]], findings: Findings) -> None:
+    def _check_kept(self, traces: Mapping[Path, tuple[Piece, Trace]], shipped: bool, findings: Findings) -> None:
         slm = next((trace for path, (_, trace) in traces.items() if path.stem == "slm"), None)
         for piece, trace in traces.values():
             try:
-                kept, answers = Answers.load(piece.kept), traced_answers(trace, slm)
+                kept, answers = Answers.load(piece.kept).first(piece.count), traced_answers(trace, slm)
+                if shipped:  # without seconds
+                    answers = answers.in_units(kept.costs)
             except ValueError as error:
                 findings.fault(piece.kept, None, f"{error}".removeprefix(f"{piece.kept} "))
                 continue
@@ -154,16 +163,18 @@ class Verification:
                 if isinstance(policy, str):
                     findings.unchecked.append(f"{path}: scores: {policy}")
                     policy = None
+                for what in () if policy is None else reader_faults(trace.head, policy):
+                    findings.fault(path, None, what)
                 if episodes:
+                    repeats = not piece.part and self._repeats(trace, examples)
                     checked = trace.head.decoding == CHECKED
                     unlike, scores = unlike_tokens(self.pool, trace.head, episodes, None if checked else policy)
-                    self._sort_out(path, trace, unlike, examples, findings)
+                    self._sort_out(path, trace, unlike, examples, repeats, findings)
                     if checked and policy is not None:
-                        self._check_decisions(
-                            path, trace, policy, [one.episode for one in episodes], examples, findings
-                        )
+                        numbers = [one.episode for one in episodes]
+                        self._check_decisions(path, trace, policy, numbers, examples, repeats, findings)
                     elif policy is not None:
-                        self._check_scores(path, trace, policy, scores, examples, findings)
+                        self._check_scores(path, trace, policy, scores, examples, repeats, findings)
                     findings.count("tokens", sum(len(episode.response) for episode in episodes))
                 progress.update()
 
@@ -179,7 +190,13 @@ class Verification:
         return drawn
 
     def _sort_out(
-        self, path: Path, trace: Trace, unlike: Sequence[Unlike], examples: Sequence[Example], findings: Findings
+        self,
+        path: Path,
+        trace: Trace,
+        unlike: Sequence[Unlike],
+        examples: Sequence[Example],
+        repeats: bool,
+        findings: Findings,
     ) -> None:
         """Tell faults from tokens that hang on the last bits of two logits.
 
@@ -191,7 +208,6 @@ class Verification:
         by_episode: dict[int, list[Unlike]] = {}
         for one in sorted(unlike, key=lambda one: (one.episode, one.place)):
             by_episode.setdefault(one.episode, []).append(one)
-        repeats = self._repeats(trace, examples)
         if by_episode and repeats:
             again = replayed(self.pool, self.task, examples, trace)
             traced = {episode.episode: episode for episode in trace.episodes}
@@ -217,6 +233,7 @@ class Verification:
         policy: Policy,
         numbers: Sequence[int],
         examples: Sequence[Example],
+        repeats: bool,
         findings: Findings,
     ) -> None:
         """Compare the scores of decisions on drafts with those of the policy, which decides on all of them anew.
@@ -226,7 +243,7 @@ class Verification:
         assert self.pool is not None
         if trace.head.settings["judge"] != described(policy.judge or FirstDisagreement()):
             findings.fault(path, None, f"its judge is {trace.head.settings['judge']}, the policy's is {policy.judge}")
-        if not self._repeats(trace, examples):
+        if not repeats:
             findings.unchecked.append(
                 f"{path}: scores: drafts are decided on anew on the kind of machine that did alone"
             )
@@ -238,7 +255,7 @@ class Verification:
             if len(scores[number]) != len(traced[number]):
                 findings.fault(path, number, f"{len(traced[number])} decisions, the policy takes {len(scores[number])}")
                 del scores[number]
-        self._check_scores(path, trace, policy, scores, examples, findings)
+        self._check_scores(path, trace, policy, scores, examples, repeats, findings)
 
     def _check_scores(
         self,
@@ -247,6 +264,7 @@ class Verification:
         policy: Policy,
         scores: Mapping[int, FloatArray],
         examples: Sequence[Example],
+        repeats: bool,
         findings: Findings,
     ) -> None:
         """Compare scores with those of the states of another pass; where these differ, of the passes that made them."""
@@ -256,7 +274,7 @@ class Verification:
         far = [number for number, own in traced.items() if np.abs(found[number] - own).max() > SCORES]
         half = any(profile.bytes_per_parameter < 4 for profile in trace.head.profiles)
         tolerance = ROUGH_SCORES if half else SCORES
-        if far and self._repeats(trace, examples):
+        if far and repeats:
             again, tolerance = replayed(self.pool, self.task, examples, trace, policy), SCORES
             found |= {n: again[n].scores.astype(np.float64) for n in far if len(again[n].scores) == len(traced[n])}
         for number, own in traced.items():

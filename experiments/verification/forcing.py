@@ -134,16 +134,17 @@ def unlike_tokens(
                     wrong = wrong_verdicts(judge, head, episode, made.logits)
                     unlike += [Unlike(episode.episode, *verdict) for verdict in wrong]
             if observed and policy is not None:
-                scores |= scored(policy, seen)
+                scores |= scored(policy, seen, pool)
     return unlike + _unlike_drafts(pool, episodes), scores
 
 
-def scored(policy: Policy, seen: Sequence[tuple[TracedEpisode, Forced]]) -> dict[int, FloatArray]:
+def scored(policy: Policy, seen: Sequence[tuple[TracedEpisode, Forced]], pool: ModelPool) -> dict[int, FloatArray]:
     """The scores of a policy at every token of some episodes, asked for token after token as in decoding.
 
     Args:
         policy: decides.
         seen: episodes, and what the SLM makes of them.
+        pool: the models.
 
     Returns:
         By the number of each episode, (n,); of a policy that decides once its one score at every token.
@@ -152,6 +153,12 @@ def scored(policy: Policy, seen: Sequence[tuple[TracedEpisode, Forced]]) -> dict
     since = [since_at_each(episode.writers) for episode, _ in seen]
     scores = [np.zeros(length) for length in lengths]
     numbers = np.array([episode.episode for episode, _ in seen])
+    prompts = [episode.prompt for episode, _ in seen]
+    states: dict[int, Tensor] = {}  # of the LLM behind the prompts
+    if "llm" in policy.sees:
+        firsts = [episode.response[:1] for episode, _ in seen]
+        states = {i: made.hidden[0] for part in forced(pool, len(pool) - 1, prompts, firsts) for i, made in part}
+    texts = [pool.decode(prompt) for prompt in prompts] if "text" in policy.sees else []
     for position in range(1 if policy.per_response else int(lengths.max())):
         going = np.flatnonzero(lengths > position).tolist()
         observation = Observation(
@@ -160,6 +167,8 @@ def scored(policy: Policy, seen: Sequence[tuple[TracedEpisode, Forced]]) -> dict
             np.full(len(going), position),
             numbers[going],
             np.array([since[i][position] for i in going]),
+            llm_prompt_states=torch.stack([states[i] for i in going]) if states else None,
+            prompts=[texts[i] for i in going] if texts else None,
         )
         with torch.no_grad():
             found = as_tensor(policy.score(observation)).float().cpu().numpy()

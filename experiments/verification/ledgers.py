@@ -9,7 +9,7 @@ import numpy as np
 
 from envs.arrays import FloatArray
 from envs.costs import COLUMNS, WRITTEN, pass_entry, response_entries
-from experiments.traces.schema import CHECKED, LLM_ONLY, SPECULATIVE
+from experiments.traces.schema import CHECKED, LLM_ONLY, PROMPT_READERS, SPECULATIVE
 from experiments.traces.trace import Head, TracedEpisode
 from experiments.verification.checking import walk
 
@@ -25,7 +25,8 @@ def expected_ledger(head: Head, episode: TracedEpisode) -> FloatArray:
         return walk(head, episode).entries
     if head.decoding == SPECULATIVE:
         return speculative_entries(episode, models, head.settings)
-    entries = response_entries(len(episode.prompt), episode.writers, episode.terminated, models)
+    readers = head.settings.get(PROMPT_READERS, ())
+    entries = response_entries(len(episode.prompt), episode.writers, episode.terminated, models, readers)
     if head.decoding == LLM_ONLY:
         entries[:-1] = 0
     elif head.per_response and episode.writers[0] > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ class Piece:
         kept: the file of what is kept of it.
         wanted: columns and settings that the head of its trace must have.
         count: of the problems.
+        part: whether its trace holds the first of them alone, since no more were shipped.
     """
 
     kept: Path
     wanted: Mapping[str, Any]
     count: int
+    part: bool = False
 
     def problems(self, task: Task) -> Sequence[Example]:
         """What was answered."""
@@ -58,7 +60,25 @@ class Piece:
 
 
 def pieces_of(evaluation: KeptEvaluation) -> list[Piece]:
-    """All pieces of an evaluation: baselines, then each policy at each threshold."""
+    """The pieces of an evaluation that must have traces: baselines, then each policy at each threshold.
+
+    Of one that was unpacked these are the pieces whose traces were shipped.
+    """
+    pieces = _all_pieces(evaluation)
+    shipped = evaluation.shipped
+    if shipped is None:
+        return pieces
+    names = {f"{piece.kept.relative_to(evaluation.runs).with_suffix('')}": piece for piece in pieces}
+    unknown = [name for name in shipped if name not in names]
+    if unknown:
+        raise ValueError(f"{evaluation.runs} has traces of {', '.join(unknown)}, of which there are no answers")
+    return [
+        replace(names[name], count=min(count, names[name].count), part=count < names[name].count)
+        for name, count in shipped.items()
+    ]
+
+
+def _all_pieces(evaluation: KeptEvaluation) -> list[Piece]:
     manifest = evaluation.manifest
     timed = bool(manifest.get("timed", True))
     every = {

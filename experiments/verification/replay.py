@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from agents.checking.speculative import speculate
-from agents.common.policy import Observation, Policy
+from agents.common.policy import VIEWS, Observation, Policy
 from agents.common.rollout import Episode, Scheduling, decode
 from envs.decoding.judges import judge_of
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
 from experiments.traces.recorder import LIVE, hardware_of
-from experiments.traces.schema import CHECKED, SEARCH, SPECULATIVE
+from experiments.traces.schema import CHECKED, PROMPT_READERS, SEARCH, SPECULATIVE
 from experiments.traces.trace import Head, Trace
 
 
@@ -27,6 +27,11 @@ class Recorded(Policy):
 
     def __init__(self, trace: Trace) -> None:
         self.writers = {episode.episode: episode.writers.tolist() for episode in trace.episodes}
+        self._sees = VIEWS[:2] if trace.head.settings.get(PROMPT_READERS) else VIEWS[:1]
+
+    @property
+    def sees(self) -> Sequence[str]:
+        return self._sees
 
     def score(self, observation: Observation) -> Tensor:
         decisions = zip(observation.host_episodes.tolist(), observation.host_positions.tolist(), strict=True)

@@ -1,0 +1,1 @@
+"""Results that ship with the project: a file a run, what made it, and what checks it."""

@@ -1,0 +1,176 @@
+"""The results of one track: a file an agent and seed, never rewritten, with policies and traces beside them.
+
+experiments/results/arithmetic/
+    citer-seed0.parquet       answers problem by problem, and all that made them
+    baselines-tree.parquet    each model alone, speculative decoding, the oracle
+    policies/citer-seed0/     the policy as it was saved
+    traces/citer-seed0.parquet    of the operating point for 95 %: all problems, or the canaries
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from envs.storage import copy_files, write_text, write_whole
+from experiments.common.continuing import TRAINING
+from experiments.evaluation.kept import SHIPPED
+from experiments.published.run_file import (
+    RUNS,
+    PublishedRun,
+    pack_baselines,
+    same_baselines,
+    unpack_baselines,
+)
+from experiments.traces.trace import SUFFIX, read_trace, write_trace
+from experiments.training.many import Run
+
+CANARIES = 8
+"""Problems, the first ones, of which every run's trace is shipped: whether engine and policy are still those that made
+a run is told by them."""
+BASELINES = "baselines-"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The results of a track.
+
+    Args:
+        folder: of them; it need not be there yet.
+    """
+
+    folder: Path
+
+    def row(self, run: Run) -> Path:
+        """The file of a run."""
+        return self.folder / f"{run.name}{SUFFIX}"
+
+    def has(self, run: Run) -> bool:
+        """Whether a run is among them."""
+        return self.row(run).is_file()
+
+    def rows(self) -> list[Path]:
+        """The files of all runs, by name."""
+        return [path for path in sorted(self.folder.glob(f"*{SUFFIX}")) if re.search(r"-seed\d+$", path.stem)]
+
+    def check_settings(self, runs: Sequence[Run]) -> None:
+        """Refuse runs that are there and were made by other settings than these.
+
+        Raises:
+            ValueError: the error names the file, and what differs.
+        """
+        for run in filter(self.has, runs):
+            here = OmegaConf.to_container(run.config(), resolve=True)
+            others = TRAINING.others(PublishedRun.read(self.row(run)).settings, here)
+            if others:
+                raise ValueError(
+                    f"{self.row(run)} was made with {'; '.join(others)}: results are never rewritten; delete it to "
+                    "make it anew, or keep the settings that made it"
+                )
+
+    def add(self, run: Run, made_on: dict[str, object], whole_trace: bool) -> None:
+        """Add a run that is complete.
+
+        Args:
+            run: it.
+            made_on: the machine and the commit.
+            whole_trace: ship the trace of all problems at its operating point; of the canaries alone otherwise.
+
+        Raises:
+            ValueError: it is there already, is not complete, or was compared with other baselines.
+        """
+        if self.has(run):
+            raise ValueError(f"{self.row(run)} is there already, and is never rewritten")
+        published = PublishedRun.of(run.folder, run.agent, made_on)
+        runs, baselines = run.folder / RUNS, self._baselines(published)
+        if baselines.is_file() and (piece := same_baselines(runs, baselines)) is not None:
+            raise ValueError(
+                f"{run.folder} was measured beside another {piece} than {baselines} holds: other models or another "
+                "engine made it; delete one of them"
+            )
+        if not baselines.is_file():
+            copy_files(run.shared_baselines, self._traces(baselines), f"*{SUFFIX}")
+            pack_baselines(run.shared_baselines, baselines)
+        copy_files(run.folder / "policy", self._policy(run.name))
+        traced = runs / f"{published.traced}{SUFFIX}"
+        if traced.is_file():
+            _copy_trace(traced, self._trace(run.name), None if whole_trace else CANARIES)
+        published.write(self.row(run))
+
+    def unpack(
+        self, name: str, published: PublishedRun, folder: Path, episodes: int | None = None, baselines: bool = False
+    ) -> None:
+        """Write a run as the folder it had, with the trace that came with it.
+
+        Args:
+            name: of its file, without the ending.
+            published: what the file holds.
+            folder: of the run.
+            episodes: how many of the trace at most; all where None.
+            baselines: write the traces of the baselines too.
+        """
+        runs, shipped, of = folder / RUNS, {}, self._baselines(published)
+        unpack_baselines(of, runs)
+        if baselines:
+            for path in sorted(self._traces(of).glob(f"*{SUFFIX}")):
+                shipped[path.stem] = _copy_trace(path, runs / path.name, episodes)
+        copy_files(self._policy(name), folder / "policy")
+        if self._trace(name).is_file():
+            place = runs / f"{published.traced}{SUFFIX}"
+            shipped[published.traced] = _copy_trace(self._trace(name), place, episodes)
+        write_text(runs / SHIPPED, json.dumps(shipped, indent=1) + "\n")
+        published.unpack(folder)
+
+    def unpack_all(self, folder: Path) -> None:
+        """Write every run into a folder of its own below `folder`.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        seen: set[Path] = set()
+        for path in self.rows():
+            published = PublishedRun.read(path)
+            of = self._baselines(published)
+            self.unpack(path.stem, published, folder / path.stem, baselines=of not in seen)
+            seen.add(of)
+
+    def restore_baselines(self, runs: Sequence[Run]) -> None:
+        """Write the baselines where runs share them."""
+        for place, live in {run.shared_baselines: run.live for run in runs}.items():
+            path = self._baselines_made(live)
+            if path.is_file() and not place.is_dir():
+                unpack_baselines(path, place)
+                copy_files(self._traces(path), place, f"*{SUFFIX}")
+
+    def _baselines(self, published: PublishedRun) -> Path:
+        return self._baselines_made(published.manifest["timed"])
+
+    def _baselines_made(self, live: bool) -> Path:
+        """The file of the baselines that were decoded live, or through a replay tree."""
+        return self.folder / f"{BASELINES}{'live' if live else 'tree'}{SUFFIX}"
+
+    def _traces(self, baselines: Path) -> Path:
+        return self.folder / "traces" / baselines.stem
+
+    def _policy(self, name: str) -> Path:
+        return self.folder / "policies" / name
+
+    def _trace(self, name: str) -> Path:
+        return self.folder / "traces" / f"{name}{SUFFIX}"
+
+
+def _copy_trace(path: Path, to: Path, episodes: int | None) -> int:
+    """Copy the first episodes of a trace; how many there are then."""
+    trace = read_trace(path)
+    if episodes is None or len(trace.episodes) <= episodes:
+        write_whole(to, partial(shutil.copyfile, path))
+        return len(trace.episodes)
+    write_trace(to, replace(trace, episodes=trace.episodes[:episodes]))
+    return episodes
