@@ -363,6 +363,15 @@ def test_rows_whose_drafts_are_checked_are_not_copied_nor_taught(kin):
         session.extend(array(0), [array(5)])
 
 
+def test_no_model_reads_prompts_by_itself_where_drafts_are_checked(kin):
+    for session in sessions(kin["llama"], 1, NEVER).values():
+        session.start(array(0), prompts_of(kin["llama"], 1))
+        with pytest.raises(
+            ValueError, match=r"rows \[0\] are of a session that checks drafts, where no model reads prompts"
+        ):
+            session.read_prompts(array(0), 1)
+
+
 def test_a_judge_is_written_down_and_read_again():
     for judge in (FirstDisagreement(), Gap(1.5), NEVER, TopK(3)):
         assert judge_of(json.loads(json.dumps(described(judge)))) == judge
