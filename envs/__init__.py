@@ -1,8 +1,8 @@
 """Environments: token-level LLM routing as a decision process.
 
-Importing this package registers `citer/TokenRouting-v1`, `citer/TreeRouting-v1` and `citer/ShortcutRouting-v1` with
-Gymnasium; `gym.make("envs:citer/TokenRouting-v1")` imports it by itself. The names below are imported when they are
-first asked for; nothing heavy is before.
+Importing this package registers `citer/TokenRouting-v1`, `citer/TreeRouting-v1`, `citer/ShortcutRouting-v1` and
+`citer/CheckedRouting-v0` with Gymnasium; `gym.make("envs:citer/TokenRouting-v1")` imports it by itself. The names below
+are imported when they are first asked for; nothing heavy is before.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from gymnasium.envs.registration import register
 
 if TYPE_CHECKING:
     from envs.costs import Dollars, Flops, LlmTokens, MemoryTraffic, Seconds
+    from envs.decoding.judges import FirstDisagreement, Gap, TopK
     from envs.decoding.sampling import Sampling
     from envs.decoding.session import Session
+    from envs.environments.checked_routing import CheckedRoutingEnv, CheckedRoutingVectorEnv
     from envs.environments.rewards import OutcomeReward, ShortcutReward
     from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
     from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
@@ -32,9 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArithmeticTask",
+    "CheckedRoutingEnv",
+    "CheckedRoutingVectorEnv",
     "Dollars",
+    "FirstDisagreement",
     "FirstExamples",
     "Flops",
+    "Gap",
     "LlmTokens",
     "MathTask",
     "MemoryTraffic",
@@ -51,6 +57,7 @@ __all__ = [
     "ShortcutReward",
     "ShortcutRoutingEnv",
     "ShortcutRoutingVectorEnv",
+    "TopK",
     "TreeRoutingEnv",
     "TreeRoutingVectorEnv",
     "embedded_pool",
@@ -60,8 +67,10 @@ __all__ = [
 
 _DEFINED_IN = {
     "envs.costs": ("Dollars", "Flops", "LlmTokens", "MemoryTraffic", "Seconds"),
+    "envs.decoding.judges": ("FirstDisagreement", "Gap", "TopK"),
     "envs.decoding.sampling": ("Sampling",),
     "envs.decoding.session": ("Session",),
+    "envs.environments.checked_routing": ("CheckedRoutingEnv", "CheckedRoutingVectorEnv"),
     "envs.environments.rewards": ("OutcomeReward", "ShortcutReward"),
     "envs.environments.shortcut_routing": ("ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
     "envs.environments.token_routing": ("RoutingEnv", "RoutingVectorEnv"),
@@ -93,12 +102,13 @@ def __dir__() -> list[str]:
 
 
 for _name, _module, _single, _vector in (
-    ("TokenRouting", "token_routing", "RoutingEnv", "RoutingVectorEnv"),
-    ("TreeRouting", "tree_routing", "TreeRoutingEnv", "TreeRoutingVectorEnv"),
-    ("ShortcutRouting", "shortcut_routing", "ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
+    ("TokenRouting-v1", "token_routing", "RoutingEnv", "RoutingVectorEnv"),
+    ("TreeRouting-v1", "tree_routing", "TreeRoutingEnv", "TreeRoutingVectorEnv"),
+    ("ShortcutRouting-v1", "shortcut_routing", "ShortcutRoutingEnv", "ShortcutRoutingVectorEnv"),
+    ("CheckedRouting-v0", "checked_routing", "CheckedRoutingEnv", "CheckedRoutingVectorEnv"),
 ):
     register(
-        id=f"citer/{_name}-v1",
+        id=f"citer/{_name}",
         entry_point=f"envs.environments.{_module}:{_single}",
         vector_entry_point=f"envs.environments.{_module}:{_vector}",
     )

@@ -122,6 +122,21 @@ def task():
     return ArithmeticTask()
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """The passes that models make: which model, and the tokens of each row."""
+    from envs.models.language_model import LanguageModel
+
+    made, feed = [], LanguageModel.feed
+
+    def counted(self, cache, rows, chunks, every_position=False):
+        made.append((self.name, [chunk.tolist() for chunk in chunks]))
+        return feed(self, cache, rows, chunks, every_position)
+
+    monkeypatch.setattr(LanguageModel, "feed", counted)
+    return made
+
+
 class Interruption(BaseException):
     pass
 

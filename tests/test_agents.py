@@ -17,11 +17,14 @@ from agents.router.dataset import LabelledTokens, held_out_rows, preference_loss
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router
-from envs.costs import READ, WRITTEN
+from envs.costs import READ, SECONDS, WRITTEN
 from envs.decoding.observation import Observation
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 from experiments.common.config import CONF, build, register_schemas
+from experiments.traces.recorder import Recorder
+from experiments.traces.trace import SUFFIX, read_trace
+from experiments.verification.checking import walk
 
 AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
 
@@ -103,9 +106,15 @@ def test_every_agent_fits_and_decodes(name, pool, easy, tmp_path):
     assert [episode.example for episode in episodes] == examples
     for episode in episodes:
         assert ((episode.scores >= 0) & (episode.scores <= 1)).all()
-        np.testing.assert_array_equal(episode.writers == 0, episode.scores >= 0.5)
+        if policy.judge is None:
+            np.testing.assert_array_equal(episode.writers == 0, episode.scores >= 0.5)
         assert episode.correct == task.is_correct(episode.example, episode.text)
         assert episode.ledger[:, WRITTEN].sum() == len(episode.tokens)
+    if policy.judge is not None:  # its decisions give these writers, and this ledger
+        Recorder(pool, task, "validation", max_new_tokens=44).routed(tmp_path / "one", episodes, name, policy, 0.5)
+        trace = read_trace(tmp_path / f"one{SUFFIX}")
+        for one in trace.episodes:
+            np.testing.assert_array_equal(one.ledger[:, :SECONDS], walk(trace.head, one).entries[:, :SECONDS])
     assert all(json.dumps(row) for row in rows)
     if name not in VARIANTS:
         assert same(episodes, answers(pool, task, policy_from(agent(name), pool, task, seed=3)))

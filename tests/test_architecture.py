@@ -23,7 +23,7 @@ ORDER = {
         {"environments"},
         {TOP},
     ],
-    "agents": [{"common"}, {"router"}, {"preferences"}, {"rl", "query_routing"}, {TOP}],
+    "agents": [{"common"}, {"router"}, {"preferences"}, {"rl", "query_routing", "checking"}, {TOP}],
     "experiments": [
         {"common"},
         {"reporting", "traces", "measures"},

@@ -1,95 +1,32 @@
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from agents.checking.speculative import Speculative, speculate
 from agents.common.rollout import Scheduling, decode
 from agents.heuristics import Always
-from agents.speculative import speculate
 from envs.costs import COLUMNS, CONTEXT, PAIRS, PASSES, READ, SECONDS, WRITTEN
-from envs.decoding.sampling import Sampling
-from envs.decoding.verification import VerifyingSession
-from envs.models.language_model import LanguageModel
+from envs.decoding.teacher_forcing import TeacherSession
 from envs.models.pool import ModelPool
-from envs.tasks.task import Example, Task
+from envs.prefix_tree.tree import PrefixTree
+from envs.tasks.task import Example
+from experiments.traces.recorder import Recorder
+from experiments.traces.schema import SPECULATIVE
+from experiments.traces.trace import traced
+from experiments.verification.ledgers import speculative_entries
+from tests.drafting import MAX_NEW, Letters, Plain, array, kin_of, successors
 
 FAMILIES = ["llama", "qwen2", "gpt2"]
 DRAFTS = [1, 3, 16, 200]
-MAX_NEW = 24
 COUNTED = [column for column in range(COLUMNS) if column != SECONDS]
-
-
-def array(*values):
-    return np.array(values, dtype=np.int64)
-
-
-class Letters(Task):
-    """Prompts of random characters; right is a response of an even length."""
-
-    name = "letters"
-
-    def size(self, split):
-        return 30
-
-    def example(self, split, index):
-        rng = np.random.default_rng(index)
-        prompt = "".join(rng.choice(list("abcdefghijkl 0123456789"), rng.integers(1, 12))) + "?"
-        return Example(f"letters/{index}", prompt, "x", "x")
-
-    def is_correct(self, example, response):
-        return len(response) % 2 == 0
-
-
-def kin_of(pool, seed=0):
-    """The LLM of a pool behind a copy of itself with noise in its weights, which often writes the same."""
-    network = copy.deepcopy(pool.models[-1].network)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.03 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    return ModelPool([LanguageModel("kin", network, pool.tokenizer), pool.models[-1]])
 
 
 @pytest.fixture(scope="module")
 def kin(pools):
     return {family: kin_of(pools[family]) for family in FAMILIES}
-
-
-def successors(name, tokenizer, end, **others):
-    """A model that writes token t + 1 after token t, or what `others` say after `t<t>`: a script."""
-    size = len(tokenizer)
-    config = LlamaConfig(
-        hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8, vocab_size=size,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=end, pad_token_id=1,
-    )  # fmt: skip
-    network = LlamaForCausalLM(config)
-    follows = {token: token + 1 for token in range(size - 1)} | {int(t[1:]): token for t, token in others.items()}
-    with torch.no_grad():
-        for parameter in network.model.layers.parameters():
-            parameter.zero_()
-        network.model.embed_tokens.weight.copy_(torch.eye(size, 128))
-        network.lm_head.weight.zero_()
-        for token, following in follows.items():
-            network.lm_head.weight[following, token] = 1
-    return LanguageModel(name, network, tokenizer)
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """The passes that models make: which model, and the tokens of each row."""
-    made, feed = [], LanguageModel.feed
-
-    def counted(self, cache, rows, chunks, every_position=False):
-        made.append((self.name, [chunk.tolist() for chunk in chunks]))
-        return feed(self, cache, rows, chunks, every_position)
-
-    monkeypatch.setattr(LanguageModel, "feed", counted)
-    return made
 
 
 def assert_same_answers(found, expected):
@@ -254,80 +191,50 @@ def test_the_ledger_has_every_pass_that_is_made_and_no_other(kin, passes, draft_
         assert entry[[PASSES, READ]].tolist() == [len(reads), sum(reads)]
 
 
+@pytest.mark.parametrize("on_tree", [False, True])
+@pytest.mark.parametrize("draft_tokens", [1, 3, 16])
+def test_the_ledger_is_the_one_that_writers_and_refused_drafts_tell(kin, draft_tokens, on_tree):
+    """By a count that knows no session: the same process decoded live and along a tree."""
+    pool, task = kin["llama"], Letters()
+    tree = PrefixTree(pool, task, MAX_NEW, memory=2**24) if on_tree else None
+    found = speculate(pool, task, task.examples("test", 12), draft_tokens, MAX_NEW, Scheduling(rows=5), tree=tree)
+    recorder = Recorder(pool, task, "test", max_new_tokens=MAX_NEW)
+    settings = recorder._head("speculative", SPECULATIVE, draft_tokens=draft_tokens).settings
+    for number, episode in enumerate(found):
+        trace = traced(number, episode, pool.encode(episode.example.prompt))
+        expected = speculative_entries(trace, 2, settings)
+        np.testing.assert_array_equal(episode.ledger[:, COUNTED], expected[:, COUNTED])
+    assert sum(len(episode.taken_back) for episode in found) > 5
+
+
+@pytest.mark.parametrize("confidence", [0.3, 0.9])
+def test_a_draft_ends_behind_a_token_that_the_slm_is_not_sure_of(kin, confidence):
+    pool, task, policy = kin["llama"], Letters(), Speculative(32, confidence)
+    examples = task.examples("test", 12)
+    expected = decode(pool, task, examples, Always(slm=False), max_new_tokens=MAX_NEW)
+    found = decode(pool, task, examples, policy, max_new_tokens=MAX_NEW)
+    assert_same_answers(found, expected)
+    plain, unsure = Plain(pool), 0
+    for episode in found:
+        ids = pool.encode(episode.example.prompt).tolist()
+        sure = [
+            float(plain.logits(0, [*ids, *episode.tokens[:place]]).softmax(-1).max()) >= confidence
+            for place in range(len(episode.tokens))
+        ]
+        for place in np.flatnonzero(episode.writers == 0).tolist():
+            if not sure[place] and place + 1 < len(episode.tokens):
+                unsure += 1
+                assert episode.writers[place + 1] == 1
+    assert unsure > 5
+    assert len({len(episode.scores) for episode in found}) > 1
+
+
 # -- checking in a session --------------------------------------------------------------------------------------------
-
-
-class Plain:
-    """What a model writes next when it reads a whole sequence."""
-
-    def __init__(self, pool):
-        self.pool = pool
-
-    def token(self, model, ids):
-        with torch.inference_mode():
-            logits = self.pool.models[model].network(torch.tensor([list(map(int, ids))]), use_cache=False).logits
-        return int(logits[0, -1].argmax())
-
-
-def unending(pool, rows=4, **settings):
-    """A session in which no token ends a response."""
-    other = ModelPool(pool.models)
-    other.end_tokens = array()
-    return VerifyingSession(other, rows, MAX_NEW, capacity=40, **settings)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_were_checked_go_on_like_any_others(kin, family):
-    """Steps, drafts, taught tokens, copies and cuts, one after the other, against decoding without a cache."""
-    pool, rng, counts = kin[family], np.random.default_rng(2), {"right": 0, "wrong": 0}
-    session, plain, rows = unending(pool), Plain(pool), np.arange(4)
-    prompts = [rng.integers(2, 96, rng.integers(1, 9)) for _ in rows]
-    session.start(rows, prompts)
-    for _ in range(30):
-        some = rng.permutation(rows)[: rng.integers(1, 5)]
-        before = {row: [*prompts[row], *session.response(row)] for row in some}
-        if max(map(len, before.values())) - 1 > MAX_NEW - 8:
-            session.rewind(some, array(*(len(prompts[row]) for row in some)))
-            continue
-        written, drafted = {row: session.writers(row).tolist() for row in some}, rng.integers(0, 5, len(some))
-        for count in range(4):
-            if (drafted > count).any():
-                session.step(some[drafted > count], np.zeros((drafted > count).sum(), dtype=int))
-        terminated, truncated = session.verify(some, drafted, 1)
-        assert not (terminated | truncated).any()
-        for row, count in zip(some, drafted, strict=True):
-            ids, agreed = before[row], 0
-            while agreed < count and plain.token(0, ids) == plain.token(1, ids):
-                ids, agreed = [*ids, plain.token(1, ids)], agreed + 1
-            ids = [*ids, plain.token(1, ids)]
-            counts["right" if agreed == count else "wrong"] += count > 0
-            assert [*prompts[row], *session.response(row)] == ids
-            assert session.writers(row).tolist() == [*written[row], *[0] * agreed, 1]
-            assert session.ledger[row, :, WRITTEN].tolist() == np.bincount(session.writers(row)).tolist()
-        if rng.random() < 0.5:
-            seen = session.observe(some)
-            assert not seen.since_llm.any()
-            for row, logits in zip(some, seen.logits, strict=True):
-                assert int(logits.argmax()) == plain.token(0, [*prompts[row], *session.response(row)])
-        if rng.random() < 0.3:
-            session.extend(some, [rng.integers(2, 96, 2) for _ in some], int(rng.integers(2)))
-        if rng.random() < 0.3 and len(some) < 4:
-            target = int(np.setdiff1d(rows, some)[0])
-            session.fork(some[:1], array(target))
-            prompts[target] = prompts[some[0]]
-        if rng.random() < 0.5:
-            actions = rng.integers(2, size=len(some))
-            expected = [
-                plain.token(action, [*prompts[row], *session.response(row)])
-                for row, action in zip(some, actions, strict=True)
-            ]
-            assert session.step(some, actions).tokens.tolist() == expected
-    assert min(counts.values()) > 5
 
 
 @pytest.mark.parametrize("whole", [False, True, np.array([True, False, True])])
 def test_a_model_may_read_the_last_token_along(tiny_pool, whole):
-    session, plain, rng = unending(tiny_pool), Plain(tiny_pool), np.random.default_rng(4)
+    session, plain, rng = TeacherSession(tiny_pool, 4, MAX_NEW), Plain(tiny_pool), np.random.default_rng(4)
     prompts = [rng.integers(2, 96, count) for count in (4, 2, 7)]
     session.start(np.arange(3), prompts, responses=[array(9), array(5, 6, 7), array()])
     rows = array(2, 0, 1)
@@ -359,32 +266,7 @@ def test_examples_are_refused_by_name_before_any_model_runs(tiny_pool, passes):
     assert not passes
 
 
-@pytest.mark.parametrize(
-    ("rows", "drafted", "model", "named"),
-    [
-        ([0], [1], 0, r"in 1\.\.1, is 0"),
-        ([0], [1], 2, r"in 1\.\.1, is 2"),
-        ([0], [3], 1, r"between 0 and the \[2\] tokens written, it is \[3\]"),
-        ([0], [-1], 1, r"it is \[-1\]"),
-        ([0], [1, 1], 1, r"it is \[1, 1\]"),
-        ([0, 3], [1, 0], 1, r"rows \[3\] are not in flight"),
-        ([0, 1], [1, 2], 1, r"llama_large has read what was drafted in rows \[1\] already"),
-    ],
-)
-def test_verify_refuses_what_is_no_draft(tiny_pool, rows, drafted, model, named):
-    session = unending(tiny_pool)
-    session.start(array(0, 1, 2, 3), [array(5, 6, 7)] * 4)
-    session.step(array(0, 1), array(0, 0))
-    session.step(array(0, 1), array(0, 1))
-    session.free(array(3))
-    ledger = session.ledger.copy()
-    with pytest.raises(ValueError, match=named):
-        session.verify(np.array(rows), np.array(drafted), model)
-    np.testing.assert_array_equal(session.ledger, ledger)
-
-
-def test_verify_refuses_a_session_that_samples(tiny_pool):
-    session = unending(tiny_pool, sampling=Sampling(temperature=1.0))
-    session.start(array(0), [array(5)], generators=[np.random.default_rng(0)])
-    with pytest.raises(ValueError, match="without sampling"):
-        session.verify(array(0), array(0), 1)
+@pytest.mark.parametrize("confidence", [-0.1, 1.1])
+def test_a_confidence_is_a_probability(confidence):
+    with pytest.raises(ValueError, match=rf"confidence must be in \[0, 1\], is {confidence}"):
+        Speculative(confidence=confidence)

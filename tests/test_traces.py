@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from agents.checking.speculative import speculate
 from agents.common.rollout import Scheduling, decode
 from agents.heuristics import Uncertainty
-from agents.speculative import speculate
 from envs.tasks.task import Example
 from experiments.evaluation.runner import Evaluation
 from experiments.evaluation.settings import EvaluationSettings

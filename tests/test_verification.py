@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from agents.checking.speculative import speculate
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling
 from agents.heuristics import Random, Uncertainty
-from agents.speculative import speculate
 from envs.costs import COLUMNS, SECONDS
 from experiments.evaluation.kept import KeptEvaluation
 from experiments.evaluation.runner import Evaluation, evaluate
@@ -147,7 +147,7 @@ def test_scores_of_what_was_trained_are_computed_again(agent, settings, tmp_path
     write_trace(path, trace)
     with pytest.raises(SystemExit):
         call("verify", f"{tmp_path / 'run'}", f"hydra.run.dir={tmp_path / 'out'}")
-    assert f"{path}, episode 1: the score at token" in capsys.readouterr().out
+    assert f"{path}, episode 1: the score at decision" in capsys.readouterr().out
 
 
 @pytest.mark.slow

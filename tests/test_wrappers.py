@@ -11,12 +11,13 @@ from gymnasium.wrappers import vector
 
 import envs
 from envs.decoding.references import References
+from envs.environments.checked_routing import CheckedRoutingEnv, CheckedRoutingVectorEnv
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
 from envs.tasks.task import FirstExamples
 
-IDS = ("citer/TokenRouting-v1", "citer/TreeRouting-v1", "citer/ShortcutRouting-v1")
+IDS = ("citer/TokenRouting-v1", "citer/TreeRouting-v1", "citer/ShortcutRouting-v1", "citer/CheckedRouting-v0")
 LOW, HIGH = np.float32(-1), np.float32(1)
 
 
@@ -118,6 +119,10 @@ def makers(pool, task):
         IDS[2]: (
             partial(ShortcutRoutingEnv, references=references),
             partial(ShortcutRoutingVectorEnv, 3, references=references),
+        ),
+        IDS[3]: (
+            partial(CheckedRoutingEnv, **decoded, features="hidden"),
+            partial(CheckedRoutingVectorEnv, 3, **decoded, features="hidden"),
         ),
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
+from envs.decoding.judges import Judge
 from envs.decoding.observation import Observation as Observation  # what `score` is given
 from envs.models.pool import ModelPool
 from envs.tasks.task import Task
@@ -40,12 +41,21 @@ class Policy(ABC):
     policy's accuracy-cost curve. `score` is all that a policy must have. Torch modules that it decides with are
     best attributes of its own: then they are part of its cost and of its fingerprint.
 
+    A policy with a judge decides when the last model is called, which then checks what the SLM has drafted since it was
+    called last (`envs.decoding.checking`): the SLM drafts on, or its drafted end is accepted, where `score >=
+    threshold`, the last model is called elsewhere. What was drafted it finds in `observation.drafts`.
+
     Attributes:
         per_response: whether it chooses one model for a whole response. It is then asked once a response, and the SLM
             reads no further than that where another model writes.
+        judge: which drafted tokens stand; None where none is checked.
+        observes: whether it looks at the SLM's states. One with a judge need not: `observation.drafts` is known
+            without, and the SLM then reads its last token together with the next one that it drafts.
     """
 
     per_response: ClassVar[bool] = False
+    judge: Judge | None = None
+    observes: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, observation: Observation) -> Scores:

@@ -16,30 +16,18 @@ from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy, as_tensor, check_scores
 from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
+from envs.decoding.checked_session import CheckedSession
 from envs.decoding.decoder import Decoder
-from envs.decoding.observation import Observation
+from envs.decoding.observation import Observation, TakenBack
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
+from envs.prefix_tree.checked_tree_session import CheckedTreeSession
 from envs.prefix_tree.tree import PrefixTree
 from envs.prefix_tree.tree_session import TreeSession, check_tree
 from envs.progress import ProgressBar
 from envs.tasks.task import Example, Task
-
-
-class TakenBack(NamedTuple):
-    """Tokens that a model wrote and that were taken back, such as drafts that another model refused.
-
-    Attributes:
-        position: of the response, where the first of them stood.
-        writer: the model that wrote them.
-        tokens: their ids, (n,).
-    """
-
-    position: int
-    writer: int
-    tokens: IntArray
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,8 @@ class Episode:
         terminated: whether it came to an end by itself.
         ledger: what the models did for it, (models, COLUMNS).
         decisions: what the policy did for it: its scores as passes, and their seconds, (COLUMNS,).
-        scores: the policy's score at each decision, (n,).
+        scores: the policy's score at each decision, in order: one a token, and more where tokens are taken back or ends
+            are decided on.
         taken_back: tokens that are not part of the response any more, in the order in which they were taken back.
     """
 
@@ -131,13 +120,10 @@ def decode(
     """
     scheduling = scheduling or Scheduling()
     rows = _rows(scheduling, pool, examples)
-    session: Decoder
-    if tree is None:
-        session = Session(pool, rows, max_new_tokens, sampling=sampling)
-    else:
+    if tree is not None:
         check_tree(tree, pool, task, max_new_tokens, sampling)
-        session = TreeSession(tree, rows)
-    queue = _queue(session, examples, sampling, seed, session.start)
+    session = decoder_for(policy, pool, rows, max_new_tokens, sampling, tree)
+    queue = _queue(session, examples, sampling, seed, partial(session.start, observed=policy.observes))
     record = DecisionRecord(rows, max_new_tokens)
     episodes: list[Episode | None] = [None] * len(examples)
     with ProgressBar(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
@@ -147,6 +133,19 @@ def decode(
             progress.update()
     session.free(np.arange(rows))
     return [episode for episode in episodes if episode is not None]
+
+
+def decoder_for(
+    policy: Policy, pool: ModelPool, rows: int, max_new_tokens: int, sampling: Sampling | None, tree: PrefixTree | None
+) -> Decoder:
+    """What a policy decodes by: live or along a tree, with drafts checked where it has a judge."""
+    if policy.judge is not None:
+        if tree is not None:
+            return CheckedTreeSession(tree, rows, judge=policy.judge)
+        return CheckedSession(pool, rows, max_new_tokens, sampling=sampling, judge=policy.judge)
+    if tree is not None:
+        return TreeSession(tree, rows)
+    return Session(pool, rows, max_new_tokens, sampling=sampling)
 
 
 def decode_alone(
@@ -256,6 +255,8 @@ def episode_of(
 ) -> Episode:
     """The response to `example` that a row holds; decisions and scores are zeros where nobody decided."""
     row, tokens = ended.row, session.response(ended.row)
+    # one decision holds for all tokens, or there is one for each of these scores
+    decided = len(tokens) if decisions is None else max(len(tokens), int(decisions[PASSES]))
     return Episode(
         example=example,
         tokens=tokens,
@@ -265,7 +266,8 @@ def episode_of(
         terminated=ended.terminated,
         ledger=session.ledger[row].copy(),
         decisions=np.zeros(COLUMNS) if decisions is None else decisions,
-        scores=np.zeros(len(tokens), dtype=np.float32) if scores is None else scores[: len(tokens)],
+        scores=np.zeros(len(tokens), dtype=np.float32) if scores is None else scores[:decided],
+        taken_back=session.taken_back(row),
     )
 
 
@@ -285,18 +287,21 @@ class DecisionRecord:
         """Forget what was done for `rows`, (n,), which begin anew."""
         self._decisions[rows] = 0
 
-    def add(self, rows: IntArray, positions: IntArray, scores: npt.NDArray[np.float32], seconds: float) -> None:
-        """Note `scores`, (n,), of `rows` at `positions`, (n,) each, which took so many seconds together."""
+    def add(self, rows: IntArray, scores: npt.NDArray[np.float32], seconds: float) -> None:
+        """Note the next `scores` of `rows`, (n,) each, which took so many seconds together."""
+        numbers = self._decisions[rows, PASSES].astype(np.int64)
+        if numbers.max() >= self._scores.shape[1]:  # tokens were taken back, and decided on again
+            self._scores = np.concatenate([self._scores, np.zeros_like(self._scores)], axis=1)
+        self._scores[rows, numbers] = scores
         self._decisions[rows, PASSES] += 1
         self._decisions[rows, SECONDS] += seconds / len(rows)
-        self._scores[rows, positions] = scores
 
     def add_whole(self, rows: IntArray, scores: npt.NDArray[np.float32]) -> None:
         """Let the scores of `rows`, (n,) each, stand for all positions of their responses."""
         self._scores[rows] = scores[:, None]
 
     def of(self, row: int) -> tuple[FloatArray, npt.NDArray[np.float32]]:
-        """Copies of a row's decisions, (COLUMNS,), and of its scores by position, (max_new_tokens,)."""
+        """Copies of a row's decisions, (COLUMNS,), and of its scores, in order, and behind them whatever is there."""
         return self._decisions[row].copy(), self._scores[row].copy()
 
 
@@ -352,7 +357,7 @@ def decode_loop(
             if np.isnan(score).any():
                 raise FloatingPointError(f"{type(policy).__name__} scored NaN; check its weights and its inputs")
             if record is not None:
-                record.add(undecided, observation.host_positions, score, time.perf_counter() - begun)
+                record.add(undecided, score, time.perf_counter() - begun)
             actions[undecided] = np.where(score >= threshold, 0, llm)
             if policy.per_response:
                 lasting[undecided] = actions[undecided]

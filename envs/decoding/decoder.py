@@ -12,7 +12,7 @@ from torch import Tensor
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS
-from envs.decoding.observation import Observation, Step
+from envs.decoding.observation import Observation, Step, TakenBack
 from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
@@ -66,6 +66,8 @@ class Decoder(ABC):
         prompts: Sequence[IntArray],
         episodes: IntArray | None = None,
         generators: Sequence[np.random.Generator] | None = None,
+        *,
+        observed: bool = True,
     ) -> FloatArray:
         """Start a new sequence in each row.
 
@@ -74,6 +76,8 @@ class Decoder(ABC):
             prompts: n arrays of token ids.
             episodes: a number for each row's episode, (n,); the rows' own numbers where None.
             generators: the source of chance of each row, needed where tokens are sampled.
+            observed: whether somebody may look at the rows' states. Where nobody does, the SLM too reads what it has
+                missed when it is chosen, and nothing else; `Step.slm_tokens` are of no use where others write.
 
         Returns:
             Ledger entries of the SLM's reading of the prompts, (n, models, COLUMNS).
@@ -139,6 +143,10 @@ class Decoder(ABC):
     @abstractmethod
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether the response of a row answers `example`."""
+
+    def taken_back(self, row: int) -> tuple[TakenBack, ...]:
+        """What was written in a row since it was started or restored and taken back, in order: nothing, as a rule."""
+        return ()
 
     def check_fit(self, name: str, prompt: IntArray, response: Sequence[int] | IntArray = ()) -> None:
         """Refuse a prompt that leaves no room for `max_new_tokens`, or a reference response longer than these.

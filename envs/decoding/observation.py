@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,15 @@ from envs.arrays import BoolArray, FloatArray, IntArray
 Features = Literal["hidden", "hidden_logits", "hidden_logits_history"]
 FEATURES: tuple[Features, ...] = get_args(Features)
 """What can be seen, each the one before and more: as published; with logit features; with the history."""
+CheckedFeatures = Literal["hidden", "hidden_logits", "hidden_logits_history", "hidden_logits_history_drafts", "drafts"]
+CHECKED_FEATURES: tuple[CheckedFeatures, ...] = get_args(CheckedFeatures)
+"""What can be seen where drafts are checked: also with what was drafted since the last call; and that alone."""
+DRAFTS: CheckedFeatures = "drafts"
 TOP = 10
 """Log-probabilities among the logit features."""
 LOGIT_FEATURES = 1 + TOP
 HISTORY_FEATURES = 2
+DRAFT_FEATURES = 4
 
 
 def check_features(features: str) -> Features:
@@ -28,10 +34,20 @@ def check_features(features: str) -> Features:
     raise ValueError(f"unknown features {features!r}; choose one of {', '.join(FEATURES)}")
 
 
+def check_checked_features(features: str) -> CheckedFeatures:
+    """`features` if it is one of CHECKED_FEATURES; an error that names them otherwise."""
+    for known in CHECKED_FEATURES:
+        if features == known:
+            return known
+    raise ValueError(f"unknown features {features!r}; choose one of {', '.join(CHECKED_FEATURES)}")
+
+
 def feature_width(features: str, width: int) -> int:
     """Numbers seen at a decision by a router of an SLM `width` wide."""
-    widths = (width, width + LOGIT_FEATURES, width + LOGIT_FEATURES + HISTORY_FEATURES)
-    return widths[FEATURES.index(check_features(features))]
+    if features == DRAFTS:
+        return DRAFT_FEATURES
+    added = (0, LOGIT_FEATURES, HISTORY_FEATURES, DRAFT_FEATURES)
+    return width + sum(added[: CHECKED_FEATURES.index(check_checked_features(features)) + 1])
 
 
 def entropy(log_probabilities: Tensor) -> Tensor:
@@ -59,6 +75,32 @@ def history_features(positions: IntArray, since_llm: IntArray) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """What is known of the tokens that the SLM wrote since a larger model last read a response, for n responses.
+
+    Attributes:
+        counts: how many they are, (n,).
+        entropies: sum of the entropies of the distributions they were chosen from, in nats, (n,).
+        surprisals: sum of their -log p under the SLM, in nats, (n,).
+        last_surprisals: -log p of the last one, (n,); 0 where there is none.
+        ended: the last one ends the response, (n,): by an end-of-sequence token, or since there is room for no more.
+        room: tokens that may still be written, (n,).
+    """
+
+    counts: IntArray
+    entropies: FloatArray
+    surprisals: FloatArray
+    last_surprisals: FloatArray
+    ended: BoolArray
+    room: IntArray
+
+    def vector(self) -> Tensor:
+        """log(1 + tokens drafted), the sums of entropies and of -log p, whether an end is drafted: float32, (n, 4)."""
+        columns = (np.log1p(self.counts), self.entropies, self.surprisals, self.ended)
+        return torch.from_numpy(np.stack([np.asarray(c, dtype=np.float32) for c in columns], axis=-1))
+
+
+@dataclass(frozen=True)
 class Observation:
     """What a policy may see of n responses that await a decision, n differing from one call to the next.
 
@@ -81,6 +123,9 @@ class Observation:
     copied when they are asked for: `host_positions`, `host_since_llm` and `host_episodes` are the same numbers as numpy
     arrays, for what is looked up by number, which on a GPU then waits for nothing.
 
+    Where drafts are checked, a drafted end of sequence is a decision too: `hidden` and the logits are then those it was
+    written by, since nobody reads it. Rows whose states are not observed have a `hidden` of no width, and no logits.
+
     Attributes:
         hidden: as above.
         logits: as above.
@@ -88,6 +133,7 @@ class Observation:
         host_episodes: `episodes`, on the host.
         host_since_llm: `since_llm`, on the host.
         kept_logit_features: what `logit_features` are where the logits are not there.
+        drafts: what was drafted since the last call; None where drafts are not checked.
         llm_prompt_states: as above.
         prompts: as above.
     """
@@ -98,6 +144,7 @@ class Observation:
     host_episodes: IntArray
     host_since_llm: IntArray
     kept_logit_features: Tensor | None = None
+    drafts: Drafts | None = None
     llm_prompt_states: Tensor | None = None
     prompts: Sequence[str] | None = None
 
@@ -134,13 +181,49 @@ class Observation:
 
     def vector(self, features: str) -> Tensor:
         """What a router of these `features` reads, one row a decision, float32, (n, feature_width)."""
-        level = FEATURES.index(check_features(features))
+        level = CHECKED_FEATURES.index(check_checked_features(features))
+        if level > 2 and self.drafts is None:
+            raise ValueError(f"features {features} are those of checked drafts; there are none here")
+        drafts = None if self.drafts is None else self.drafts.vector().to(self.hidden.device)
+        if features == DRAFTS and drafts is not None:
+            return drafts
+        if not self.hidden.shape[-1]:
+            raise ValueError(f"the rows are not observed: of them drafts are seen, not {features}")
         parts = [self.hidden.float()]
         if level > 0:
             parts.append(self.logit_features)
         if level > 1:
             parts.append(history_features(self.host_positions, self.host_since_llm).to(self.hidden.device))
+        if level > 2 and drafts is not None:
+            parts.append(drafts)
         return torch.cat(parts, dim=-1) if level else parts[0]
+
+
+class TakenBack(NamedTuple):
+    """Tokens that a model wrote and that were taken back, such as drafts that another model refused.
+
+    Attributes:
+        position: of the response, where the first of them stood.
+        writer: the model that wrote them.
+        tokens: their ids, (n,).
+    """
+
+    position: int
+    writer: int
+    tokens: IntArray
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a step checked in n rows.
+
+    Attributes:
+        kept: drafted tokens that a larger model read and let stand, (n,).
+        taken_back: what it took back, by the place of the row among the n.
+    """
+
+    kept: IntArray
+    taken_back: Mapping[int, TakenBack]
 
 
 @dataclass(frozen=True)
@@ -148,11 +231,12 @@ class Step:
     """What one routed step did to n rows.
 
     Attributes:
-        tokens: the tokens written, (n,).
+        tokens: the tokens written, (n,); UNKNOWN where none was, for an end that was drafted stands.
         slm_tokens: the tokens the SLM would have written (greedily), (n,).
         terminated: an end-of-sequence token was written, (n,).
         truncated: the limit of new tokens was reached without one, (n,).
         ledger: ledger entries of the step, (n, models, COLUMNS).
+        checks: what was checked; None where nothing is.
     """
 
     tokens: IntArray
@@ -160,3 +244,4 @@ class Step:
     terminated: BoolArray
     truncated: BoolArray
     ledger: FloatArray
+    checks: Checks | None = None

@@ -67,6 +67,7 @@ class Session(Decoder):
         generators: Sequence[np.random.Generator] | None = None,
         limits: IntArray | None = None,
         responses: Sequence[IntArray] | None = None,
+        *,
         observed: bool = True,
     ) -> FloatArray:
         """Start a new sequence in each row.
@@ -141,8 +142,7 @@ class Session(Decoder):
         for model in np.unique(actions):
             chosen = np.flatnonzero((actions == model) & ~has_read)
             if len(chosen):
-                entries, logits, tokens[chosen] = self._next(int(model), rows[chosen])
-                ledger[chosen, model] += entries
+                ledger[chosen, model], logits, tokens[chosen] = self._next(int(model), rows[chosen])
                 if uniforms is not None:
                     tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
         if uniforms is not None and has_read.any():
@@ -240,10 +240,8 @@ class Session(Decoder):
         self._check_followed(rows)
         self._catch_up(rows)
         index = torch.from_numpy(rows).to(self._hidden.device)
-        positions = self._lengths[rows] - self._prompt_lengths[rows]
-        return Observation(
-            self._hidden[index], self._logits[index], positions, self._episodes[rows], self._since_llm[rows]
-        )
+        counts = (self._lengths[rows] - self._prompt_lengths[rows], self._episodes[rows], self._since_llm[rows])
+        return Observation(self._hidden[index], self._logits[index], *counts)
 
     def read_prompts(self, rows: IntArray, model: int) -> Tensor:
         """The states of a model other than the SLM behind the prompts of `rows`, (n,); see `Decoder.read_prompts`."""
@@ -284,8 +282,7 @@ class Session(Decoder):
             hidden, logits = self.pool.models[model].feed(cache, readers, chunks)
             logits = logits[:, : self.pool.vocab_size]
             if model == 0:
-                index = torch.from_numpy(readers).to(self._hidden.device)
-                self._hidden[index], self._logits[index] = hidden.to(self._hidden), logits.to(self._logits)
+                self._keep_state(readers, hidden, logits)
             elif len(behind := np.flatnonzero(cache.lengths[readers] == self._prompt_lengths[readers])):
                 of = torch.from_numpy(behind).to(hidden.device)
                 self._prompt_states.keep(model, readers[behind], hidden[of], logits[of])
@@ -316,7 +313,9 @@ class Session(Decoder):
         """
         ahead = self._caches[model].lengths[rows] == self._lengths[rows]
         if not ahead.any():
-            entries, _, logits, greedy = self._read(model, rows)
+            entries, hidden, logits, greedy = self._read(model, rows)
+            if model == 0:
+                self._keep_state(rows, hidden, logits)
             return entries, logits, greedy
         entries, logits = np.zeros((len(rows), COLUMNS)), self._prompt_states.logits(model, rows)
         if not ahead.all():
@@ -342,6 +341,10 @@ class Session(Decoder):
         entries, hidden, logits, self._slm_tokens[rows] = self._read(0, rows)
         self._unread[rows] = False
         self.ledger[rows, 0, SECONDS] += entries[:, SECONDS]
+        self._keep_state(rows, hidden, logits)
+
+    def _keep_state(self, rows: IntArray, hidden: Tensor, logits: Tensor) -> None:
+        """Keep what the SLM made of the last tokens of rows."""
         index = torch.from_numpy(rows).to(self._hidden.device)
         self._hidden[index], self._logits[index] = hidden.to(self._hidden), logits.to(self._logits)
 

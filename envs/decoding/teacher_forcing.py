@@ -11,6 +11,7 @@ from torch import Tensor
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, WRITTEN, pass_entry
+from envs.decoding.judges import opinions
 from envs.decoding.session import Session
 
 # Logits held at once while references are read, in elements (256 MB in float32).
@@ -129,6 +130,31 @@ class TeacherSession(Session):
             what it would write in the place of the row's last token, or with `whole` what it would write next.
         """
         return self._read_every(model, self._checked(rows), None, whole)[1]
+
+    def read_with_opinions(
+        self, rows: IntArray, model: int, whole: BoolArray, asked: Sequence[IntArray]
+    ) -> tuple[list[IntArray], Tensor]:
+        """`read_along`, and what the model thinks of given tokens in the places of the last ones of each row.
+
+        Args:
+            rows: as in `read_along`.
+            model: who reads.
+            whole: as in `read_along`, for each row, (n,).
+            asked: the tokens that are thought about, n arrays; the last one in the place of the row's last token. The
+                model must not have read what stands before the first one.
+
+        Returns:
+            What `read_along` returns, and opinions on all of them, row after row, (tokens, OPINION).
+        """
+        wanted = iter(zip(np.broadcast_to(whole, len(rows)).tolist(), asked, strict=True))
+
+        def view(_: Tensor, logits: Tensor) -> Tensor:
+            behind, tokens = next(wanted)  # rows are viewed in their order
+            end = len(logits) - behind
+            return opinions(logits[end - len(tokens) : end], tokens)
+
+        thought, choices = self._read_every(model, self._checked(rows), view, whole)
+        return choices, torch.cat(thought)
 
     def _read_every(
         self,

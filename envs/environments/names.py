@@ -1,4 +1,4 @@
-"""Names that settings go by: of models, tasks, costs and rewards, so that the spec of an environment is plain JSON."""
+"""Names for models, tasks, costs, rewards and judges, so that the spec of an environment is plain JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from envs.costs import ALL_COSTS, CostModel
+from envs.decoding.judges import JUDGES, Judge
 from envs.decoding.references import References
 from envs.decoding.sampling import Sampling
 from envs.environments.rewards import OutcomeReward, Reward, ShortcutReward
@@ -30,6 +31,7 @@ REGISTRIES: Mapping[str, Mapping[str, Callable[[], Any]]] = {
     },
     "cost": {cost.name: type(cost) for cost in ALL_COSTS},
     "reward": {"outcome": OutcomeReward, "shortcut": ShortcutReward},
+    "judge": JUDGES,
 }
 """What a string stands for, by the setting it is given for."""
 
@@ -38,6 +40,7 @@ KINDS: Mapping[str, type] = {
     "task": Task,
     "cost": CostModel,
     "reward": Reward,
+    "judge": Judge,
     "sampling": Sampling,
     "tree": PrefixTree,
     "references": References,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from envs.costs import CostModel
-from envs.decoding.observation import Features, check_features
+from envs.decoding.observation import CheckedFeatures, check_features
 from envs.decoding.sampling import Sampling
 from envs.environments.prompts import Order, TooLong, check_choices
 from envs.environments.rewards import Reward
@@ -45,12 +45,16 @@ class RoutingSettings:
     max_new_tokens: int = 128
     capacity: int | None = None
     sampling: Sampling | None = None
-    features: Features = "hidden"
+    features: CheckedFeatures = "hidden"
     on_too_long: TooLong = "error"
     order: Order = "random"
     tree: PrefixTree | None = None
 
     def __post_init__(self) -> None:
         check_split(self.split)
-        check_features(self.features)
+        self._check_features()
         check_choices(on_too_long=(self.on_too_long, TooLong), order=(self.order, Order))
+
+    def _check_features(self) -> None:
+        """Refuse features that nothing is observed by."""
+        check_features(self.features)

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import ALL_COSTS, LlmTokens, Price
 from envs.decoding.decoder import Decoder
-from envs.decoding.observation import feature_width
+from envs.decoding.observation import DRAFTS, Step, feature_width
 from envs.decoding.session import Session
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, State, observation_box
 from envs.environments.names import settings_of
@@ -52,11 +52,7 @@ class RoutingEpisodes(EpisodeRows):
             pool, task = tree.pool, tree.task
         self.pool, self.task = (pool or embedded_pool()).check_choice(), task or ArithmeticTask()
         self.reward = settings.reward or OutcomeReward()
-        self.session: Decoder
-        if tree is None:
-            self.session = Session(self.pool, rows, settings.max_new_tokens, settings.capacity, settings.sampling)
-        else:
-            self.session = TreeSession(tree, rows, settings.capacity)
+        self.session = self._open(rows)
         self.source = PromptSource(
             self.task,
             settings.split,
@@ -92,7 +88,7 @@ class RoutingEpisodes(EpisodeRows):
         """Begin a response in each row, to the example given, that number of the split, or the next one drawn."""
         chosen = [self.source.choose(asked, rng) for asked, rng in zip(given, generators, strict=True)]
         examples, prompts = [example for example, _ in chosen], [prompt for _, prompt in chosen]
-        read = self.session.start(rows, prompts, generators=generators)
+        read = self.session.start(rows, prompts, generators=generators, observed=self.settings.features != DRAFTS)
         for row, example in zip(rows, examples, strict=True):
             self.examples[row] = example
             self._know_reference(row, example)
@@ -138,7 +134,7 @@ class RoutingEpisodes(EpisodeRows):
         infos: Info = {
             "token": step.tokens, "slm_token": step.slm_tokens, "model": np.array(actions), "cost": costs
         }  # fmt: skip
-        infos |= self._costs(self._step_price, ledger, "cost")
+        infos |= self._costs(self._step_price, ledger, "cost") | self._checks(step)
         return RowSteps(rewards, step.terminated, step.truncated, infos, finals)
 
     def observe(self, rows: IntArray) -> Observations:
@@ -178,6 +174,17 @@ class RoutingEpisodes(EpisodeRows):
         if example is None:
             return []
         return [(PROMPT, example.prompt), *runs(self.pool, self.session.response(row), self.session.writers(row))]
+
+    def _open(self, rows: int) -> Decoder:
+        """The decoder of so many rows."""
+        settings = self.settings
+        if settings.tree is not None:
+            return TreeSession(settings.tree, rows, settings.capacity)
+        return Session(self.pool, rows, settings.max_new_tokens, settings.capacity, settings.sampling)
+
+    def _checks(self, step: Step) -> Info:
+        """What the infos of a step say of what was checked in it, arrays of n."""
+        return {}
 
     def _know_reference(self, row: int, example: Example) -> None:
         """Keep the tokens of the reference, where the reward asks for them."""

@@ -19,13 +19,16 @@ from envs.environments.episodes import (
     EpisodeRows,
     Info,
     State,
+    all_masked,
     chosen_start,
     chosen_starts,
     generator_numbers,
     generator_of,
+    masked,
+    part,
     reset_mask,
+    scalars,
 )
-from envs.environments.infos import all_masked, masked, part, scalars
 from envs.environments.picture import picture
 from envs.environments.render import ansi
 

@@ -95,18 +95,31 @@ class TreeExpander:
             children = self.tree.children[nodes, actions]
         return children.astype(np.int64)
 
-    def read_along(self, rows: IntArray, nodes: IntArray, model: int) -> None:
-        """Learn what a model would write at every node before `nodes`, (n,), in distinct rows that it may overwrite."""
+    def read_along(self, rows: IntArray, nodes: IntArray, model: int, opinions: bool = False) -> None:
+        """Learn what a model would write at every node before `nodes`, (n,), in distinct rows that it may overwrite.
+
+        With `opinions` also what it, another one than the SLM, thinks of the SLM's token at each of them.
+        """
         self._forget_evicted()
         tree = self.tree
         paths = [tree.path(int(node))[:-1] for node in nodes]
-        todo = [i for i, path in enumerate(paths) if (tree.tokens[path, model] == UNKNOWN).any()]
+        unknown_at = [tree.tokens[path, model] == UNKNOWN for path in paths]
+        if opinions:
+            unknown_at = [tree.opinions[path, model - 1, 0] == UNKNOWN for path in paths]
+        todo = [i for i, unknown in enumerate(unknown_at) if unknown.any()]
         if not todo:
             return
         # from the prompt on: of tokens it has read already, a model does not tell again what it would write after them
         self._start(rows[todo], nodes[todo].tolist())
         self._at[rows[todo]] = nodes[todo]
-        for i, tokens in zip(todo, self.session.read_along(rows[todo], model), strict=True):
+        if opinions:
+            drafts = [tree.tokens[paths[i], 0].astype(np.int64) for i in todo]
+            last = np.zeros(len(todo), dtype=bool)
+            choices, thought = self.session.read_with_opinions(rows[todo], model, last, drafts)
+            tree.learn_opinions(np.concatenate([paths[i] for i in todo]), model, thought.float().cpu().numpy())
+        else:
+            choices = self.session.read_along(rows[todo], model)
+        for i, tokens in zip(todo, choices, strict=True):
             unknown = np.flatnonzero(tree.tokens[paths[i], model] == UNKNOWN)
             along = tokens[len(tokens) - len(paths[i]) :]
             tree.learn_tokens(paths[i][unknown], np.full(len(unknown), model), along[unknown])

@@ -18,10 +18,11 @@ import numpy.typing as npt
 import torch
 
 from envs.arrays import UNKNOWN, IntArray
+from envs.decoding.judges import OPINION, Opinions
 from envs.decoding.observation import LOGIT_FEATURES
 from envs.models.checks import gigabytes
 from envs.models.pool import ModelPool, models_manifest
-from envs.prefix_tree.tree_file import Arrays, read_tree
+from envs.prefix_tree.tree_file import OPINIONS, Arrays, read_tree
 from envs.storage import write_tensors
 from envs.tasks.task import Example, Task
 
@@ -62,6 +63,8 @@ class PrefixTree:
         ends: GOING_ON, TERMINATED or TRUNCATED, (nodes,).
         verdicts: of finished answers: 1 right, 0 wrong, UNKNOWN, (nodes,).
         judged_for: digest of the example each verdict is for, (nodes,).
+        opinions: what each larger model thinks of the SLM's token, (nodes, models - 1, OPINION); UNKNOWN where it has
+            not read.
 
     Raises:
         ValueError: the file was made by other models, another task or other settings, is damaged, or does not fit
@@ -75,7 +78,7 @@ class PrefixTree:
             raise ValueError(f"max_new_tokens must be at least 1, is {max_new_tokens}")
         self.pool, self.task, self.max_new_tokens, self.memory = pool, task, max_new_tokens, memory
         models, width = len(pool), pool.slm.width + LOGIT_FEATURES
-        self.node_bytes = 4 * width + 2 * 4 * models + 3 * 4 + 2 + 8
+        self.node_bytes = 4 * width + 2 * 4 * models + 3 * 4 + 2 + 8 + 4 * OPINION * (models - 1)
         self.capacity = memory // self.node_bytes
         if self.capacity < max_new_tokens + 1:
             raise ValueError(
@@ -115,7 +118,9 @@ class PrefixTree:
         self.ends = column("ends", np.int8)
         self.verdicts = column("verdicts", np.int8)
         self.judged_for = column("judged_for", np.int64)
+        self.opinions: Opinions = np.empty((self.capacity, models - 1, OPINION), dtype=np.float32)
         if saved is not None:
+            self.opinions[:count] = saved[OPINIONS]
             self.size = count
             offsets = saved["prompt_offsets"]
             for number, root in enumerate(saved["roots"].tolist()):
@@ -209,6 +214,11 @@ class PrefixTree:
         same = self.tokens[nodes] == tokens[:, None]
         self.children[nodes, models] = np.where(same, self.children[nodes], UNKNOWN).max(-1)
 
+    def learn_opinions(self, nodes: IntArray, model: int, opinions: Opinions) -> None:
+        """Keep what a model thinks of the SLM's token at nodes, (n, OPINION); what is known stays."""
+        new = self.opinions[nodes, model - 1, 0] == UNKNOWN
+        self.opinions[nodes[new], model - 1] = opinions[new]
+
     def path(self, node: int) -> IntArray:
         """Nodes from the root to `node`, both included."""
         nodes = np.empty(int(self.depths[node]) + 1, dtype=np.int64)
@@ -269,8 +279,7 @@ class PrefixTree:
         """Write all nodes in use to a safetensors file, whole or not at all."""
         kept = np.setdiff1d(np.arange(self.size), self._free)
         renumbered = np.full(self.size + 1, UNKNOWN, dtype=np.int32)  # the last entry is that of UNKNOWN
-        renumbered[kept] = np.arange(len(kept))
-        numbers = sorted(self.prompts)
+        renumbered[kept], numbers = np.arange(len(kept)), sorted(self.prompts)
         of_prompt = np.zeros(self._next_prompt, dtype=np.int32)
         of_prompt[numbers] = np.arange(len(numbers))
         prompts = [self.prompts[number] for number in numbers]
@@ -284,6 +293,7 @@ class PrefixTree:
             "ends": self.ends[kept],
             "verdicts": self.verdicts[kept],
             "judged_for": self.judged_for[kept],
+            OPINIONS: self.opinions[kept],
             "roots": renumbered[[self._roots[number] for number in numbers]],
             "prompt_tokens": np.concatenate([np.zeros(0, dtype=np.int64), *prompts]),
             "prompt_offsets": np.cumsum([0, *(len(prompt) for prompt in prompts)]),
@@ -319,7 +329,7 @@ class PrefixTree:
         old = nodes < mapped
         self._mapped[nodes[old]], self._fresh[nodes[~old] - mapped] = features[old], features[~old]
         self.tokens[nodes], self.children[nodes], self.verdicts[nodes] = UNKNOWN, UNKNOWN, UNKNOWN
-        self.judged_for[nodes] = 0
+        self.judged_for[nodes], self.opinions[nodes] = 0, UNKNOWN
         self.tokens[nodes, 0] = slm_tokens
 
     def _place(self, count: int) -> IntArray:

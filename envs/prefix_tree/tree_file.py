@@ -13,6 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from envs.arrays import UNKNOWN, BoolArray
+from envs.decoding.judges import OPINION
 from envs.storage import check_manifest
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -29,6 +30,8 @@ COLUMNS = {
 """One entry for each state, and its type."""
 JUDGED_FOR = "judged_for"
 """A column that trees saved before verdicts were bound to their examples do not have."""
+OPINIONS = "opinions"
+"""Likewise of trees saved before drafts were checked."""
 _NO_TEXT = (json.JSONDecodeError, UnicodeDecodeError)
 PROMPTS = {"roots": "int32", "prompt_tokens": "int64", "prompt_offsets": "int64"}
 
@@ -64,14 +67,18 @@ def read_tree(path: Path, manifest: Mapping[str, Any], width: int, models: int, 
             "verdicts": np.full(count, UNKNOWN, dtype=np.int8),
             JUDGED_FOR: np.zeros(count, dtype=np.int64),
         }
+    if OPINIONS not in arrays:
+        arrays |= {OPINIONS: np.full((len(arrays["parents"]), models - 1, OPINION), UNKNOWN, dtype=np.float32)}
     return arrays
 
 
 def _problems(arrays: Arrays, width: int, models: int, vocabulary: int, longest: int) -> Iterator[str]:
     """What makes the arrays no tree; each check relies on those before it."""
     count = len(arrays["parents"])
-    shapes = {"features": (count, width), "tokens": (count, models), "children": (count, models)}
-    kinds = {**COLUMNS, **({JUDGED_FOR: "int64"} if JUDGED_FOR in arrays else {})}
+    shapes: dict[str, tuple[int, ...]] = {OPINIONS: (count, models - 1, OPINION), "features": (count, width)}
+    shapes |= {"tokens": (count, models), "children": (count, models)}
+    later = {JUDGED_FOR: "int64", OPINIONS: "float32"}
+    kinds = {**COLUMNS, **{name: kind for name, kind in later.items() if name in arrays}}
     for name, kind in kinds.items():
         if arrays[name].shape != shapes.get(name, (count,)) or arrays[name].dtype != kind:
             yield f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from envs.arrays import UNKNOWN, FloatArray, IntArray
 from envs.costs import pass_entry, step_entries
 from envs.decoding.decoder import Decoder
-from envs.decoding.observation import Observation, Step
+from envs.decoding.observation import Drafts, Observation, Step
 from envs.decoding.sampling import Sampling
 from envs.models.checks import gigabytes
 from envs.models.pool import ModelPool
@@ -23,13 +23,17 @@ from envs.tasks.task import Example, Task
 
 
 def observation_at(
-    tree: PrefixTree, nodes: IntArray, since_llm: IntArray, episodes: IntArray | None = None
+    tree: PrefixTree,
+    nodes: IntArray,
+    since_llm: IntArray,
+    episodes: IntArray | None = None,
+    drafts: Drafts | None = None,
 ) -> Observation:
     """What may be seen at states of a tree, (n,); each an episode of its own where `episodes` is None."""
     features, width = tree.features(nodes), tree.pool.slm.width
     hidden, logits = torch_copy(features[:, :width]), torch_copy(features[:, width:])
     episodes = np.arange(len(nodes)) if episodes is None else episodes
-    return Observation(hidden, None, tree.depths[nodes].astype(np.int64), episodes, since_llm, logits)
+    return Observation(hidden, None, tree.depths[nodes].astype(np.int64), episodes, since_llm, logits, drafts)
 
 
 def torch_copy(values: npt.NDArray[np.float32]) -> Tensor:
@@ -78,6 +82,8 @@ class TreeSession(Decoder):
         prompts: Sequence[IntArray],
         episodes: IntArray | None = None,
         generators: Sequence[np.random.Generator] | None = None,
+        *,
+        observed: bool = True,
     ) -> FloatArray:
         """Start a new sequence in each row; see `Decoder.start`. Generators are not used: decoding is greedy."""
         rows = self._checked(rows)
@@ -88,8 +94,11 @@ class TreeSession(Decoder):
             self._prompts[row], self._nodes[row] = prompt, UNKNOWN
         self._nodes[rows] = self.explorer.roots(rows, prompts, pinned=False)
         self._begin(rows, prompts, episodes)
+        self._followed[rows] = self._observed[rows] = observed
         self._read[rows] = 0
-        self.ledger[rows, 0] = pass_entry(self._prompt_lengths[rows], np.zeros_like(rows), 0.0)
+        if observed:
+            self._read[rows, 0] = self._prompt_lengths[rows]
+            self.ledger[rows, 0] = pass_entry(self._prompt_lengths[rows], np.zeros_like(rows), 0.0)
         return self.ledger[rows]
 
     def step(self, rows: IntArray, actions: IntArray) -> Step:
@@ -100,8 +109,13 @@ class TreeSession(Decoder):
         tokens, slm_tokens = tree.tokens[nodes, actions].astype(np.int64), tree.tokens[nodes, 0].astype(np.int64)
         ends = tree.ends[nexts]
         terminated, truncated = ends == TERMINATED, ends == TRUNCATED
-        read = self._read[rows]
-        ledger = step_entries(actions, self._lengths[rows], read, ~terminated & self._followed[rows])
+        read, lengths = self._read[rows], self._lengths[rows]
+        ledger = step_entries(actions, lengths, read, ~terminated & self._followed[rows])
+        late = np.flatnonzero(~self._observed[rows] & (actions == 0))
+        if len(late):
+            # what nobody observes the SLM reads when it is chosen
+            ledger[late, 0] += pass_entry(lengths[late] - read[late, 0], read[late, 0], 0.0)
+            read[late, 0] = lengths[late]
         self._read[rows] = read
         self.ledger[rows] += ledger
         self._enter(rows, tokens, actions)

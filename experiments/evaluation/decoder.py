@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from agents.checking.speculative import speculate
 from agents.common.policy import Policy
 from agents.common.rollout import Episode, Scheduling, decode
 from agents.heuristics import Always
 from agents.oracle import Oracle, SearchResult
-from agents.speculative import speculate
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.task import Example, Task
@@ -65,7 +65,14 @@ class ExampleDecoder:
     def speculate(self, draft_tokens: int) -> list[Episode]:
         """Answer every example by speculative decoding."""
         return speculate(
-            self.pool, self.task, self.examples, draft_tokens, self.max_new_tokens, self.scheduling, "speculative"
+            self.pool,
+            self.task,
+            self.examples,
+            draft_tokens,
+            self.max_new_tokens,
+            self.scheduling,
+            "speculative",
+            self.tree,
         )
 
     def search(self, oracle: Oracle) -> tuple[PrefixTree, list[SearchResult]]:

@@ -18,11 +18,14 @@ class ScoreRecorder(Policy):
     """Lets the SLM write everything and keeps what each policy would have scored.
 
     Args:
-        policies: by name.
+        policies: by name; all of them with a judge, or none, and all of them observe, or none.
     """
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
         self.policies = policies
+        first = next(iter(policies.values()))
+        # nobody is called, so that any judge will do
+        self.judge, self.observes = first.judge, first.observes  # type: ignore[misc]
         self.scores: dict[str, list[Tensor]] = {name: [] for name in policies}
 
     @property
@@ -32,6 +35,9 @@ class ScoreRecorder(Policy):
 
     def score(self, observation: Observation) -> Tensor:
         first = torch.from_numpy(observation.host_positions == 0)
+        ended = torch.zeros_like(first)
+        if observation.drafts is not None:
+            ended = torch.from_numpy(observation.drafts.ended)  # of these there is one a response
         for name, policy in self.policies.items():
             once = policy.per_response
             if once and not first.any():
@@ -40,7 +46,7 @@ class ScoreRecorder(Policy):
             if not self.scores[name]:  # its first decision: before minutes of work
                 check_scores(policy, scored, len(first))
             scores = as_tensor(scored).float().cpu()
-            self.scores[name].append(scores[first] if once else scores)
+            self.scores[name].append(scores[first] if once else scores[~ended])
         return torch.ones(len(observation))
 
     def forget(self, episodes: IntArray) -> None:
@@ -51,13 +57,21 @@ class ScoreRecorder(Policy):
 def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy]) -> dict[str, FloatArray]:
     """The score that each policy gives each decision where the SLM answers alone, (decisions,) by name.
 
+    Drafted ends are left out: whether these are checked says little of where thresholds should lie.
+
     Args:
         decoder: of validation problems.
         policies: by name.
     """
-    recorder = ScoreRecorder(policies)
-    decoder.decode(recorder, 0.5, "thresholds")
-    return {name: torch.cat(scores).double().numpy() for name, scores in recorder.scores.items()}
+    groups: dict[tuple[bool, bool], dict[str, Policy]] = {}
+    for name, policy in policies.items():
+        groups.setdefault((policy.judge is None, policy.observes), {})[name] = policy
+    scores: dict[str, FloatArray] = {}
+    for group in groups.values():
+        recorder = ScoreRecorder(group)
+        decoder.decode(recorder, 0.5, "thresholds")
+        scores |= {name: torch.cat(some).double().numpy() for name, some in recorder.scores.items()}
+    return {name: scores[name] for name in policies}
 
 
 def choose_thresholds(scores: Mapping[str, FloatArray], llm_shares: Sequence[float]) -> dict[str, list[float]]:

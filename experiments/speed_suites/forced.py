@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.common.policy import Observation, Policy
-from agents.common.rollout import Episode, TakenBack
+from agents.common.rollout import Episode
 from envs.arrays import IntArray
+from envs.decoding.observation import TakenBack
 from envs.models.kv_cache import SlotCache
 from envs.models.language_model import LanguageModel
 

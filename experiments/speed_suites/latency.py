@@ -18,13 +18,13 @@ from typing import NamedTuple
 import numpy as np
 from omegaconf import DictConfig
 
+from agents.checking.speculative import speculate
 from agents.common.policy import Policy
 from agents.common.rollout import Episode, Scheduling, decode, decode_alone
 from agents.common.saving import load_policy
 from agents.heuristics import Uncertainty
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
-from agents.speculative import speculate
 from envs.arrays import FloatArray
 from envs.costs import SECONDS
 from envs.decoding.observation import feature_width

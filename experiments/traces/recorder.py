@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from agents.heuristics import Always
 from agents.oracle import SearchResult
 from envs.arrays import FloatArray
 from envs.costs import COLUMNS, response_entries
+from envs.decoding.judges import described
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from envs.tasks.task import Example, Task
-from experiments.traces.schema import LLM_ONLY, PROMPT_READERS, ROUTED, SEARCH, SPECULATIVE
+from experiments.traces.schema import CHECKED, LLM_ONLY, PROMPT_READERS, ROUTED, SEARCH, SPECULATIVE
 from experiments.traces.trace import SUFFIX, Head, Trace, traced, write_trace
 
 LIVE, TREE = "citer/TokenRouting-v1", "citer/TreeRouting-v1"
@@ -78,7 +80,12 @@ class Recorder:
             threshold: that its scores were compared with.
             priced: whether its decisions are part of the cost.
         """
-        self._write(path, episodes, self._head(name, ROUTED, policy, threshold, priced))
+        if policy.judge is None:
+            head = self._head(name, ROUTED, policy, threshold, priced)
+        else:
+            how = {"judge": described(policy.judge), "observes": policy.observes}
+            head = self._head(name, CHECKED, policy, threshold, priced, **how)
+        self._write(path, episodes, head)
 
     def llm_only(self, path: Path, episodes: Sequence[Episode], name: str) -> None:
         """Write the trace of LLM-only decoding: the routing that asks the LLM always, less the work of the SLM."""
@@ -116,7 +123,7 @@ class Recorder:
         policy: Policy | None = None,
         threshold: float | None = None,
         priced: bool = False,
-        **more: int,
+        **more: Any,
     ) -> Head:
         scheduling = self.scheduling or Scheduling()
         readers = [] if policy is None else prompt_readers(policy, len(self.pool))

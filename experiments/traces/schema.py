@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """The number of this format. A column that is added, goes or changes its meaning makes it another one."""
 ROUTED, LLM_ONLY, SPECULATIVE, SEARCH = "routed", "llm_only", "speculative", "search"
+CHECKED = "checked"
 PROMPT_READERS = "prompt_readers"
 """The setting that names, by number, models that read each prompt because the policy sees their states behind it."""
 LEDGER = {
@@ -41,7 +42,12 @@ _ENTRY = "struct<passes, read, context, pairs, written, seconds: double>"
 COLUMNS = (
     Column("schema", "int16", "the number of this format"),
     Column("environment", "string", "id of the environment whose episodes these are"),
-    Column("decoding", "string", "`routed` by a policy, `llm_only`, `speculative`, or `search` of the oracle"),
+    Column(
+        "decoding",
+        "string",
+        "`routed` by a policy, `checked` where it calls the LLM to check drafts, `llm_only`, `speculative`, or "
+        "`search` of the oracle",
+    ),
     Column("settings", "string", "JSON: what else decoding depends on, such as `max_new_tokens` and `end_tokens`"),
     Column("hardware", "string", "what ran the models: the kind of CPU that torch computes for, or the GPU"),
     Column("threads", "int32", "of torch"),
@@ -63,7 +69,10 @@ COLUMNS = (
     Column("text", "string", "the response as it is judged"),
     Column("writers", "list<int8>", "the number of the model that wrote each token of the response"),
     Column(
-        "scores", "list<float>", "the policy's score at each token, as compared with the threshold; empty: no policy"
+        "scores",
+        "list<float>",
+        "the policy's score at each decision, as compared with the threshold: one a token, of `checked` all in their "
+        "order, drafted ends among them; empty: no policy",
     ),
     Column(
         "taken_back",

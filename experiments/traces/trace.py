@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agents.common.rollout import Episode, TakenBack
+from agents.common.rollout import Episode
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS as LEDGER_COLUMNS
 from envs.costs import ModelProfile
+from envs.decoding.observation import TakenBack
 from envs.storage import write_whole
 from experiments.traces.schema import COLUMNS, LEDGER, SCHEMA, arrow_schema, example_hash
 

@@ -11,12 +11,14 @@ import numpy as np
 from agents.common.policy import Policy
 from agents.common.rollout import Episode
 from envs.arrays import FloatArray
+from envs.decoding.judges import FirstDisagreement, described
 from envs.models.pool import ModelPool, models_manifest
 from envs.progress import ProgressBar
 from envs.storage import check_manifest
 from envs.tasks.task import Example, Task
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.kept import CHOSEN, MANIFEST, KeptEvaluation
+from experiments.traces.schema import CHECKED
 from experiments.traces.trace import Trace, TracedEpisode
 from experiments.verification.episodes import (
     episode_faults,
@@ -164,10 +166,14 @@ class Verification:
                 for what in () if policy is None else reader_faults(trace.head, policy):
                     findings.fault(path, None, what)
                 if episodes:
-                    unlike, scores = unlike_tokens(self.pool, trace.head, episodes, policy)
                     repeats = not piece.part and self._repeats(trace, examples)
+                    checked = trace.head.decoding == CHECKED
+                    unlike, scores = unlike_tokens(self.pool, trace.head, episodes, None if checked else policy)
                     self._sort_out(path, trace, unlike, examples, repeats, findings)
-                    if policy is not None:
+                    if checked and policy is not None:
+                        numbers = [one.episode for one in episodes]
+                        self._check_decisions(path, trace, policy, numbers, examples, repeats, findings)
+                    elif policy is not None:
                         self._check_scores(path, trace, policy, scores, examples, repeats, findings)
                     findings.count("tokens", sum(len(episode.response) for episode in episodes))
                 progress.update()
@@ -220,6 +226,37 @@ class Verification:
         assert self.pool is not None
         return same_machine(trace.head, self.pool) and len(trace.episodes) == len(examples)
 
+    def _check_decisions(
+        self,
+        path: Path,
+        trace: Trace,
+        policy: Policy,
+        numbers: Sequence[int],
+        examples: Sequence[Example],
+        repeats: bool,
+        findings: Findings,
+    ) -> None:
+        """Compare the scores of decisions on drafts with those of the policy, which decides on all of them anew.
+
+        What was taken back was decided on too, so that reading the responses does not do.
+        """
+        assert self.pool is not None
+        if trace.head.settings["judge"] != described(policy.judge or FirstDisagreement()):
+            findings.fault(path, None, f"its judge is {trace.head.settings['judge']}, the policy's is {policy.judge}")
+        if not repeats:
+            findings.unchecked.append(
+                f"{path}: scores: drafts are decided on anew on the kind of machine that did alone"
+            )
+            return
+        again = replayed(self.pool, self.task, examples, trace, policy)
+        scores = {n: again[n].scores.astype(np.float64) for n in numbers}
+        traced = {one.episode: one.scores for one in trace.episodes}
+        for number in numbers:
+            if len(scores[number]) != len(traced[number]):
+                findings.fault(path, number, f"{len(traced[number])} decisions, the policy takes {len(scores[number])}")
+                del scores[number]
+        self._check_scores(path, trace, policy, scores, examples, repeats, findings)
+
     def _check_scores(
         self,
         path: Path,
@@ -245,7 +282,7 @@ class Verification:
             at = int(off.argmax())
             if off[at] > tolerance:
                 said, computed = own[at], found[number][at]
-                findings.fault(path, number, f"the score at token {at} is {said:g}, the policy scores {computed:g}")
+                findings.fault(path, number, f"the score at decision {at} is {said:g}, the policy scores {computed:g}")
             findings.count("scores", len(off))
             findings.largest_score_difference = max(findings.largest_score_difference, float(off[at]))
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from agents.common.policy import Policy, as_tensor
 from envs.arrays import FloatArray, IntArray
 from envs.decoding.decoder import since_at_each
+from envs.decoding.judges import judge_of
 from envs.decoding.observation import Observation
 from envs.decoding.teacher_forcing import LOGITS_AT_ONCE
 from envs.models.pool import ModelPool
-from experiments.traces.schema import SPECULATIVE
+from experiments.traces.schema import CHECKED, SPECULATIVE
 from experiments.traces.trace import Head, TracedEpisode
+from experiments.verification.checking import wrong_verdicts
 
 TOGETHER = 64
 """Sequences that share a pass at most; fewer where memory was planned for fewer."""
@@ -120,13 +122,17 @@ def unlike_tokens(
         # the LLM has checked every token of speculative decoding
         checks = head.decoding == SPECULATIVE and model == last
         observed = model == 0 and policy is not None
-        read = [one for one in episodes if checks or observed or (one.writers == model).any()]
+        judge = judge_of(head.settings["judge"]) if head.decoding == CHECKED and model == last else None
+        read = [one for one in episodes if checks or judge or observed or (one.writers == model).any()]
         for part in forced(pool, model, [one.prompt for one in read], [one.response for one in read]):
             seen = [(read[number], made) for number, made in part]
             for episode, made in seen:
                 own = np.ones(len(episode.response), dtype=bool) if checks else episode.writers == model
                 for place in np.flatnonzero(own & (made.greedy != episode.response)).tolist():
                     unlike.append(_unlike(pool, model, episode.episode, place, episode.response, made))
+                if judge is not None:
+                    wrong = wrong_verdicts(judge, head, episode, made.logits)
+                    unlike += [Unlike(episode.episode, *verdict) for verdict in wrong]
             if observed and policy is not None:
                 scores |= scored(policy, seen, pool)
     return unlike + _unlike_drafts(pool, episodes), scores

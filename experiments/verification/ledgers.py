@@ -9,8 +9,9 @@ import numpy as np
 
 from envs.arrays import FloatArray
 from envs.costs import COLUMNS, WRITTEN, pass_entry, response_entries
-from experiments.traces.schema import LLM_ONLY, PROMPT_READERS, SPECULATIVE
+from experiments.traces.schema import CHECKED, LLM_ONLY, PROMPT_READERS, SPECULATIVE
 from experiments.traces.trace import Head, TracedEpisode
+from experiments.verification.checking import walk
 
 
 def expected_ledger(head: Head, episode: TracedEpisode) -> FloatArray:
@@ -20,6 +21,8 @@ def expected_ledger(head: Head, episode: TracedEpisode) -> FloatArray:
         ValueError: nothing writes a response like this; the error says what is wrong with it.
     """
     models = len(head.models)
+    if head.decoding == CHECKED:
+        return walk(head, episode).entries
     if head.decoding == SPECULATIVE:
         return speculative_entries(episode, models, head.settings)
     readers = head.settings.get(PROMPT_READERS, ())
@@ -36,6 +39,8 @@ def expected_decisions(head: Head, episode: TracedEpisode) -> int:
     """How many decisions a policy took for an episode."""
     if head.policy_fingerprint is None:
         return 0
+    if head.decoding == CHECKED:
+        return len(episode.scores)
     return 1 if head.per_response else len(episode.response)
 
 

@@ -16,7 +16,7 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import VALIDATION
 from experiments.evaluation.kept import VALIDATED, KeptEvaluation
 from experiments.traces.recorder import LIVE, TREE
-from experiments.traces.schema import LLM_ONLY, ROUTED, SEARCH, SPECULATIVE
+from experiments.traces.schema import CHECKED, LLM_ONLY, ROUTED, SEARCH, SPECULATIVE
 from experiments.traces.trace import SUFFIX, Trace, read_trace
 
 ROUNDING = 1e-9
@@ -104,7 +104,8 @@ def _all_pieces(evaluation: KeptEvaluation) -> list[Piece]:
         wanted = {**every, "policy": path.stem, "policy_profile": None, **baselines.get(path.stem, {})}
         pieces.append(Piece(path, wanted, counts_of(manifest, path.stem in VALIDATION)))
     for name, fingerprint in manifest["policies"].items():
-        own = {"policy": name, "decoding": ROUTED, "policy_fingerprint": fingerprint}
+        # the fingerprint says whether it has a judge
+        own = {"policy": name, "decoding": (ROUTED, CHECKED), "policy_fingerprint": fingerprint}
         for number, threshold in enumerate(evaluation.thresholds[name]):
             for under, shared in (("", every), (VALIDATED, validation)):
                 kept = evaluation.runs / under / name / f"{number:02d}{ANSWERS}"

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from agents.checking.speculative import speculate
 from agents.common.policy import VIEWS, Observation, Policy
 from agents.common.rollout import Episode, Scheduling, decode
-from agents.speculative import speculate
+from envs.decoding.judges import judge_of
 from envs.models.pool import ModelPool
 from envs.tasks.task import Example, Task
 from experiments.traces.recorder import LIVE, hardware_of
-from experiments.traces.schema import PROMPT_READERS, SEARCH, SPECULATIVE
+from experiments.traces.schema import CHECKED, PROMPT_READERS, SEARCH, SPECULATIVE
 from experiments.traces.trace import Head, Trace
 
 
@@ -47,6 +48,23 @@ class RecordedOnce(Recorded):
     per_response = True
 
 
+class RecordedScores(Policy):
+    """Decides on drafts as a trace says, one decision after the other.
+
+    Args:
+        trace: of a policy with a judge, its threshold among what holds.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.scores = {episode.episode: iter(episode.scores.tolist()) for episode in trace.episodes}
+        self.judge = judge_of(trace.head.settings["judge"])
+        self.observes = bool(trace.head.settings["observes"])  # type: ignore[misc]
+
+    def score(self, observation: Observation) -> Tensor:
+        # behind the end of what was decided ends are accepted
+        return torch.tensor([next(self.scores.get(n, iter(())), 1.0) for n in observation.host_episodes.tolist()])
+
+
 def same_machine(head: Head, pool: ModelPool) -> bool:
     """Whether a trace was made by live decoding on such hardware, with as many threads: bits repeat then."""
     live = head.environment == LIVE and head.decoding != SEARCH
@@ -74,6 +92,8 @@ def replayed(
     scheduling = Scheduling(settings["rows"], settings["gather"])
     if trace.head.decoding == SPECULATIVE:
         return speculate(pool, task, examples, settings["draft_tokens"], settings["max_new_tokens"], scheduling)
+    if policy is None and trace.head.decoding == CHECKED:
+        policy = RecordedScores(trace)
     if policy is None or threshold is None:
         policy, threshold = (RecordedOnce if trace.head.per_response else Recorded)(trace), 0.5
     return decode(pool, task, examples, policy, threshold, settings["max_new_tokens"], scheduling)

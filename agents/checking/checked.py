@@ -1,0 +1,319 @@
+"""Checking by risk: the LLM is called before a draft of the SLM is too likely not to stand.
+
+A router learns whether the judge would take back the SLM's next token, and so the probability that it stands. The
+product over what was drafted since the last call is the probability that all of that stands, and it is compared with a
+threshold before each token. Labels are what the LLM thinks of the SLM's tokens on training problems: no search, no
+rollouts, and two passes over each answer. The answers are the policy's own, round after round, as in DAgger (Ross et
+al., AISTATS 2011, algorithm 3.1) with the judge as the expert; in the first round the SLM's entropies decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from agents.checking.entropy import CheckedEntropy
+from agents.common.policy import Learner, Observation, Policy, TrainingRun
+from agents.common.rollout import Episode, Scheduling, decode
+from agents.common.saving import saved_as
+from agents.router.dataset import LabelledTokens
+from agents.router.policy import RouterPolicy, restored_network
+from agents.router.training import RouterTraining, fit_router
+from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.costs import PASSES
+from envs.decoding.decoder import check_fit, sequence_capacity, since_at_each
+from envs.decoding.judges import OPINION, Gap, Judge, Opinions, described, judge_of
+from envs.decoding.observation import LOGIT_FEATURES, all_features, check_features
+from envs.decoding.teacher_forcing import TeacherSession
+from envs.models.pool import ModelPool, models_manifest
+from envs.progress import ProgressBar
+from envs.storage import read_tensors, write_tensors
+from envs.tasks.task import Example
+
+
+@saved_as("checked")
+@dataclass
+class CheckedPolicy(RouterPolicy):
+    """Calls the LLM by the probability that all stands that was drafted since the last call.
+
+    The network gives the probability that the SLM's next token stands. The score is the product of these over the
+    tokens drafted since the last call and the one that would be drafted next: exp(-sum of -log(1 - risk)). At a drafted
+    end the product is over what was drafted, to the power of `end_weight`: what is let go there nobody checks later.
+
+    Attributes:
+        judge: which drafted tokens stand; the network was trained for it.
+        end_weight: of the sum at a drafted end.
+    """
+
+    observes: ClassVar[bool] = True
+
+    features: str = "hidden_logits_history"
+    judge: Judge = field(default_factory=Gap, kw_only=True)
+    end_weight: float = field(default=1.0, kw_only=True)
+    # by episode: log-probabilities that the first 1, 2, ... tokens since the last call all stand
+    _standing: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def score(self, observation: Observation) -> Tensor:
+        """See `Policy`.
+
+        Raises:
+            ValueError: the policy was not asked at each token of a draft.
+        """
+        drafts = observation.drafts
+        assert drafts is not None, "a policy with a judge sees drafts"
+        logits = self.network(observation.vector(self.features))
+        own = np.where(drafts.ended, 0.0, torch.nn.functional.logsigmoid(logits.double()).cpu().numpy())
+        total = self._before(observation.host_episodes, drafts.counts) + own
+        for episode, count, ended, value in zip(
+            observation.host_episodes.tolist(),
+            drafts.counts.tolist(),
+            drafts.ended.tolist(),
+            total.tolist(),
+            strict=True,
+        ):
+            if not ended:
+                self._standing[episode][count:] = [value]
+        return torch.from_numpy(np.exp(np.where(drafts.ended, self.end_weight, 1.0) * total))
+
+    def _before(self, episodes: IntArray, counts: IntArray) -> FloatArray:
+        """Log-probabilities that all drafted tokens stand, (n,), as far as the network was asked before."""
+        found = []
+        for episode, count in zip(episodes.tolist(), counts.tolist(), strict=True):
+            known = self._standing.setdefault(episode, [])
+            if count > len(known):
+                raise ValueError(
+                    f"episode {episode}: {count} tokens are drafted, and the policy was asked at {len(known)} of them; "
+                    "ask it at each, from the beginning of the response or the last call on"
+                )
+            found.append(known[count - 1] if count else 0.0)
+        return np.array(found)
+
+    def forget(self, episodes: IntArray) -> None:
+        for episode in episodes.tolist():
+            self._standing.pop(episode, None)
+
+    def about(self) -> str:
+        return f"{super().about()} {described(self.judge)} {self.end_weight}"
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "judge": described(self.judge), "end_weight": self.end_weight}
+
+    @classmethod
+    def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
+        return cls(
+            restored_network(settings, tensors, pool),
+            settings["models"],
+            settings["features"],
+            settings["calibration"],
+            judge=judge_of(settings["judge"]),
+            end_weight=settings["end_weight"],
+        )
+
+
+class JudgedStates(NamedTuple):
+    """States that a policy came to, and whether the SLM's token stands there.
+
+    Attributes:
+        seen: what the network sees, float16, (n, width).
+        stands: the judge's verdicts, (n,).
+        examples: the number of the problem each is from, (n,).
+        answers: of the answers that came to them the accuracy, and means of the calls and of the drafts of which
+            something was taken back, (3,).
+    """
+
+    seen: Tensor
+    stands: BoolArray
+    examples: IntArray
+    answers: FloatArray
+
+    def row(self) -> dict[str, float]:
+        """As learners report it."""
+        names = ("accuracy", "calls", "drafts_taken_back")
+        about = {"states": len(self.stands), "risk": float(1 - self.stands.mean())}
+        return dict(zip(names, self.answers.tolist(), strict=True)) | about
+
+
+def until_refused(stands: BoolArray, since_llm: IntArray) -> BoolArray:
+    """The states of a response that its drafts come to under the judge, (n,).
+
+    A draft stands up to its first token that does not; so between two tokens of the LLM the states behind the first one
+    whose token is taken back are left out.
+
+    Args:
+        stands: whether the SLM's token stands in each state, (n,).
+        since_llm: tokens since the LLM last wrote, (n,).
+    """
+    refused: IntArray = np.cumsum(~stands) - ~stands  # before each state
+    return np.asarray(refused == refused[np.arange(len(stands)) - since_llm])
+
+
+def judged_states(pool: ModelPool, episodes: Sequence[Episode], judge: Judge, features: str, rows: int) -> JudgedStates:
+    """Read answers with both models, and judge the SLM's token in each of their states.
+
+    Args:
+        pool: the models; the last one is asked.
+        episodes: the answers, whose positions number the examples.
+        judge: whose verdicts are the labels.
+        features: what the network sees, one of `envs.decoding.observation.FEATURES`.
+        rows: answers read at once.
+    """
+    longest = max(len(episode.tokens) for episode in episodes)
+    prompts = [pool.encode(episode.example.prompt) for episode in episodes]
+    capacity = max(len(prompt) for prompt in prompts) + longest
+    session = TeacherSession(pool, rows, longest, capacity)
+    seen, stands, examples = [], [], []
+    for first in range(0, len(episodes), rows):
+        part = episodes[first : first + rows]
+        own, responses = np.arange(len(part)), [episode.tokens for episode in part]
+        states, thought = _read(session, own, prompts[first : first + rows], responses)
+        for number, (episode, state, opinions) in enumerate(zip(part, states, thought, strict=True)):
+            since, verdicts = since_at_each(episode.writers), judge.stands(opinions)
+            kept = np.flatnonzero(until_refused(verdicts, since))
+            width = state.shape[1] - LOGIT_FEATURES
+            at = state[torch.from_numpy(kept).to(state.device)]
+            vectors = Observation(
+                at[:, :width], None, kept, kept, since[kept], kept_logit_features=at[:, width:]
+            ).vector(features)
+            seen.append(vectors.half().cpu())
+            stands.append(verdicts[kept])
+            examples.append(np.full(len(kept), first + number))
+    answers = [(one.correct, one.ledger[-1, PASSES], len(one.taken_back)) for one in episodes]
+    return JudgedStates(
+        torch.cat(seen), np.concatenate(stands), np.concatenate(examples), np.array(answers, dtype=float).mean(0)
+    )
+
+
+def _read(
+    session: TeacherSession, rows: IntArray, prompts: Sequence[IntArray], responses: Sequence[IntArray]
+) -> tuple[list[Tensor], list[Opinions]]:
+    """What the SLM makes of each state of responses, and what the LLM thinks of the token it would write there."""
+    llm = len(session.pool) - 1
+    states, choices = session.start_references(rows, prompts, responses, view=all_features)
+    # anew: of what it has read a model does not tell again what it thinks
+    session.start(rows, prompts, responses=responses, observed=False)
+    drafts = [chosen[:, 0] for chosen in choices]
+    _, opinions = session.read_with_opinions(rows, llm, np.zeros(len(rows), dtype=bool), drafts)
+    thought = opinions.reshape(-1, OPINION).float().cpu().numpy()
+    return states, np.split(thought, np.cumsum([len(one) for one in responses])[:-1])
+
+
+@dataclass(frozen=True)
+class Checked(Learner[CheckedPolicy]):
+    """Learns the risk that the judge takes the SLM's next token back.
+
+    Args:
+        examples: training problems; all of the train split where None.
+        rounds: of answering and training; in the first the SLM's entropies decide when the LLM is called, in later ones
+            the policy so far, whose states are added.
+        threshold: of the answers that states are taken from.
+        judge: which drafted tokens stand.
+        end_weight: of the sum of -log(1 - risk) at a drafted end, which the threshold is compared with too.
+        features: what the network sees, one of `envs.decoding.observation.FEATURES`.
+        max_new_tokens: the longest response.
+        training: how the network is trained.
+        scheduling: how responses share passes.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    examples: int | None = 4000
+    rounds: int = 3
+    threshold: float = 0.5
+    judge: Judge = field(default_factory=Gap)
+    end_weight: float = 1.0
+    features: Literal["hidden", "hidden_logits", "hidden_logits_history"] = "hidden_logits_history"
+    max_new_tokens: int = 128
+    training: RouterTraining = field(default_factory=RouterTraining)
+    scheduling: Scheduling = field(default_factory=Scheduling)
+
+    def __post_init__(self) -> None:
+        check_features(self.features)
+        if (self.examples is not None and self.examples < 2) or self.rounds < 1:
+            raise ValueError(f"examples ({self.examples}) must be at least 2 and rounds ({self.rounds}) at least 1")
+        if not 0 < self.threshold < 1 or self.end_weight < 0:
+            raise ValueError(
+                f"threshold must be in (0, 1), is {self.threshold}; end_weight must be at least 0, is {self.end_weight}"
+            )
+
+    def train(self, run: TrainingRun) -> CheckedPolicy:
+        pool = run.pool
+        examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
+        capacity = sequence_capacity(pool, self.max_new_tokens, None)
+        for example in examples:
+            check_fit(f"example {example.id}", pool.encode(example.prompt), (), capacity, self.max_new_tokens)
+        policy: Policy = CheckedEntropy(self.judge)
+        rounds: list[JudgedStates] = []
+        for number in ProgressBar(range(1, self.rounds + 1), desc="rounds"):
+            # what was decoded is kept when a run is interrupted; the policy is, by its checkpoint
+            file = run.file(f"states-{number}.safetensors")
+            kept = _kept(file)
+            if kept is None:
+                kept = self._visited(run, examples, policy)
+                if file is not None:
+                    _keep(file, kept)
+            rounds.append(kept)
+            run.track({"run": f"round {number}", **kept.row()})
+            policy = self._trained(run, rounds, number)
+        assert isinstance(policy, CheckedPolicy)
+        return policy
+
+    def _visited(self, run: TrainingRun, examples: Sequence[Example], policy: Policy) -> JudgedStates:
+        """The states that a policy comes to, judged."""
+        episodes = decode(
+            run.pool,
+            run.task,
+            examples,
+            policy,
+            self.threshold,
+            max_new_tokens=self.max_new_tokens,
+            scheduling=self.scheduling,
+            label="answers",
+        )
+        rows = min(len(episodes), self.scheduling.rows_for(run.pool))
+        return judged_states(run.pool, episodes, self.judge, self.features, rows)
+
+    def _trained(self, run: TrainingRun, rounds: Sequence[JudgedStates], number: int) -> CheckedPolicy:
+        name = f"round {number}"
+        seen, stands, examples, _ = zip(*rounds, strict=True)
+        data = LabelledTokens.in_memory(torch.cat(seen), np.concatenate(stands), np.concatenate(examples))
+        checkpoint = run.file(f"round-{number}.safetensors")
+        network, report = fit_router(
+            data, self.training, run.seed, run.track, device=run.pool.slm.device, label=name, checkpoint=checkpoint
+        )
+        run.track({"run": name, **report})
+        return CheckedPolicy(
+            network,
+            models_manifest(run.pool),
+            self.features,
+            report,
+            judge=self.judge,
+            end_weight=self.end_weight,
+        )
+
+
+def _keep(file: Path, states: JudgedStates) -> None:
+    numbers = {"stands": states.stands, "examples": states.examples, "answers": states.answers}
+    write_tensors(file, {"seen": states.seen, **{name: torch.from_numpy(some) for name, some in numbers.items()}})
+
+
+def _kept(file: Path | None) -> JudgedStates | None:
+    """What `_keep` wrote; None where there is no such file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if file is None or not file.is_file():
+        return None
+    try:
+        found = read_tensors(file)
+        return JudgedStates(found["seen"], *(found[name].numpy() for name in JudgedStates._fields[1:]))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); delete it, and it is made anew") from error

@@ -1,0 +1,101 @@
+"""Greedy speculative decoding: what the LLM would write, for less than it takes alone; the price to beat.
+
+Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", the greedy case: the SLM drafts a
+few tokens, the LLM reads them all in one pass, which tells what it would have written in the place of each, and the
+first that it would not have written is replaced by its own. Of the checked process it is the policy that calls after
+so many tokens, or behind a token that the SLM was not sure of, and takes back at the first disagreement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+
+from agents.common.policy import Observation, Policy, Scores
+from agents.common.rollout import Episode, Scheduling, decode
+from envs.costs import COLUMNS
+from envs.decoding.judges import FirstDisagreement, Judge
+from envs.models.pool import ModelPool
+from envs.prefix_tree.tree import PrefixTree
+from envs.tasks.task import Example, Task
+
+
+@dataclass(frozen=True)
+class Speculative(Policy):
+    """Calls the LLM behind a draft; scores are 1 where the SLM drafts on and 0 where it is called.
+
+    A drafted end is checked. The last token that there is room for is not drafted: the LLM writes one behind a draft.
+
+    Args:
+        draft_tokens: the longest draft.
+        confidence: a draft ends behind a token whose probability under the SLM is below this; 0: at no token.
+        judge: which drafted tokens stand; without loss those that the LLM would have written.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    observes: ClassVar[bool] = False
+
+    draft_tokens: int = 16
+    confidence: float = 0.0
+    judge: Judge = field(default_factory=FirstDisagreement)
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens < 1:
+            raise ValueError(f"draft_tokens must be at least 1, is {self.draft_tokens}")
+        if not 0 <= self.confidence <= 1:
+            raise ValueError(f"confidence must be in [0, 1], is {self.confidence}")
+
+    def score(self, observation: Observation) -> Scores:
+        drafts = observation.drafts
+        assert drafts is not None, "a policy with a judge sees drafts"
+        unsure = (drafts.counts > 0) & (np.exp(-drafts.last_surprisals) < self.confidence)
+        return 1.0 - (drafts.ended | unsure | (drafts.counts >= self.draft_tokens) | (drafts.room <= 1))
+
+
+def speculate(
+    pool: ModelPool,
+    task: Task,
+    examples: Sequence[Example],
+    draft_tokens: int = 16,
+    max_new_tokens: int = 128,
+    scheduling: Scheduling | None = None,
+    label: str | None = None,
+    tree: PrefixTree | None = None,
+) -> list[Episode]:
+    """Answer every example with the tokens the LLM alone would write, most of them drafted by the SLM.
+
+    Drafts that are right count as the SLM's tokens. The ledger has each pass that was made, those for drafts that were
+    forgotten too: that is the price of speculation. An LLM pass that checks needs its output head at every drafted
+    position, where the ledger counts it once, as for any pass.
+
+    Args:
+        pool: the models; the first drafts, the last one checks.
+        task: judges the answers.
+        examples: what to answer; their positions number the episodes.
+        draft_tokens: how many tokens the SLM drafts before the LLM checks them; fewer where it ends the response or
+            nears its limit.
+        max_new_tokens: the longest response.
+        scheduling: how rows share passes.
+        label: of the progress bar; none is shown without.
+        tree: a replay tree of this pool and task to walk instead of decoding; nothing is timed then.
+
+    Returns:
+        Episodes in the order of `examples`, with the drafts that were refused as what was taken back. Counting is no
+        decision: decisions and scores are zeros.
+
+    Raises:
+        ValueError: there are no examples or draft tokens, or a prompt does not fit the cache.
+    """
+    policy = Speculative(draft_tokens)
+    episodes = decode(
+        pool, task, examples, policy, 0.5, max_new_tokens, scheduling or Scheduling(gather=1.0), label=label, tree=tree
+    )
+    return [
+        replace(one, decisions=np.zeros(COLUMNS), scores=np.zeros(len(one.tokens), dtype=np.float32))
+        for one in episodes
+    ]

@@ -1,0 +1,205 @@
+"""The checking step: the SLM drafts, a larger model reads all that was drafted, a judge says what stands.
+
+A larger model that is called reads every token it has missed anyway, for one reading of its weights. So a call tells,
+for nothing more, what it thinks of each token the SLM wrote since the last call, and a bad one can be taken back.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
+from envs.costs import COLUMNS, WRITTEN
+from envs.decoding.decoder import Decoder
+from envs.decoding.judges import Judge
+from envs.decoding.observation import Checks, Drafts, Step, TakenBack
+
+NO_END, END, FULL = 0, 1, 2
+"""What the last drafted token is: no end, an end-of-sequence token, or the last one that there is room for."""
+DRAFT_BOOKS = ("_draft_entropies", "_draft_surprisals", "_last_surprisals", "_ends", "_gone")
+"""What is kept of all rows beside the books of every decoder."""
+
+
+class Called(NamedTuple):
+    """What calls came to in n rows.
+
+    Attributes:
+        tokens: that the models wrote, (n,); UNKNOWN where a drafted end stands.
+        kept: how many drafted tokens stand, (n,).
+        taken_back: the others, (n,) arrays.
+    """
+
+    tokens: IntArray
+    kept: IntArray
+    taken_back: Sequence[IntArray]
+
+
+class CheckingDecoder(Decoder):
+    """What live and replayed checking share: the step, and the books of what was drafted since the last call.
+
+    Action 0 lets the SLM draft the next token. Where it has drafted an end, which is an end-of-sequence token or the
+    last token that there is room for, action 0 accepts it, and the response is over. Action k calls model k: it reads
+    all that was drafted since a larger model was called last, `judge` says which beginning of that stands, the rest was
+    never written, and model k writes the next token, unless a drafted end stands.
+
+    A call writes a token that nobody takes back, or ends the response, so that every response ends.
+
+    Of a row that was started unobserved nothing is seen but `Drafts`, and the SLM reads what it has missed when it
+    drafts the next token, in the same pass: as in speculative decoding.
+    """
+
+    judge: Judge
+
+    def taken_back(self, row: int) -> tuple[TakenBack, ...]:
+        """What was taken back of a row since it was started or restored, in order."""
+        return tuple(self._taken_back[row])
+
+    def taken_back_tokens(self, row: int) -> int:
+        """How many tokens of a row were taken back since it was started."""
+        return int(self._gone[row])
+
+    def read_prompts(self, rows: IntArray, model: int) -> Tensor:
+        """Refused: a model that is called reads the prompt with the first draft.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"rows {np.asarray(rows).tolist()} are of a session that checks drafts, where no model reads prompts by "
+            "itself; a policy with a judge sees the SLM's states and the text"
+        )
+
+    def drafts(self, rows: IntArray) -> Drafts:
+        """What was drafted in `rows`, (n,), since a larger model read them last."""
+        room = self._longest(rows) - (self._lengths[rows] - self._prompt_lengths[rows])
+        sums = (self._draft_entropies[rows], self._draft_surprisals[rows], self._last_surprisals[rows])
+        return Drafts(self._since_llm[rows], *sums, self._ends[rows] != NO_END, room)
+
+    def step(self, rows: IntArray, actions: IntArray) -> Step:
+        """Draft a token in each row, accept a drafted end, or call a model; see the class, and `Decoder.step`."""
+        rows, actions = self._checked_step(rows, actions)
+        ends, calls = self._ends[rows], actions > 0
+        accepts = ~calls & (ends != NO_END)
+        if not (calls | accepts).any():
+            return self._draft(rows)
+        n = len(rows)
+        # of an unobserved row it is known where it was drafted
+        tokens, slm_tokens = np.full(n, UNKNOWN), np.where(self._observed[rows], self._slm_would_write(rows), UNKNOWN)
+        terminated, truncated = accepts & (ends == END), accepts & (ends == FULL)
+        ledger, kept = np.zeros((n, len(self.pool), COLUMNS)), np.zeros(n, dtype=np.int64)
+        self._active[rows[accepts]] = False
+        some = np.flatnonzero(~calls & ~accepts)
+        if len(some):
+            step = self._draft(rows[some])
+            tokens[some], slm_tokens[some], ledger[some] = step.tokens, step.slm_tokens, step.ledger
+        taken_back: dict[int, TakenBack] = {}
+        some = np.flatnonzero(calls)
+        if len(some):
+            called = rows[some]
+            begun = self._lengths[called] - self._since_llm[called] - self._prompt_lengths[called]
+            before = self.ledger[called]
+            tokens[some], kept[some], gone = self._call(called, actions[some])
+            ledger[some] = self.ledger[called] - before
+            for i, place, back in zip(some.tolist(), (begun + kept[some]).tolist(), gone, strict=True):
+                if len(back):
+                    taken_back[i] = TakenBack(place, 0, back)
+                    self._taken_back[rows[i]].append(taken_back[i])
+                    self._gone[rows[i]] += len(back)
+            stands = tokens[some] == UNKNOWN
+            terminated[some] = np.where(stands, ends[some] == END, np.isin(tokens[some], self.pool.end_tokens))
+            full = self._lengths[called] - self._prompt_lengths[called] >= self._longest(called)
+            truncated[some] = ~terminated[some] & full
+            self._active[called] = ~(terminated | truncated)[some]
+            self._forget_drafts(called)
+        return Step(tokens, slm_tokens, terminated, truncated, ledger, Checks(kept, taken_back))
+
+    def state(self, rows: IntArray) -> dict[str, npt.NDArray[Any]]:
+        """Where `rows`, (n,), stand, in numbers; see `Decoder.state`."""
+        return super().state(rows) | self._books_of(rows, *DRAFT_BOOKS)  # type: ignore[safe-super]
+
+    def restore(
+        self,
+        rows: IntArray,
+        state: Mapping[str, npt.NDArray[Any]],
+        generators: Sequence[np.random.Generator] | None = None,
+    ) -> None:
+        """Let `rows`, (n,), stand where others stood; see `Decoder.restore`."""
+        self._set_books(self._checked(rows), state, *DRAFT_BOOKS)
+        for row in rows:
+            self._taken_back[row] = []
+        super().restore(rows, state, generators)  # type: ignore[safe-super]
+
+    def _open_books(self) -> None:
+        super()._open_books()
+        self._draft_entropies: FloatArray = np.zeros(self.rows)  # these sums and the last are of the time since a call
+        self._draft_surprisals: FloatArray = np.zeros(self.rows)
+        self._last_surprisals: FloatArray = np.zeros(self.rows)
+        self._ends: npt.NDArray[np.int8] = np.zeros(self.rows, dtype=np.int8)
+        self._gone: IntArray = np.zeros(self.rows, dtype=np.int64)  # tokens that were taken back
+        self._taken_back: list[list[TakenBack]] = [[] for _ in range(self.rows)]
+
+    def _begin(self, rows: IntArray, prompts: Sequence[IntArray], episodes: IntArray | None) -> None:
+        super()._begin(rows, prompts, episodes)
+        self._forget_drafts(rows)
+        self._gone[rows] = 0
+        for row in rows:
+            self._taken_back[row] = []
+
+    def _forget_drafts(self, rows: IntArray) -> None:
+        self._ends[rows] = NO_END
+        self._draft_entropies[rows] = self._draft_surprisals[rows] = self._last_surprisals[rows] = 0.0
+
+    def _enter_drafts(self, rows: IntArray, entropies: FloatArray, surprisals: FloatArray, step: Step) -> Step:
+        """Enter what a step of the SLM has drafted; its ends await a decision."""
+        self._draft_entropies[rows] += entropies
+        self._draft_surprisals[rows] += surprisals
+        self._last_surprisals[rows] = surprisals
+        self._ends[rows] = step.terminated * END + step.truncated * FULL
+        self._active[rows] = True
+        never = np.zeros((2, len(rows)), dtype=bool)
+        nothing = Checks(np.zeros(len(rows), dtype=np.int64), {})
+        return Step(step.tokens, step.tokens.copy(), never[0], never[1], step.ledger, nothing)
+
+    def _cut(self, rows: IntArray, lengths: IntArray) -> list[IntArray]:
+        """Forget tokens of rows beyond `lengths`, (n,), which were not written then; what they were."""
+        whole = self._lengths[rows]
+        gone = [self._tokens[row, a:b].copy() for row, a, b in zip(rows, lengths, whole, strict=True)]
+        self.ledger[rows, 0, WRITTEN] -= whole - lengths
+        self._lengths[rows] = lengths
+        return gone
+
+    @abstractmethod
+    def _draft(self, rows: IntArray) -> Step:
+        """Let the SLM write a token in each row."""
+
+    @abstractmethod
+    def _call(self, rows: IntArray, models: IntArray) -> Called:
+        """Let models, (n,), read the drafts of rows, and write behind what stands."""
+
+    @abstractmethod
+    def _slm_would_write(self, rows: IntArray) -> IntArray:
+        """The SLM's next tokens, (n,); of a row in which it has drafted an end of sequence, this."""
+
+    @abstractmethod
+    def _longest(self, rows: IntArray) -> IntArray:
+        """The longest response of each row, (n,)."""
+
+
+def agreed(stands: BoolArray, counts: IntArray) -> IntArray:
+    """How long the longest beginning of each draft is that stands, (n,).
+
+    Args:
+        stands: of the tokens of all drafts, one after the other.
+        counts: tokens of each draft, (n,).
+    """
+    kept = counts.copy()
+    drafts = np.repeat(np.arange(len(counts)), counts)
+    places = np.arange(len(stands)) - np.repeat(np.cumsum(counts) - counts, counts)
+    np.minimum.at(kept, drafts[~stands], places[~stands])
+    return kept

@@ -1,0 +1,116 @@
+"""Checking drafts along a prefix tree: known states and known opinions are array work."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from envs.arrays import UNKNOWN, IntArray
+from envs.costs import WRITTEN, pass_entry
+from envs.decoding.checking import END, NO_END, Called, CheckingDecoder, agreed
+from envs.decoding.judges import FirstDisagreement, Judge
+from envs.decoding.observation import Observation, Step
+from envs.prefix_tree.tree import PrefixTree
+from envs.prefix_tree.tree_session import TreeSession, observation_at
+
+
+class CheckedTreeSession(CheckingDecoder, TreeSession):
+    """Walks a tree as `CheckedSession` decodes: the same tokens, endings, observations and ledger, but for seconds.
+
+    Args:
+        tree: what is known, and gains what is not.
+        rows: sequences in flight.
+        capacity: the longest sequence, prompt and response; the pool's capacity where None.
+        judge: says which drafted tokens stand; `FirstDisagreement` where None.
+
+    Raises:
+        ValueError: the tree's memory cannot hold the sequences in flight.
+    """
+
+    def __init__(self, tree: PrefixTree, rows: int, capacity: int | None = None, judge: Judge | None = None) -> None:
+        super().__init__(tree, rows, capacity)
+        self.judge = judge or FirstDisagreement()
+
+    def observe(self, rows: IntArray) -> Observation:
+        """What a policy may see of `rows`, (n,), all of them observed or none; see `CheckedSession.observe`."""
+        rows = np.asarray(rows, dtype=np.int64)
+        since, drafts = self._since_llm[rows], self.drafts(rows)
+        if not self._observed[rows].all():
+            positions, hidden = self._lengths[rows] - self._prompt_lengths[rows], torch.zeros(len(rows), 0)
+            return Observation(hidden, None, positions, self._episodes[rows], since, drafts=drafts)
+        self._check_followed(rows)
+        seen = observation_at(self.tree, self._read_nodes(rows), since, self._episodes[rows], drafts)
+        # a drafted end of sequence stands behind the state that is seen
+        seen.host_positions[:] = self.tree.depths[self._nodes[rows]]
+        return seen
+
+    def _read_nodes(self, rows: IntArray) -> IntArray:
+        """The nodes of what the SLM reads of rows, (n,): of a drafted end of sequence the one before it."""
+        nodes = self._nodes[rows]
+        ended = self._ends[rows] == END
+        return np.where(ended, self.tree.parents[nodes], nodes) if ended.any() else nodes
+
+    def _draft(self, rows: IntArray) -> Step:
+        width = self.pool.slm.width
+        # the first logit features: entropy, and the log-probability of the token that is drafted
+        known = self.tree.features(self._nodes[rows])[:, width : width + 2].astype(np.float64)
+        step = TreeSession.step(self, rows, np.zeros_like(rows))
+        return self._enter_drafts(rows, known[:, 0], -known[:, 1], step)
+
+    def _call(self, rows: IntArray, models: IntArray) -> Called:
+        tree, nodes, counts, whole = self.tree, self._nodes[rows], self._since_llm[rows], self._lengths[rows]
+        # the nodes each drafted token was written at, draft after draft, and where its first one stands among them
+        places, starts = self._drafted_at(nodes, counts), np.cumsum(counts) - counts
+        readers = np.repeat(models - 1, counts)
+        unread = np.unique(np.repeat(np.arange(len(rows)), counts)[tree.opinions[places, readers, 0] == UNKNOWN])
+        for model in np.unique(models[unread]).tolist():
+            some = unread[models[unread] == model]
+            self.explorer.read_along(rows[some], nodes[some], model, opinions=True)
+        kept = agreed(self.judge.stands(tree.opinions[places, readers]), counts)
+        ended = self._ends[rows] != NO_END
+        standing = ended & (kept == counts)
+        at = nodes.copy()
+        cut = np.flatnonzero(kept < counts)
+        at[cut] = places[starts[cut] + kept[cut]]
+
+        # each model reads to the end of the draft, but for the end of the response
+        read, lengths = self._read[rows], whole - counts + kept
+        n = np.arange(len(rows))
+        new = whole - ended - read[n, models]
+        self.ledger[rows, models] += pass_entry(new, read[n, models], 0.0)
+        read[n, models] += new
+        read = np.minimum(read, lengths[:, None])
+        gone = self._cut(rows, lengths)
+        tokens = np.full(len(rows), UNKNOWN)
+        some = np.flatnonzero(~standing)
+        if len(some):
+            writing, by = rows[some], models[some]
+            self._nodes[writing] = at[some]
+            nexts = self.explorer.step(writing, at[some], by)
+            tokens[some] = tree.tokens[at[some], by]
+            self._nodes[writing] = nexts
+            self._enter(writing, tokens[some], by)
+            self.ledger[writing, by, WRITTEN] += 1
+            going_on = some[self._followed[writing] & ~np.isin(tokens[some], self.pool.end_tokens)]
+            self.ledger[rows[going_on], 0] += pass_entry(np.ones_like(going_on), lengths[going_on], 0.0)
+            read[going_on, 0] += 1
+        self._read[rows] = read
+        return Called(tokens, kept, gone)
+
+    def _drafted_at(self, nodes: IntArray, counts: IntArray) -> IntArray:
+        """The nodes at which the last `counts` tokens before `nodes` were written, (sum of counts,), row after row."""
+        rows = np.arange(len(nodes))
+        ends, longest = np.cumsum(counts), int(counts.max(initial=0))
+        places: IntArray = np.empty(int(counts.sum()), dtype=np.int64)
+        nodes = nodes.copy()
+        for back in range(1, longest + 1):
+            rows = rows[counts[rows] >= back]
+            nodes[rows] = self.tree.parents[nodes[rows]]
+            places[ends[rows] - back] = nodes[rows]
+        return places
+
+    def _slm_would_write(self, rows: IntArray) -> IntArray:
+        return np.asarray(self.tree.tokens[self._read_nodes(rows), 0], dtype=np.int64)
+
+    def _longest(self, rows: IntArray) -> IntArray:
+        return np.full(len(rows), self.max_new_tokens)

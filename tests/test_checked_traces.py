@@ -1,0 +1,88 @@
+"""Evaluations of policies that check drafts, against their traces."""
+
+import numpy as np
+import pytest
+
+from agents.checking.entropy import CheckedEntropy
+from agents.checking.speculative import Speculative
+from envs.decoding.judges import Gap
+from experiments.evaluation.kept import KeptEvaluation
+from experiments.evaluation.runner import evaluate
+from experiments.evaluation.settings import EvaluationSettings
+from experiments.traces.trace import read_trace, write_trace
+from experiments.verification.evaluation import Verification
+
+SETTINGS = EvaluationSettings(
+    examples=5, threshold_examples=4, llm_shares=(0.1, 0.4), oracle_budget=0, draft_tokens=4, transcripts=0, bootstrap=5
+)
+
+
+@pytest.fixture(scope="module")
+def run(pool, task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checked") / "run"
+    policies = {"checked_entropy": CheckedEntropy(), "adaptive": Speculative(32, 0.6)}
+    evaluate(pool, task, policies, SETTINGS, folder)
+    return folder, policies
+
+
+@pytest.fixture
+def verified(run, pool, task, monkeypatch):
+    """Verifies what is there; the policies are those that were evaluated."""
+    folder, policies = run
+    monkeypatch.setattr(
+        "experiments.verification.policies.Policies._find", lambda self, name: policies.get(name, "unknown")
+    )
+
+    def check():
+        return Verification(task, pool).check(KeptEvaluation.read(folder / "runs" / "manifest.json"))
+
+    return check
+
+
+def test_checked_answers_are_verified_with_all_their_decisions(run, verified):
+    found = verified()
+    assert not found.faults
+    assert not [one for one in found.unchecked if "config.yaml" not in one]  # no program made this run
+    traces = [read_trace(path) for path in run[0].glob("runs/**/*.parquet")]
+    checked = [trace for trace in traces if trace.head.decoding == "checked"]
+    assert {trace.head.policy for trace in checked} == {"checked_entropy", "adaptive"}
+    assert any(one.taken_back for trace in checked for one in trace.episodes)
+    decisions = sum(len(one.scores) for trace in traces for one in trace.episodes)
+    assert found.counts["scores"] == decisions
+
+
+def lowered(one, trace):
+    drafting = np.flatnonzero(one.scores >= trace.head.threshold)
+    one.scores[drafting[0]] = trace.head.threshold / 2
+
+
+def other_draft(one, trace):
+    one.taken_back[0].tokens[0] += 1
+
+
+def other_judge(one, trace):
+    trace.head.settings["judge"]["tau"] = 1e9
+
+
+def other_ledger(one, trace):
+    one.ledger[1, 0] += 1
+
+
+@pytest.mark.parametrize("change", [lowered, other_draft, other_judge, other_ledger])
+def test_what_is_changed_is_found(run, verified, change):
+    paths = sorted(run[0].glob("runs/checked_entropy/*.parquet"))
+    path = next(path for path in paths if any(one.taken_back for one in read_trace(path).episodes))
+    kept = path.read_bytes()
+    trace = read_trace(path)
+    change(next(one for one in trace.episodes if one.taken_back), trace)
+    write_trace(path, trace)
+    try:
+        assert any(fault.file == path for fault in verified().faults)
+    finally:
+        path.write_bytes(kept)
+
+
+def test_thresholds_are_quantiles_of_scores_before_drafted_ends(run):
+    thresholds = KeptEvaluation.read(run[0] / "runs" / "manifest.json").manifest["thresholds"]["checked_entropy"]
+    assert 0 < thresholds[0] < thresholds[-1] < 1
+    assert CheckedEntropy().judge == Gap(2.0)
