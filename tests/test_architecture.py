@@ -1,6 +1,7 @@
 """What the layout promises: imports point one way, between packages and between the rooms of one; files stay small."""
 
 import ast
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -349,3 +350,16 @@ def test_conf_holds_no_code():
 def test_the_packages_tested_are_those_of_this_repository():
     for package in (envs, agents, experiments):
         assert Path(package.__file__).parent.parent == ROOT
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the files lie outside a repository")
+def test_a_checkout_and_its_history_stay_small():
+    """At most 60 MB of files, and 100 MB of history, results and weights included."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    files = [ROOT / name for name in git("ls-files", "-z").split("\0") if name]
+    assert sum(path.stat().st_size for path in files if path.is_file()) <= 60e6
+    history = ROOT / git("rev-parse", "--git-common-dir").strip()
+    assert sum(path.stat().st_size for path in (history / "objects").rglob("*") if path.is_file()) <= 100e6

@@ -102,6 +102,21 @@ def test_an_interval_over_seeds_is_a_t_interval():
     assert alike == (pytest.approx(0.4), pytest.approx(0.4))
 
 
+def test_the_interval_of_a_share_has_a_width_and_stays_within_its_range():
+    for count, right in ((20, 20), (300, 300), (300, 0), (20, 19)):
+        correct = np.arange(count) < right
+        share = Estimate((resampled(count, 500, 0) @ correct)[None])
+        low, high = share.share_interval(count)
+        assert 0 <= low < high <= 1
+        assert low - 1e-9 <= share.value <= high + 1e-9
+    # all of 300 right: a policy that is right on 98.8 % of all problems would be in one of 40 samples
+    low, high = Estimate(np.ones((3, 501))).share_interval(300)
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 300)), 1)
+    # three seeds far apart: their t interval goes beyond 1, a share does not
+    far = Estimate(np.array([[0.9], [0.99], [0.99]]) * np.ones(501))
+    assert far.interval()[1] > 1 == far.share_interval(300)[1]
+
+
 def test_what_has_no_value_has_no_interval():
     assert Estimate(np.full((2, 5), np.nan)).interval() == (None, None)
     assert Estimate(np.array([[0.3, 0.3, np.nan]])).interval() == (None, None)

@@ -11,7 +11,7 @@ from agents.common.curves import Hull
 from envs.arrays import FloatArray
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
-from experiments.measures.intervals import Estimate, estimates, resampled
+from experiments.measures.intervals import Estimate, described, estimates, resampled
 from experiments.measures.metrics import LEVELS
 
 SHARES = np.linspace(0, 1, 1001)
@@ -172,6 +172,9 @@ def operating_points(
                     **{f"cost_{key}": cost for key, cost in costs.items()},
                 }
             )
-        measured = {key: one.described() for key, one in estimates(rows).items()}
+        of_rows = estimates(rows)
+        measured = {key: one.described() for key, one in of_rows.items()}
+        share = of_rows["accuracy"]
+        measured["accuracy"] = described(share.value, share.share_interval(weights.shape[1]))
         points[f"{level:.2f}"] = {"thresholds": chosen, **measured}
     return points

@@ -308,5 +308,5 @@ def band(sweeps: Sequence[Sweep], weights: FloatArray) -> list[list[float | None
     rows: list[list[float | None]] = []
     for cost in np.linspace(lowest, 1, BAND_POINTS):
         at = np.stack([hull.accuracy_at(np.maximum(cost, hull.costs[:, 0])) for hull in hulls])
-        rows.append([round(float(cost), 6), *Estimate(at).interval()])
+        rows.append([round(float(cost), 6), *Estimate(at).share_interval(weights.shape[1])])
     return rows

@@ -76,6 +76,24 @@ class Estimate:
         """The value and its interval, as summaries hold them."""
         return described(self.value, self.interval())
 
+    def share_interval(self, examples: int) -> Interval:
+        """The 95 % interval of a share of examples, within 0 and 1.
+
+        Where all examples are alike, resampling shows no spread; there it is that of Clopper and Pearson (1934).
+
+        Args:
+            examples: how many there are.
+        """
+        low, high = self.interval()
+        if low is None or high is None:
+            return low, high
+        extreme = TAIL ** (1 / examples)
+        if np.isclose(self.value, 1):
+            low = min(low, extreme)
+        elif np.isclose(self.value, 0):
+            high = max(high, 1 - extreme)
+        return max(low, 0.0), min(high, 1.0)
+
     def less(self, other: Estimate) -> tuple[float, Interval]:
         """The difference from another policy's, and its 95 % interval."""
         difference = self.value - other.value
