@@ -13,6 +13,10 @@ from experiments.evaluation.answers import Answers
 from experiments.traces.trace import read_trace, write_trace
 
 
+class NothingToChangeError(Exception):
+    """A run has nothing that can be corrupted in a way."""
+
+
 def copied(source, target):
     """A copy of a run, whose files can be changed."""
     shutil.rmtree(target, ignore_errors=True)
@@ -48,7 +52,7 @@ def of_episode(change, **chosen):
                     episodes[number] = changed
                     write_trace(Path(path), replace(trace, episodes=episodes))
                     return Path(path).name
-        raise AssertionError("nothing can be corrupted like this")
+        raise NothingToChangeError
 
     return corruption
 
