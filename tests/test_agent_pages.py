@@ -10,6 +10,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from agents.checking.checked import Checked
 from agents.citer import Citer
 from agents.collm import CoLlm
 from agents.common.policy import policy_from
@@ -25,6 +26,7 @@ from agents.query_routing.uniroute import UniRouteKMeans, UniRouteLearned
 from agents.r2r import R2R
 from agents.rl.algorithms import DEFAULTS
 from agents.router.training import RouterTraining
+from envs.tasks.arithmetic import ArithmeticTask
 from experiments.common.help import CONF
 from experiments.evaluation.runner import Evaluation
 from experiments.evaluation.settings import EvaluationSettings
@@ -227,6 +229,11 @@ def test_collm_logs_the_rows_that_are_said(pool, task):
 @pytest.mark.slow
 def test_r2r_logs_the_rows_that_are_said(pool, task):
     assert fitted(R2R(examples=12, training=QUICK, scheduling=FEW), pool, task) == keys("r2r") | ROUTER
+
+
+def test_checked_logs_the_rows_that_are_said(pool):
+    learner = Checked(examples=12, rounds=2, max_new_tokens=44, training=QUICK, scheduling=FEW)
+    assert fitted(learner, pool, ArithmeticTask("easy")) == keys("checked") | ROUTER
 
 
 def test_query_routers_log_the_rows_that_are_said(pool, task):

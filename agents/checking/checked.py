@@ -228,7 +228,7 @@ class Checked(Learner[CheckedPolicy]):
     rounds: int = 3
     threshold: float = 0.5
     judge: Judge = field(default_factory=Gap)
-    end_weight: float = 1.0
+    end_weight: float = 16.0
     features: Literal["hidden", "hidden_logits", "hidden_logits_history"] = "hidden_logits_history"
     max_new_tokens: int = 128
     training: RouterTraining = field(default_factory=RouterTraining)

@@ -17,7 +17,7 @@ import numpy as np
 from agents.common.policy import Observation, Policy, Scores
 from agents.common.rollout import Episode, Scheduling, decode
 from envs.costs import COLUMNS
-from envs.decoding.judges import FirstDisagreement, Judge
+from envs.decoding.judges import FirstDisagreement, Gap, Judge
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.task import Example, Task
@@ -55,6 +55,19 @@ class Speculative(Policy):
         assert drafts is not None, "a policy with a judge sees drafts"
         unsure = (drafts.counts > 0) & (np.exp(-drafts.last_surprisals) < self.confidence)
         return 1.0 - (drafts.ended | unsure | (drafts.counts >= self.draft_tokens) | (drafts.room <= 1))
+
+
+@dataclass(frozen=True)
+class RelaxedAcceptance(Speculative):
+    """The same, but for the judge: a drafted token is accepted that the LLM finds almost as likely as its own.
+
+    Args:
+        draft_tokens: the longest draft.
+        confidence: a draft ends behind a token whose probability under the SLM is below this; 0: at no token.
+        judge: which drafted tokens stand.
+    """
+
+    judge: Judge = field(default_factory=Gap)
 
 
 def speculate(
