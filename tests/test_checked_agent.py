@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from agents.checking.checked import Checked, CheckedPolicy, judged_states, until_refused
+from agents.checking.speculative import RelaxedAcceptance, Speculative
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode
 from agents.common.saving import load_policy
@@ -182,7 +183,7 @@ def test_it_learns_to_call_where_the_llm_takes_back_and_nowhere_else(make_tokeni
     pool = ModelPool([successors("slm", tokenizer, END), successors("llm", tokenizer, END, t12=20)])
     training = RouterTraining(epochs=30, units=[16], batch_size=64, lr=1e-2)
     # of a script the logits say nothing: each token is as sure as any
-    learner = Checked(examples=30, rounds=1, features="hidden", max_new_tokens=MAX_NEW, training=training)
+    learner = Checked(30, 1, end_weight=1.0, features="hidden", max_new_tokens=MAX_NEW, training=training)
     policy = learner.fit(pool, task)
     for episode in decode(pool, task, task.examples("test", 10), policy, 0.5, MAX_NEW):
         # behind token 12 the LLM goes on with 20, and the SLM would with 13
@@ -225,6 +226,18 @@ def test_a_saved_policy_decides_as_before(pool, easy, trained, tmp_path):
     first, second = (decode(pool, easy, examples, one, 0.6, 44) for one in (policy, found))
     assert [one.tokens.tolist() for one in first] == [one.tokens.tolist() for one in second]
     assert [one.scores.tolist() for one in first] == [one.scores.tolist() for one in second]
+
+
+def test_relaxed_acceptance_is_speculative_decoding_but_for_its_judge(kin):
+    task, scheduling = Letters(), Scheduling(rows=10)
+    examples = task.examples("test", 10)
+
+    def answers(policy):
+        return [one.tokens.tolist() for one in decode(kin, task, examples, policy, 0.5, MAX_NEW, scheduling)]
+
+    lossless = answers(Speculative(4))
+    assert answers(RelaxedAcceptance(4, judge=FirstDisagreement())) == lossless
+    assert answers(RelaxedAcceptance(4, judge=Gap(1.0))) != lossless
 
 
 @pytest.mark.parametrize(

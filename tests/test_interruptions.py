@@ -78,6 +78,8 @@ PROGRAMS = {
     "citer": training("citer", *COLLECTING, *EVALUATED, same_bytes=("policy/*", "round-*/*")),
     "r2r": training("r2r_small", *COLLECTING, same_bytes=("policy/*", "paths/*")),
     "expert": training("expert", "agent.examples=16", "agent.training.epochs=4", "agent.oracle.budget=10"),
+    "checked": training("checked", "agent.examples=24", "agent.rounds=2", "agent.training.epochs=4",
+        same_bytes=("policy/*", "states-*.safetensors", "round-*.safetensors")),
     "collm": training("collm", "agent.examples=40", "agent.training.epochs=4", "agent.validation_examples=6"),
     "tapo": training("tapo_scratch", "agent.examples=16", "agent.iterations=5", "agent.batch=8", "agent.branches=2",
         *SELECTING),
