@@ -182,7 +182,8 @@ def test_a_small_leaderboard_writes_its_page_and_makes_no_run_twice(tmp_path):
 def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path):
     command = [
         sys.executable, "-m", "experiments.leaderboard", f"hydra.run.dir={tmp_path / 'run'}", "agents=[citer_s,random]",
-        "first=citer_s", "seeds=[0]", '+departures.citer_s=["agent.preferences=nowhere"]', f"target={tmp_path / 'PAGE.md'}",
+        "first=citer_s", "seeds=[0]", '+departures.citer_s=["agent.preferences=nowhere"]',
+        f"target={tmp_path / 'PAGE.md'}",
         'train=["experiment=benchmark","evaluation.examples=8","evaluation.oracle=0","evaluation.threshold_examples=4"]',
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
