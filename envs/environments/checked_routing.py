@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
 
 from envs.decoding.checked_session import CheckedSession
 from envs.decoding.decoder import Decoder
 from envs.decoding.judges import Gap, Judge
 from envs.decoding.observation import CheckedFeatures, Step, check_checked_features
 from envs.environments.episodes import Info
-from envs.environments.names import settings_of
 from envs.environments.settings import RoutingSettings
 from envs.environments.token_routing import RoutingEnv, RoutingEpisodes, RoutingVectorEnv
-from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.prefix_tree.checked_tree_session import CheckedTreeSession
 
 
@@ -56,6 +52,7 @@ class CheckedEpisodes(RoutingEpisodes):
         settings: what they are made with.
     """
 
+    settings_kind = CheckedSettings
     settings: CheckedSettings
     session: CheckedSession | CheckedTreeSession
 
@@ -134,23 +131,11 @@ class CheckedRoutingEnv(RoutingEnv):
     """
 
     episodes: CheckedEpisodes
-
-    def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
-        EpisodeEnv.__init__(self, CheckedEpisodes(1, settings_of(CheckedSettings, settings)), render_mode)
+    episodes_kind = CheckedEpisodes
 
 
 class CheckedRoutingVectorEnv(RoutingVectorEnv):
     """`num_envs` checked processes decoded together; see `CheckedRoutingEnv` and `RoutingVectorEnv`."""
 
     episodes: CheckedEpisodes
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        **settings: Any,
-    ) -> None:
-        episodes = CheckedEpisodes(num_envs, settings_of(CheckedSettings, settings))
-        EpisodeVectorEnv.__init__(self, episodes, render_mode, autoreset_mode)
+    episodes_kind = CheckedEpisodes

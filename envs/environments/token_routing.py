@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
@@ -43,6 +43,12 @@ class RoutingEpisodes(EpisodeRows):
 
     options = ("example", "index")
     row_options = ("examples", "indices")
+    settings_kind: ClassVar[type[RoutingSettings]] = RoutingSettings
+
+    @classmethod
+    def made_with(cls, rows: int, settings: Mapping[str, Any]) -> Self:
+        """So many rows, by the settings that a user gives, names among them."""
+        return cls(rows, settings_of(cls.settings_kind, settings))
 
     def __init__(self, rows: int, settings: RoutingSettings) -> None:
         super().__init__(rows)
@@ -281,9 +287,10 @@ class RoutingEnv(EpisodeEnv):
     """
 
     episodes: RoutingEpisodes
+    episodes_kind: ClassVar[type[RoutingEpisodes]] = RoutingEpisodes
 
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
-        super().__init__(RoutingEpisodes(1, settings_of(RoutingSettings, settings)), render_mode)
+        super().__init__(self.episodes_kind.made_with(1, settings), render_mode)
 
 
 class RoutingVectorEnv(EpisodeVectorEnv):
@@ -295,6 +302,7 @@ class RoutingVectorEnv(EpisodeVectorEnv):
     """
 
     episodes: RoutingEpisodes
+    episodes_kind: ClassVar[type[RoutingEpisodes]] = RoutingEpisodes
 
     def __init__(
         self,
@@ -304,4 +312,4 @@ class RoutingVectorEnv(EpisodeVectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **settings: Any,
     ) -> None:
-        super().__init__(RoutingEpisodes(num_envs, settings_of(RoutingSettings, settings)), render_mode, autoreset_mode)
+        super().__init__(self.episodes_kind.made_with(num_envs, settings), render_mode, autoreset_mode)
