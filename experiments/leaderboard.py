@@ -1,6 +1,6 @@
 """Train and evaluate agents with several seeds on the same problems, and write a page: BENCHMARK.md.
 
-    make benchmark    # every agent of conf/agent, three seeds each
+    make benchmark    # the core agents of conf/leaderboard.yaml, three seeds each
     python -m experiments.leaderboard agents=[citer,mine.Impatient] seeds=[0] hydra.run.dir=outputs/mine
 
 Each agent and seed is a run of `experiments.train` in a folder of its own below the run's folder, with a log; runs

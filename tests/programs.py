@@ -31,6 +31,17 @@ LIMIT = 300.0
 """Seconds after which a program hangs."""
 
 
+def composed(program, *overrides):
+    """The settings of a program, as its command line would give them."""
+    from hydra import compose, initialize_config_dir
+
+    from experiments.common.config import CONF, register_schemas
+
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose(program, overrides=list(overrides))
+
+
 def call(script, *overrides):
     """Call a program in this process, whose log is afterwards as it was."""
     before, root = list(sys.argv), logging.getLogger()

@@ -5,26 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from experiments.common.config import CONF, register_schemas
+from experiments.common.config import CONF
 from experiments.reporting.leaderboard_page import headlines, ranked, standing
 from experiments.training.many import Run, check, runs_of
+from tests.programs import composed
 
 ROOT = CONF.parent
 
 
-def compose_evaluation(*overrides):
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base=None):
-        return compose("train", overrides=list(overrides)).evaluation
-
-
 def settings(*overrides):
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base=None):
-        return compose("leaderboard", overrides=list(overrides))
+    return composed("leaderboard", *overrides)
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -60,7 +52,7 @@ STARTS = re.compile(r"\bstart\b\s*[=:]\s*(\d[\d_]*)")
 def test_nothing_else_opens_the_test_problems_of_the_core_table():
     """They stand in one file; no code, configuration or command starts among them, or a thousand problems before."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    opened = compose_evaluation("experiment=benchmark")
+    opened = composed("train", "experiment=benchmark").evaluation
     assert (opened.split, opened.start, opened.examples) == ("test", 4000, 1000)
     found = {
         name

@@ -4,15 +4,15 @@ import os
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
-from experiments.common.config import CONF, register_schemas
+from experiments.common.config import CONF
 from experiments.evaluation.kept import MANIFEST, KeptEvaluation
 from experiments.published.run_file import RUNS, PublishedRun
 from experiments.published.store import Store
 from experiments.training.many import runs_of
 from experiments.verification.evaluation import Verification
 from tests.corruptions import CORRUPTIONS, NothingToChangeError, copied, corrupt
+from tests.programs import composed
 
 ARITHMETIC = Store(CONF.parent / "experiments" / "results" / "arithmetic")
 ROWS = {path.stem: path for path in ARITHMETIC.rows()}
@@ -21,14 +21,8 @@ EPISODES = 24
 SOAK = os.environ.get("CITER_SOAK")
 
 
-def core_runs(folder, seeds):
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base=None):
-        return runs_of(compose("leaderboard", overrides=[f"seeds={seeds}"]), folder)
-
-
 def test_the_core_table_was_made_with_the_settings_that_it_has_today(tmp_path):
-    runs = core_runs(tmp_path, [0, 1, 2])
+    runs = runs_of(composed("leaderboard"), tmp_path)
     assert ROWS.keys() <= {run.name for run in runs}
     ARITHMETIC.check_settings([run for run in runs if run.seed == 0])
 

@@ -42,19 +42,15 @@ def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return float(np.mean(known)) if len(known) == len(seeds) else None
 
     first = seeds[0]
-    read = [one.get("tokens_read") for one in seeds]
+    read, computed = ([one.get(key) for one in seeds] for key in ("tokens_read", "cpu_seconds"))
     learned = "examples" in first
     return {
         "problems": first.get("examples"),
         "features": first.get("features"),
         "parameters": first.get("parameters"),
         "llm_tokens": mean([None if one is None else one[-1] for one in read]) if learned else None,
-        "minutes": _minutes(mean([one.get("cpu_seconds") for one in seeds])) if learned else None,
+        "minutes": mean([None if one is None else one / 60 for one in computed]) if learned else None,
     }
-
-
-def _minutes(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds / 60
 
 
 def entries(
