@@ -68,7 +68,15 @@ def copy_files(source: Path, target: Path, pattern: str = "*") -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors, and words about them, as safetensors."""
+    """Write tensors, and words about them, as safetensors.
+
+    Raises:
+        OSError: they cannot be written.
+        ValueError: more than one entry of metadata, whose order in the file each process draws anew; the same contents
+            make the same bytes.
+    """
+    if metadata is not None and len(metadata) > 1:
+        raise ValueError(f"{path}: give {list(metadata)} as one entry")
 
     def write(partial: Path) -> None:
         try:

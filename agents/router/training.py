@@ -255,28 +255,28 @@ class _RouterFit:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-        metadata = {"about": self._about(), "history": json.dumps(self.history), "best_loss": repr(self.best_loss)}
-        write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, metadata)
+        kept = {"about": self._about(), "history": self.history, "best_loss": self.best_loss}
+        write_tensors(path, {name: value.contiguous() for name, value in tensors.items()}, {"fit": json.dumps(kept)})
 
     def restore(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt", device=str(self.device)) as file:
-                metadata = file.metadata() or {}
+                kept = dict(json.loads((file.metadata() or {}).get("fit", "{}")))
                 # copies, as those of read_tensors
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, RuntimeError, TypeError) as error:
+        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no readable checkpoint; delete it, and training begins anew") from error
-        if metadata.get("about") != self._about():
+        if kept.get("about") != self._about():
             raise ValueError(
-                f"{path} is the checkpoint of {metadata.get('about')}, this run is {self._about()}; delete it or "
+                f"{path} is the checkpoint of {kept.get('about')}, this run is {self._about()}; delete it or "
                 "give this run another folder"
             )
         try:
-            self._restore(tensors, metadata)
+            self._restore(tensors, kept)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, and training begins anew") from error
 
-    def _restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def _restore(self, tensors: Mapping[str, Tensor], kept: Mapping[str, Any]) -> None:
         """Go on from the contents of a checkpoint; errors of any kind where they do not belong together."""
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}}
         state: dict[int, dict[str, Tensor]] = {}
@@ -287,15 +287,15 @@ class _RouterFit:
                 state.setdefault(int(number), {})[key] = value
             else:
                 parts[kind][rest] = value
-        kept = {number: {key: value.shape for key, value in of.items()} for number, of in state.items()}
+        found = {number: {key: value.shape for key, value in of.items()} for number, of in state.items()}
         shapes = [parameter.shape for parameter in self.network.parameters()]
-        if kept != {n: {"step": torch.Size(), "exp_avg": s, "exp_avg_sq": s} for n, s in enumerate(shapes)}:
+        if found != {n: {"step": torch.Size(), "exp_avg": s, "exp_avg_sq": s} for n, s in enumerate(shapes)}:
             raise ValueError("the optimiser's state is not that of the network")
         copy.deepcopy(self.network).load_state_dict(parts["best"])
         self.network.load_state_dict(parts["network"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.best, self.best_loss = parts["best"], float(metadata["best_loss"])
-        history = json.loads(metadata["history"])
+        self.best, self.best_loss = parts["best"], float(kept["best_loss"])
+        history = list(kept["history"])
         if not all(math.isfinite(row["validation_loss"]) and row["epoch"] == n for n, row in enumerate(history)):
             raise ValueError("the history is not that of epochs")
         self.history = history
