@@ -24,7 +24,7 @@ test: $(STAMP) ## run the tests, except the slow ones
 	$(BIN)/python -m pytest
 
 test-slow: pretrained ## run the slow tests
-	$(BIN)/python -m pytest -n 0 -m slow
+	$(BIN)/python -m pytest -m slow
 
 # what promises the same bits: what is saved and read again, decoding, resumed training
 BITS := tests/test_saving.py tests/test_saved_before.py tests/test_session.py tests/test_agents.py
