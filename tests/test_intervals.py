@@ -193,7 +193,7 @@ def test_the_cheapest_that_reaches_is_chosen_whatever_the_order():
     assert cheapest_reaching(runs[3:], 0.95, "bytes") == 0
 
 
-def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share):
+def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share, rising=True):
     """A policy whose LLM share is its threshold: which thresholds are tried, in turn, and what comes out."""
     order = []
 
@@ -203,7 +203,7 @@ def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share)
         return answers(right(accuracy(threshold)), cost(threshold))
 
     quantiles = np.linspace(0, 1, 1001)
-    return order, *try_thresholds(thresholds, at, (SLM, LLM), quantiles, "bytes", refine)
+    return order, *try_thresholds(thresholds, at, (SLM, LLM), quantiles, "bytes", refine, rising)
 
 
 def test_thresholds_are_bisected_not_all_tried():
@@ -221,6 +221,28 @@ def test_who_never_gets_there_is_tried_at_few_thresholds_in_whatever_order_they_
     order, _, runs = tried_by(lambda share: 0.4, [0.7, 0.1, 0.5, 0.3, 0.6], refine=0)
     assert order == [0.5, 0.6, 0.7]
     assert threshold_to_use(runs, LLM, "bytes") is None
+
+
+def test_where_costs_need_not_rise_all_thresholds_are_tried_and_others_beside_the_cheapest():
+    def accuracy(share):
+        return min(1.0, 0.9 + share)
+
+    def cost(share):  # the cheapest of all is at 0.62
+        return 0.2 + (share - 0.62) ** 2
+
+    thresholds = [0.7, 0.1, 0.3]
+    order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, rising=False)
+    assert order == found == thresholds
+    assert threshold_to_use(runs, LLM, "bytes", 0.99) == 0
+    order, found, runs = tried_by(accuracy, thresholds, refine=3, cost=cost, rising=False)
+    assert order == found
+    assert None not in runs
+    # beside 0.7, the cheapest so far, on that side where the next one is further away
+    assert found[3:6] == pytest.approx([0.5, 0.85, 0.6])
+    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] == pytest.approx(0.6, abs=0.05)
+    # where bisection would have ended, at the first that is accurate enough
+    _, found, runs = tried_by(accuracy, thresholds, refine=3, cost=cost)
+    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] < 0.4
 
 
 def test_a_gap_is_divided_until_it_is_narrower_than_the_interval():

@@ -54,11 +54,13 @@ def try_thresholds(
     quantiles: Sequence[float],
     unit: str,
     refine: int,
+    rising: bool = True,
 ) -> tuple[list[float], list[Answers | None]]:
-    """Find where a policy reaches each share of the LLM's accuracy on validation problems, by bisection.
+    """Find the cheapest threshold that reaches each share of the LLM's accuracy on validation problems.
 
-    The dearer a threshold the more accurate it is taken to be, so that few are tried. Where the two that a share lies
-    between are further apart in cost than the interval of the cost there, another is put between them.
+    Where costs rise with the threshold it is bisected: the dearer one is the more accurate it is taken to be, so that
+    few are tried. Where the two that a share lies between are further apart in cost than the interval of it there,
+    another is put between them. Where costs need not rise all are tried, and others are put beside the cheapest.
 
     Args:
         thresholds: to choose among.
@@ -67,27 +69,36 @@ def try_thresholds(
         quantiles: of the score, at SHARES; needed where others may be put between.
         unit: of costs.
         refine: how many are put between for each share, at most.
+        rising: whether a higher threshold costs more. Where drafts are checked it may cost less: what is drafted behind
+            a token that does not stand is thrown away, and a later call throws away more.
 
     Returns:
         All thresholds, those that were put between last, and the answers at those that were tried.
     """
     all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
+    if not rising:
+        tried = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
     for level in LEVELS:
         wanted, left = level * float(ends[1].correct.mean()), refine
         while True:
             order = [int(number) for number in np.argsort(all_of_them, kind="stable")]
             steps = [ends[0], *(tried[number] for number in order), ends[1]]
-            low, high = _bracket(steps, wanted)
-            untried = (low + high) // 2
-            if steps[untried] is None:
-                number = order[untried - 1]
-                tried[number] = answers(all_of_them[number], number)
-                continue
-            between = _between([all_of_them[number] for number in order], low, high, quantiles) if left else None
-            if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
+            stands = [all_of_them[number] for number in order]
+            if rising:
+                low, high = _bracket(steps, wanted)
+                untried = (low + high) // 2
+                if steps[untried] is None:
+                    number = order[untried - 1]
+                    tried[number] = answers(all_of_them[number], number)
+                    continue
+                side = (low, high) if left and _wide(steps, low, high, wanted, unit) else None
+            else:
+                side = _wider_side(stands, cheapest_reaching(steps, wanted, unit), quantiles) if left else None
+            between = None if side is None else _between(stands, *side, quantiles)
+            if between is None or between in all_of_them:
                 break
             all_of_them.append(between)
-            tried.append(None)
+            tried.append(None if rising else answers(between, len(tried)))
             left -= 1
     return all_of_them, tried
 
@@ -111,12 +122,24 @@ def _bracket(steps: Tried, accuracy: float) -> tuple[int, int]:
     return low, high
 
 
+def _shares(thresholds: Sequence[float], quantiles: Sequence[float]) -> list[float]:
+    """The share of decisions that goes to the LLM at each step: the SLM alone, rising thresholds, the LLM alone."""
+    return [0.0, *np.interp(thresholds, quantiles, SHARES), 1.0]
+
+
 def _between(thresholds: Sequence[float], low: int, high: int, quantiles: Sequence[float]) -> float | None:
     """A threshold halfway between two steps, by the share of decisions that goes to the LLM; None for one step."""
     if low == high:
         return None
-    at = [0.0, *np.interp(thresholds, quantiles, SHARES), 1.0]
+    at = _shares(thresholds, quantiles)
     return float(np.interp((at[low] + at[high]) / 2, SHARES, quantiles))
+
+
+def _wider_side(thresholds: Sequence[float], step: int, quantiles: Sequence[float]) -> tuple[int, int]:
+    """A step and that of its neighbours which is further from it, in rising order; none is beyond the two ends."""
+    at = _shares(thresholds, quantiles)
+    sides = [(low, low + 1) for low in (step - 1, step) if 0 <= low < len(at) - 1]
+    return max(sides, key=lambda side: at[side[1]] - at[side[0]])
 
 
 def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool:

@@ -250,7 +250,13 @@ class Evaluation:
 
             quantiles, settings = self._quantiles.get(name, ()), self.settings
             chosen[name], validated[name] = try_thresholds(
-                thresholds[name], tried, baselines.validation, quantiles, settings.cost, settings.refine
+                thresholds[name],
+                tried,
+                baselines.validation,
+                quantiles,
+                settings.cost,
+                settings.refine,
+                rising=policy.judge is None,
             )
         if self.runs is not None:
             write_text(self.runs / CHOSEN, json.dumps(chosen, indent=1) + "\n")
