@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -154,6 +154,27 @@ def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool
     return interval[0] is not None and interval[1] is not None and gap > interval[1] - interval[0]
 
 
+class OperatingPoint(NamedTuple):
+    """A threshold that validation problems choose, and what it does on the problems.
+
+    Attributes:
+        thresholds: of each training seed; the name of a model where it answers alone.
+        measured: `accuracy`, `share_of_llm`, and `cost_` in every unit.
+        problems: how many they are.
+    """
+
+    thresholds: list[Any]
+    measured: dict[str, Estimate]
+    problems: int
+
+    def described(self) -> dict[str, Any]:
+        """As a summary has it; the interval of an accuracy stays within what a share can be."""
+        share = self.measured["accuracy"]
+        known = {key: one.described() for key, one in self.measured.items()}
+        known["accuracy"] = described(share.value, share.share_interval(self.problems))
+        return {"thresholds": self.thresholds, **known}
+
+
 def operating_points(
     baselines: Baselines,
     answers: Answered,
@@ -161,7 +182,7 @@ def operating_points(
     thresholds: Sequence[Sequence[float]] | None,
     unit: str,
     weights: FloatArray,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, OperatingPoint]:
     """For each share of the LLM's accuracy: the threshold that validation chooses, and what it does on the problems.
 
     For each training seed it is the cheapest that reaches the share on validation problems; where that is one of the
@@ -195,9 +216,5 @@ def operating_points(
                     **{f"cost_{key}": cost for key, cost in costs.items()},
                 }
             )
-        of_rows = estimates(rows)
-        measured = {key: one.described() for key, one in of_rows.items()}
-        share = of_rows["accuracy"]
-        measured["accuracy"] = described(share.value, share.share_interval(weights.shape[1]))
-        points[f"{level:.2f}"] = {"thresholds": chosen, **measured}
+        points[f"{level:.2f}"] = OperatingPoint(chosen, estimates(rows), weights.shape[1])
     return points

@@ -27,7 +27,8 @@ def training_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
     Returns:
         For each agent: `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM read or wrote in
-        training, `minutes` of processors; None where there is none of it, or it is not known.
+        training, `minutes` of processors; None where there is none of it. Of a seed whose training was interrupted the
+        last two are not known, and it is left out of their means.
     """
     told: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -39,7 +40,7 @@ def training_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def mean(values: Sequence[float | None]) -> float | None:
         known = [value for value in values if value is not None]
-        return float(np.mean(known)) if len(known) == len(seeds) else None
+        return float(np.mean(known)) if known else None
 
     first = seeds[0]
     read, computed = ([one.get(key) for one in seeds] for key in ("tokens_read", "cpu_seconds"))
