@@ -202,8 +202,9 @@ def make_all(runs: Sequence[Run], workers: int, made: Callable[[Run], None] = la
         ProgressBar(total=len(runs), initial=len(runs) - len(missing), desc="runs", mininterval=5) as progress,
         Workers(workers) as processes,
     ):
-        # one run alone makes what all share
-        for part in (missing[:1], missing[1:]):
+        # the first of all makes alone what all share
+        first = int(len(missing) == len(runs))
+        for part in (missing[:first], missing[first:]):
             waiting = {processes.submit(make, run): run for run in part}
             for future in as_completed(waiting):
                 run, error = waiting[future], future.result()
