@@ -26,7 +26,8 @@ def training_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         runs: that are complete.
 
     Returns:
-        For each agent: `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM read or wrote in
+        For each agent: `labels`, what those that ask for the LLM are made of, shares by case and kind of token, in the
+        last round; `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM read or wrote in
         training, `minutes` of processors; None where there is none of it. Of a seed whose training was interrupted the
         last two are not known, and it is left out of their means.
     """
@@ -46,12 +47,28 @@ def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     read, computed = ([one.get(key) for one in seeds] for key in ("tokens_read", "cpu_seconds"))
     learned = "examples" in first
     return {
+        "labels": _llm_labels([one["composition"] for one in seeds if "composition" in one]),
         "problems": first.get("examples"),
         "features": first.get("features"),
         "parameters": first.get("parameters"),
         "llm_tokens": mean([None if one is None else one[-1] for one in read]) if learned else None,
         "minutes": mean([None if one is None else one / 60 for one in computed]) if learned else None,
     }
+
+
+def _llm_labels(seeds: Sequence[Mapping[str, Mapping[str, Mapping[str, int]]]]) -> dict[str, dict[str, float]] | None:
+    """Shares of the labels that ask for the LLM, by case and kind of token, means over seeds; None without labels."""
+    if not seeds:
+        return None
+    counts = [
+        {(case, kind): labels["llm"] for case, kinds in one.items() for kind, labels in kinds.items() if labels["llm"]}
+        for one in seeds
+    ]
+    shares: dict[str, dict[str, float]] = {}
+    for case, kind in sorted({key for one in counts for key in one}):
+        mean = np.mean([one.get((case, kind), 0) / max(1, sum(one.values())) for one in counts])
+        shares.setdefault(case, {})[kind] = round(float(mean), 6)
+    return shares
 
 
 def entries(

@@ -139,6 +139,13 @@ Problems are those of the train split that labels, preferences or episodes are m
 read or wrote while the agent was trained; minutes are those of one processor core; weights are those of a decision.
 Means over seeds, of tokens and minutes over those whose training was not interrupted.
 
+## What labels are made of
+
+{label_shares(how)}
+Of the labels that ask for the LLM, in the last round: the share that each case and kind of token has, means over seeds.
+In case 2 only the LLM would write the reference's token, in case 3 neither model would. References are worded at random
+and only the number is judged, so that a label on wording asks for what changes no verdict.
+
 ## The paper's headlines
 
 What CITER saves at equal accuracy (95 % of the LLM's) and gains at equal cost (a quarter and a half of LLM-only
@@ -193,6 +200,18 @@ def trainings(how: HowMade) -> str:
         for name, had in sorted(how.training.items())
     ]
     return markdown_table(["agent", "problems", "features", "weights", "LLM tokens", "minutes"], rows)
+
+
+def label_shares(how: HowMade) -> str:
+    """What labels that ask for the LLM are made of, by case and kind of token: a row an agent that has labels."""
+    labels = {name: had["labels"] for name, had in sorted(how.training.items()) if had.get("labels")}
+    columns = sorted({(case, kind) for cases in labels.values() for case, kinds in cases.items() for kind in kinds})
+    rows = [
+        [name, *(share(cases.get(case, {}).get(kind, 0.0)) for case, kind in columns)] for name, cases in labels.items()
+    ]
+    if not rows:
+        return "No agent learned from such labels.\n"
+    return markdown_table(["agent", *(f"{case.replace('_', ' ')}: {kind}" for case, kind in columns)], rows)
 
 
 def chosen_table(summary: Summary, seconds: Mapping[str, float | None], how: HowMade) -> str:
