@@ -243,22 +243,22 @@ def test_where_costs_need_not_rise_all_thresholds_are_tried_and_others_beside_th
     def accuracy(share):
         return min(1.0, 0.9 + share)
 
-    def cost(share):  # the cheapest of all is at 0.62
-        return 0.2 + (share - 0.62) ** 2
+    def cost(share):  # the cheapest of all is at 0.46
+        return 0.2 + (share - 0.46) ** 2
 
     thresholds = [0.7, 0.1, 0.3]
     order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, rising=False)
     assert order == found == thresholds
-    assert threshold_to_use(runs, LLM, "bytes", 0.99) == 0
-    order, found, runs = tried_by(accuracy, thresholds, refine=3, cost=cost, rising=False)
+    assert threshold_to_use(runs, LLM, "bytes", 0.99) == 2
+    order, found, runs = tried_by(accuracy, thresholds, refine=4, cost=cost, rising=False)
     assert order == found
     assert None not in runs
-    # beside 0.7, the cheapest so far, on that side where the next one is further away
-    assert found[3:6] == pytest.approx([0.5, 0.85, 0.6])
-    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] == pytest.approx(0.6, abs=0.05)
-    # where bisection would have ended, at the first that is accurate enough
-    _, found, runs = tried_by(accuracy, thresholds, refine=3, cost=cost)
-    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] < 0.4
+    # beside 0.3, and then 0.5, the cheapest so far, on that side where the next one's cost is further away
+    assert found[3:7] == pytest.approx([0.2, 0.25, 0.5, 0.6])
+    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] == pytest.approx(0.46, abs=0.05)
+    # bisection ends at the first that is accurate enough, which is dearer
+    _, bisected, ended = tried_by(accuracy, thresholds, refine=4, cost=cost)
+    assert cost(bisected[threshold_to_use(ended, LLM, "bytes", 0.99)]) > cost(0.46) + 0.02
 
 
 def test_a_gap_is_divided_until_it_is_narrower_than_the_interval():

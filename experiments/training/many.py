@@ -91,11 +91,11 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
         ValueError: an agent that is not there, or a setting out of range.
         ConfigCompositionException: a class that cannot be imported.
     """
-    for key in ("agents", "seeds", "train", "live"):
+    for key in ("agents", "seeds", "train", "live", "untrained"):
         check_list(key, config[key] or [])
     known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
     names = list(config.agents or known)
-    for name in (*names, *config.departures, *config.live):
+    for name in (*names, *config.departures, *config.live, *config.untrained):
         if "." in name:
             imported(name)  # a class that lies outside
         elif name not in known:
@@ -119,7 +119,7 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
             name in config.live,
         )
         for name in names
-        for seed in config.seeds
+        for seed in (config.seeds[:1] if name in config.untrained else config.seeds)
     ]
 
 
