@@ -1,8 +1,8 @@
 """Numbers in README and docs are those of the shipped results, or stand beside the command that prints them.
 
 Tables of policies are compared with BENCHMARK.md cell by cell; sentences stand in `claims.md` with the names of the
-numbers in them, are filled in from `leaderboard.json`, and must stand on their page as they come out. Both files are what
-the shipped rows say, which `test_results.py` holds.
+numbers in them, are filled in from `leaderboard.json`, and must stand on their page as they come out. That both files
+are what the shipped rows say is held by `test_results.py`.
 """
 
 import json
@@ -16,7 +16,9 @@ from experiments.reporting.tables import number, with_interval
 
 ROOT = CONF.parent
 BOARD = json.loads((ROOT / "experiments" / "results" / "leaderboard.json").read_text())["tracks"]["arithmetic"]
-CLAIMS = dict(re.findall(r"^# (\S+)\n(.*?)(?=^# |\Z)", (ROOT / "tests" / "claims.md").read_text(), re.DOTALL | re.MULTILINE))
+CLAIMS = dict(
+    re.findall(r"^# (\S+)\n(.*?)(?=^# |\Z)", (ROOT / "tests" / "claims.md").read_text(), re.DOTALL | re.MULTILINE)
+)
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,7 +41,12 @@ DEFINED = {
     "docs/agents/r2r.md": {"4.0 %"},  # weights of the router over those of the SLM, as in the paper
     "docs/agents/speculative.md": {"0.5"},
     "docs/costs.md": {"1.0", "5 %"},  # the LLM's price, and an example
-    "docs/evaluation.md": {"0.15", "0.25", "0.5", "1 %"},  # costs at which accuracies are compared; what is worth a threshold
+    "docs/evaluation.md": {
+        "0.15",
+        "0.25",
+        "0.5",
+        "1 %",
+    },  # costs at which accuracies are compared; what is worth a threshold
     "docs/glossary.md": {"0.5"},  # a coin
     "docs/guides/traces.md": {"0.1"},
     "docs/own/reward.md": {"0.01"},
@@ -76,19 +83,19 @@ def tables(text):
 
 
 def benchmark():
-    """What BENCHMARK.md says, by the name of a row and of a column."""
+    """What BENCHMARK.md says, by the first column of the table, the name of a row and of a column."""
     said = {}
     for _, header, rows in tables((ROOT / "BENCHMARK.md").read_text()):
         for name, row in rows.items():
             for column, cell in zip(header, row, strict=True):
-                said[name, column] = cell
+                said[header[0], name, column] = cell
     return said
 
 
 def checked_tables(page):
     """Those of a page whose columns BENCHMARK.md has, but for what a policy is."""
-    known = {column for _, column in benchmark()} | {"what it is"}
-    return [table for table in tables(PAGES[page]) if set(table[1]) <= known and table[1] != ["agent", "what it is"]]
+    known = {(first, column) for first, _, column in benchmark()} | {("policy (seeds)", "what it is")}
+    return [table for table in tables(PAGES[page]) if {(table[1][0], column) for column in table[1]} <= known]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if checked_tables(page)])
@@ -98,7 +105,7 @@ def test_tables_are_those_of_the_benchmark(page):
         for name, row in rows.items():
             for column, cell in zip(header, row, strict=True):
                 if column != "what it is":
-                    assert cell.replace("`", "") == said.get((name, column), ""), (name, column)
+                    assert cell.replace("`", "") == said.get((header[0], name, column), ""), (name, column)
 
 
 def estimate(measure):
@@ -165,11 +172,13 @@ def test_every_other_number_is_defined_or_has_a_command(page):
     text = PAGES[page]
     for table, *_ in checked_tables(page):
         text = text.replace(table, "")
-    text = re.sub(r"^\| (?:setting|argument|key|judge|`[\w.]+`) \|.*?$", "", text, flags=re.MULTILINE)  # tests of their own
+    text = re.sub(
+        r"^\| (?:setting|argument|key|judge|`[\w.]+`) \|.*?$", "", text, flags=re.MULTILINE
+    )  # tests of their own
     text = plain(LEFT_OUT.sub(lambda found: found[0] if found[0][0] == "`" and found[0][1] != "`" else " ", text))
     for claim in claims(page) if page in CLAIMS else ():
         text = text.replace(plain(LEFT_OUT.sub(lambda found: found[0] if found[0][0] == "`" else " ", claim)), "")
-    left = {found for found in NUMBER.findall(re.sub(r"`[^`]*`", "", text))} - LEVELS - DEFINED.get(page, set())
+    left = set(NUMBER.findall(re.sub(r"`[^`]*`", "", text))) - LEVELS - DEFINED.get(page, set())
     if page in PRINTED:
         assert PRINTED[page] in PAGES[page]
         assert left, f"{page} needs no command"
