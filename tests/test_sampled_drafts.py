@@ -21,7 +21,9 @@ from envs.decoding.session import Session
 from envs.environments.checked_routing import CheckedRoutingEnv, CheckedRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv
 from envs.environments.vector import row_seeds
+from envs.models.language_model import LanguageModel
 from envs.models.loading import load_pool
+from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from tests.drafting import Letters, Plain, array, kin_of
 
@@ -118,6 +120,17 @@ def test_tokens_are_distributed_as_the_llms_own(few_words, sampling):
     assert p_value(written(few_words, sampling, TopK(2), ANSWERS), law(few_words, 1, sampling)) < REJECTED
 
 
+def test_what_the_llm_likes_best_is_not_spared_without_loss(few_words):
+    """An SLM that is surer of the LLM's likeliest tokens than the LLM itself."""
+    network = copy.deepcopy(few_words.models[-1].network)
+    with torch.no_grad():
+        network.lm_head.weight *= 3
+    pool = ModelPool([LanguageModel("sure", network, few_words.tokenizer), few_words.models[-1]])
+    assert p_value(written(pool, WARM, FirstDisagreement(), ANSWERS), law(pool, 1, WARM)) > ACCEPTED
+    for judge in (Gap(0.0), TopK(1)):
+        assert p_value(written(pool, WARM, judge, ANSWERS), law(pool, 1, WARM)) < REJECTED
+
+
 class FromWhole(Sampling):
     """Draws from all of p in the place of a draft that does not stand: wrong."""
 
@@ -137,7 +150,7 @@ def test_a_token_from_the_whole_distribution_behind_what_is_refused_is_told(few_
 @pytest.mark.parametrize("sampling", [WARM, NUCLEUS, Sampling(temperature=0.6)], ids=repr)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_tokens_of_many_answers_are_distributed_as_the_llms_own(few_words, sampling, swapped):
-    pool = type(few_words)(few_words.models[::-1]) if swapped else few_words
+    pool = ModelPool(few_words.models[::-1]) if swapped else few_words
     responses = written(pool, sampling, FirstDisagreement(), 20_000)
     assert p_value(responses, law(pool, 1, sampling)) > ACCEPTED
     assert p_value(responses, law(pool, 0, sampling)) < REJECTED
@@ -226,7 +239,7 @@ def test_where_nothing_is_taken_back_it_is_sampled_token_routing(kin, sampling):
     assert {len(routed.response(row)) for row in range(count)} != {MAX_NEW}
 
 
-@pytest.mark.parametrize("judge", [FirstDisagreement(), Gap(0.5), TopK(2)], ids=repr)
+@pytest.mark.parametrize("judge", [Gap(0.5), TopK(1)], ids=repr)
 def test_at_a_low_temperature_each_judge_does_what_it_does_greedily(kin, judge):
     count, prompts = 4, prompts_of(kin, 4)
     greedy = CheckedSession(kin, count, MAX_NEW, judge=judge)
@@ -296,9 +309,21 @@ def test_a_sampled_draft_is_seen_as_it_was_drafted(kin):
         assert session.drafts(array(0)).last_surprisals[0] == pytest.approx(-float(own[step.tokens[0]]), rel=1e-5)
         differ += step.tokens[0] != step.slm_tokens[0]
     assert differ > 2
-    last = session.response(0)[-1]
-    step = session.step(array(0), array(0))
-    assert not step.terminated[0] or step.slm_tokens[0] == last
+
+
+def test_an_end_that_was_drawn_is_what_the_slm_would_have_written_where_it_is_accepted(kin):
+    rows = np.arange(12)
+    session = CheckedSession(kin, 12, MAX_NEW, sampling=Sampling(temperature=3.0))
+    session.start(rows, prompts_of(kin, 12), generators=streams(rows))
+    drawn, accepted = np.zeros(12, dtype=bool), 0
+    while len(rows):
+        step = session.step(rows, np.zeros_like(rows))
+        ends = step.terminated & drawn[rows]
+        assert step.slm_tokens[step.terminated].tolist() == [session.response(row)[-1] for row in rows[step.terminated]]
+        accepted += ends.sum()
+        drawn[rows] = step.tokens != step.slm_tokens
+        rows = rows[~(step.terminated | step.truncated)]
+    assert accepted > 1
 
 
 # -- environments and agents ------------------------------------------------------------------------------------------
@@ -336,7 +361,7 @@ def test_a_vector_environment_goes_through_the_episodes_of_single_ones(settings)
     for single, seed in zip(singles, row_seeds(5, count), strict=True):
         single.reset(seed=seed)
     gone = 0
-    for actions in (np.random.default_rng(0).random((25, count)) < 0.3).astype(int):
+    for actions in (np.random.default_rng(0).random((18, count)) < 0.3).astype(int):
         _, _, terminated, truncated, infos = vector.step(actions)
         for row, single in enumerate(singles):
             *_, over, cut, info = single.step(int(actions[row]))
