@@ -192,6 +192,9 @@ def test_characters_of_several_tokens_stay_whole():
         checked = Checked([TakenBack(first, 0, back.astype(np.int64))], calls=len(tokens) - first)
         shown = list(stretches_of(Bytes(), tokens, writers, checked))
         assert "".join(one.text for one in shown if not one.taken_back) == "né ö"
+        # a character is of the model that wrote its last byte
+        own = [one.text for one in shown if one.writer == 0 and not one.taken_back]
+        assert "".join(own) == bytes(tokens[:first].tolist()).decode(errors="ignore")
         assert [one.text.endswith("!<end>") for one in shown if one.taken_back] == [True]
 
 

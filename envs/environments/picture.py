@@ -70,7 +70,7 @@ def picture(stretches: Iterable[Stretch]) -> npt.NDArray[np.uint8]:
                 colour = PROMPT_COLOUR
             draw.text((left, top), piece.text, fill=colour, font=font)  # type: ignore[arg-type]
             if piece.taken_back:
-                draw.line((left, top + height // 2, right, top + height // 2), fill=STRIKE_COLOUR, width=2)
+                draw.line((left, top + height // 2, right, top + height // 2), fill=STRIKE_COLOUR)
     return np.array(image)
 
 
