@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,8 +59,8 @@ def try_thresholds(
     """Find the cheapest threshold that reaches each share of the LLM's accuracy on validation problems.
 
     Where costs rise with the threshold it is bisected: the dearer one is the more accurate it is taken to be, so that
-    few are tried. Where the two that a share lies between are further apart in cost than the interval of it there,
-    another is put between them. Where costs need not rise all are tried, and others are put beside the cheapest.
+    few are tried. Where costs need not rise all are tried. Where the two that a share lies between, or the cheapest
+    that reaches it and one beside it, are further apart in cost than its interval there, another is put between.
 
     Args:
         thresholds: to choose among.
@@ -91,11 +91,10 @@ def try_thresholds(
                     number = order[untried - 1]
                     tried[number] = answers(all_of_them[number], number)
                     continue
-                side = (low, high) if left and _wide(steps, low, high, wanted, unit) else None
             else:
-                side = _wider_side(stands, cheapest_reaching(steps, wanted, unit), quantiles) if left else None
-            between = None if side is None else _between(stands, *side, quantiles)
-            if between is None or between in all_of_them:
+                low, high = _wider_side(steps, cheapest_reaching(steps, wanted, unit), unit)
+            between = _between(stands, low, high, quantiles) if left else None
+            if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
                 break
             all_of_them.append(between)
             tried.append(None if rising else answers(between, len(tried)))
@@ -122,24 +121,19 @@ def _bracket(steps: Tried, accuracy: float) -> tuple[int, int]:
     return low, high
 
 
-def _shares(thresholds: Sequence[float], quantiles: Sequence[float]) -> list[float]:
-    """The share of decisions that goes to the LLM at each step: the SLM alone, rising thresholds, the LLM alone."""
-    return [0.0, *np.interp(thresholds, quantiles, SHARES), 1.0]
-
-
 def _between(thresholds: Sequence[float], low: int, high: int, quantiles: Sequence[float]) -> float | None:
     """A threshold halfway between two steps, by the share of decisions that goes to the LLM; None for one step."""
     if low == high:
         return None
-    at = _shares(thresholds, quantiles)
+    at = [0.0, *np.interp(thresholds, quantiles, SHARES), 1.0]
     return float(np.interp((at[low] + at[high]) / 2, SHARES, quantiles))
 
 
-def _wider_side(thresholds: Sequence[float], step: int, quantiles: Sequence[float]) -> tuple[int, int]:
-    """A step and that of its neighbours which is further from it, in rising order; none is beyond the two ends."""
-    at = _shares(thresholds, quantiles)
-    sides = [(low, low + 1) for low in (step - 1, step) if 0 <= low < len(at) - 1]
-    return max(sides, key=lambda side: at[side[1]] - at[side[0]])
+def _wider_side(steps: Tried, step: int, unit: str) -> tuple[int, int]:
+    """A step and the neighbour whose cost is further from its own, in rising order; all of them were tried."""
+    costs = [run.costs[unit].sum() for run in steps if run is not None]
+    sides = [(low, low + 1) for low in (step - 1, step) if 0 <= low < len(costs) - 1]
+    return max(sides, key=lambda side: float(abs(costs[side[1]] - costs[side[0]])))
 
 
 def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool:
@@ -150,8 +144,29 @@ def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool
     level = accuracy / points[0, -1, 1]
     interval = Estimate(Hull.of(points).cost_at(level * points[:, -1, 1])[None]).interval()
     costs = [run.costs[unit].sum() for run in (steps[low], steps[high]) if run is not None]
-    gap = float((costs[1] - costs[0]) / known[-1].costs[unit].sum())
+    gap = float(abs(costs[1] - costs[0]) / known[-1].costs[unit].sum())
     return interval[0] is not None and interval[1] is not None and gap > interval[1] - interval[0]
+
+
+class OperatingPoint(NamedTuple):
+    """A threshold that validation problems choose, and what it does on the problems.
+
+    Attributes:
+        thresholds: of each training seed; the name of a model where it answers alone.
+        measured: `accuracy`, `share_of_llm`, and `cost_` in every unit.
+        problems: how many they are.
+    """
+
+    thresholds: list[Any]
+    measured: dict[str, Estimate]
+    problems: int
+
+    def described(self) -> dict[str, Any]:
+        """As a summary has it; the interval of an accuracy stays within what a share can be."""
+        share = self.measured["accuracy"]
+        known = {key: one.described() for key, one in self.measured.items()}
+        known["accuracy"] = described(share.value, share.share_interval(self.problems))
+        return {"thresholds": self.thresholds, **known}
 
 
 def operating_points(
@@ -161,7 +176,7 @@ def operating_points(
     thresholds: Sequence[Sequence[float]] | None,
     unit: str,
     weights: FloatArray,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, OperatingPoint]:
     """For each share of the LLM's accuracy: the threshold that validation chooses, and what it does on the problems.
 
     For each training seed it is the cheapest that reaches the share on validation problems; where that is one of the
@@ -195,9 +210,5 @@ def operating_points(
                     **{f"cost_{key}": cost for key, cost in costs.items()},
                 }
             )
-        of_rows = estimates(rows)
-        measured = {key: one.described() for key, one in of_rows.items()}
-        share = of_rows["accuracy"]
-        measured["accuracy"] = described(share.value, share.share_interval(weights.shape[1]))
-        points[f"{level:.2f}"] = {"thresholds": chosen, **measured}
+        points[f"{level:.2f}"] = OperatingPoint(chosen, estimates(rows), weights.shape[1])
     return points
