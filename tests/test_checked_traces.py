@@ -1,11 +1,14 @@
 """Evaluations of policies that check drafts, against their traces."""
 
+import json
+
 import numpy as np
 import pytest
 
 from agents.checking.entropy import CheckedEntropy
 from agents.checking.speculative import Speculative
 from envs.decoding.judges import Gap
+from envs.environments.render import STANDS, Checked, stretches_of
 from experiments.evaluation.kept import KeptEvaluation
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
@@ -13,7 +16,7 @@ from experiments.traces.trace import read_trace, write_trace
 from experiments.verification.evaluation import Verification
 
 SETTINGS = EvaluationSettings(
-    examples=5, threshold_examples=4, llm_shares=(0.1, 0.4), oracle_budget=0, draft_tokens=4, transcripts=0, bootstrap=5
+    examples=5, threshold_examples=4, llm_shares=(0.1, 0.4), oracle_budget=0, draft_tokens=4, transcripts=5, bootstrap=5
 )
 
 
@@ -49,6 +52,34 @@ def test_checked_answers_are_verified_with_all_their_decisions(run, verified):
     assert any(one.taken_back for trace in checked for one in trace.episodes)
     decisions = sum(len(one.scores) for trace in traces for one in trace.episodes)
     assert found.counts["scores"] == decisions
+
+
+def test_the_page_shows_what_a_trace_says_was_taken_back(run, pool):
+    page, shown = (run[0] / "index.html").read_text(), json.loads((run[0] / "transcripts.json").read_text())
+    traces = [read_trace(path) for path in sorted(run[0].glob("runs/checked_entropy/*.parquet"))]
+    for trace in traces:
+        answers = [
+            [[*stretch[::2], *stretch[3:]] for stretch in answer["stretches"]] for answer in shown["checked_entropy"]
+        ]
+        told = [
+            [
+                [max(one.writer, 0), one.text, *said(one)]
+                for one in stretches_of(pool, episode.response, episode.writers, checked)
+            ]
+            for episode in trace.episodes
+            for checked in [Checked.of(episode.taken_back, episode.ledger)]
+        ]
+        if answers == told:
+            break
+    else:
+        pytest.fail("no trace has the answers of the page")
+    backs = [back for episode in trace.episodes for back in episode.taken_back]
+    assert page.count("<del>") == 1 + len(backs) > 1  # and what explains it
+    assert page.count('class="call" title') == sum(one[2:] == ["stands"] for answer in told for one in answer) > 1
+
+
+def said(stretch):
+    return ["taken back"] if stretch.taken_back else ["stands"] if stretch.writer == STANDS else []
 
 
 def lowered(one, trace):

@@ -285,6 +285,9 @@ def test_a_row_goes_on_where_another_stood(kin, kind):
         actions = np.array([decide(first.drafts(rows), i, rng) for i in range(len(rows))])
         other.restore(rows, first.state(rows))
         ours, theirs = first.step(rows, actions), other.step(rows, actions)
+        for row in rows:
+            backs = [[(one.position, one.writer, *one.tokens) for one in of.taken_back(row)] for of in (first, other)]
+            assert backs[0] == backs[1]
         for name in ("tokens", "slm_tokens", "terminated", "truncated"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
         np.testing.assert_array_equal(ours.ledger[..., COUNTED], theirs.ledger[..., COUNTED])

@@ -18,7 +18,7 @@ from envs.decoding.references import References
 from envs.decoding.sampling import Sampling
 from envs.environments.checked_routing import CheckedRoutingEnv, CheckedRoutingVectorEnv
 from envs.environments.picture import COLOURS, HEIGHT, WIDTH, picture, wrapped
-from envs.environments.render import PROMPT
+from envs.environments.render import PROMPT, STANDS, Stretch
 from envs.environments.shortcut_routing import ShortcutRoutingEnv, ShortcutRoutingVectorEnv
 from envs.environments.token_routing import RoutingEnv, RoutingVectorEnv
 from envs.environments.tree_routing import TreeRoutingEnv, TreeRoutingVectorEnv
@@ -256,14 +256,16 @@ def test_pictures_are_of_one_size_and_show_who_wrote(settings, kind):
 
 
 def test_text_that_is_too_long_for_a_picture_loses_its_beginning():
-    assert wrapped([(PROMPT, "ab\nc"), (1, "def")], columns=3) == [
-        [(PROMPT, "a"), (PROMPT, "b")],
-        [(PROMPT, "c"), (1, "d"), (1, "e")],
-        [(1, "f")],
+    stretches = [Stretch(PROMPT, "ab\nc"), Stretch(1, "d"), Stretch(0, "x", True), Stretch(STANDS, ""), Stretch(1, "f")]
+    assert wrapped(stretches, columns=3) == [
+        [Stretch(PROMPT, "a"), Stretch(PROMPT, "b")],
+        [Stretch(PROMPT, "c"), Stretch(1, "d"), Stretch(0, "x", True), Stretch(STANDS, "")],
+        [Stretch(1, "f")],
     ]
     end = "\n".join(map(str, range(40)))
-    np.testing.assert_array_equal(picture([(0, end)]), picture([(0, "x\n" * 50 + end)]))
-    assert (picture([(0, end)]) != picture([(0, end[:-1])])).any()
+    drawn = picture([Stretch(0, end)])
+    np.testing.assert_array_equal(drawn, picture([Stretch(0, "x\n" * 50 + end)]))
+    assert (drawn != picture([Stretch(0, end[:-1])])).any()
 
 
 def test_record_video_takes_the_frames(settings, tmp_path):

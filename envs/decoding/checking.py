@@ -58,7 +58,7 @@ class CheckingDecoder(Decoder):
     judge: Judge
 
     def taken_back(self, row: int) -> tuple[TakenBack, ...]:
-        """What was taken back of a row since it was started or restored, in order."""
+        """What was taken back of a row since it was started, in order."""
         return tuple(self._taken_back[row])
 
     def taken_back_tokens(self, row: int) -> int:
@@ -122,7 +122,8 @@ class CheckingDecoder(Decoder):
 
     def state(self, rows: IntArray) -> dict[str, npt.NDArray[Any]]:
         """Where `rows`, (n,), stand, in numbers; see `Decoder.state`."""
-        return super().state(rows) | self._books_of(rows, *DRAFT_BOOKS)  # type: ignore[safe-super]
+        gone = {"taken_back": packed([self._taken_back[row] for row in rows])}
+        return super().state(rows) | self._books_of(rows, *DRAFT_BOOKS) | gone  # type: ignore[safe-super]
 
     def restore(
         self,
@@ -132,8 +133,8 @@ class CheckingDecoder(Decoder):
     ) -> None:
         """Let `rows`, (n,), stand where others stood; see `Decoder.restore`."""
         self._set_books(self._checked(rows), state, *DRAFT_BOOKS)
-        for row in rows:
-            self._taken_back[row] = []
+        for row, kept in zip(rows, unpacked(state["taken_back"]), strict=True):
+            self._taken_back[row] = kept
         super().restore(rows, state, generators)  # type: ignore[safe-super]
 
     def _open_books(self) -> None:
@@ -192,6 +193,31 @@ class CheckingDecoder(Decoder):
     @abstractmethod
     def _longest(self, rows: IntArray) -> IntArray:
         """The longest response of each row, (n,)."""
+
+
+def packed(rows: Sequence[Sequence[TakenBack]]) -> IntArray:
+    """What was taken back of n rows as numbers, (n, longest): of each its place, writer, length and tokens."""
+    numbers = [
+        [number for back in row for number in (back.position, back.writer, len(back.tokens), *back.tokens)]
+        for row in rows
+    ]
+    array = np.full((len(rows), max(map(len, numbers), default=0)), UNKNOWN)
+    for line, some in zip(array, numbers, strict=True):
+        line[: len(some)] = some
+    return array
+
+
+def unpacked(numbers: IntArray) -> list[list[TakenBack]]:
+    """What was `packed`."""
+    rows: list[list[TakenBack]] = []
+    for line in numbers:
+        backs, at = [], 0
+        while at < len(line) and line[at] != UNKNOWN:
+            begin, end = at + 3, at + 3 + int(line[at + 2])
+            backs.append(TakenBack(int(line[at]), int(line[at + 1]), line[begin:end].copy()))
+            at = end
+        rows.append(backs)
+    return rows
 
 
 def agreed(stands: BoolArray, counts: IntArray) -> IntArray:

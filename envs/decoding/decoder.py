@@ -145,7 +145,7 @@ class Decoder(ABC):
         """Whether the response of a row answers `example`."""
 
     def taken_back(self, row: int) -> tuple[TakenBack, ...]:
-        """What was written in a row since it was started or restored and taken back, in order: nothing, as a rule."""
+        """What was written in a row since it was started and taken back, in order: nothing, as a rule."""
         return ()
 
     def check_fit(self, name: str, prompt: IntArray, response: Sequence[int] | IntArray = ()) -> None:

@@ -11,6 +11,7 @@ from envs.decoding.decoder import Decoder
 from envs.decoding.judges import Gap, Judge
 from envs.decoding.observation import CheckedFeatures, Step, check_checked_features
 from envs.environments.episodes import Info
+from envs.environments.render import Checked
 from envs.environments.settings import RoutingSettings
 from envs.environments.token_routing import RoutingEnv, RoutingEpisodes, RoutingVectorEnv
 from envs.prefix_tree.checked_tree_session import CheckedTreeSession
@@ -76,6 +77,9 @@ class CheckedEpisodes(RoutingEpisodes):
             taken_back[row] = tuple(back.tokens.tolist())
         return {"kept": step.checks.kept, "taken_back": taken_back}
 
+    def _checks_of(self, row: int) -> Checked:
+        return Checked.of(self.session.taken_back(row), self.session.ledger[row])
+
     def _final_info(self, row: int) -> Info:
         return super()._final_info(row) | {"tokens_taken_back": self.session.taken_back_tokens(row)}
 
@@ -126,6 +130,10 @@ class CheckedRoutingEnv(RoutingEnv):
     every step also `kept`, the number of drafted tokens that the LLM has read and let stand, and `taken_back`, a tuple
     of the tokens that it has not; at the end `tokens_taken_back`, the number of all of them. `slm_token` is -1 where
     the SLM has not read so far (`features="drafts"`).
+
+    ## Rendering
+    As in `RoutingEnv`; tokens that were taken back are struck through, in front of the token that was written instead,
+    and a thin line stands where a model was called and let all stand that was drafted.
 
     ## Version
     v0: first version.

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from envs.arrays import BoolArray, FloatArray, IntArray
 from envs.environments.prompts import Pass
+from envs.environments.render import Stretch
 
 Info = dict[str, Any]
 State = dict[str, Any]
@@ -110,8 +111,8 @@ class EpisodeRows(ABC):
         """Let `rows`, (n,), stand where others stood when `state` was taken; `generators` as in `start`."""
 
     @abstractmethod
-    def stretches(self, row: int) -> list[tuple[int, str]]:
-        """A row as text, in stretches by one writer, (model, text); `PROMPT` stands for what no model wrote."""
+    def stretches(self, row: int) -> list[Stretch]:
+        """A row as text, in stretches by one writer."""
 
     def selection(self, rows: IntArray) -> IntArray | slice:
         """What indexes arrays over all rows at `rows`."""

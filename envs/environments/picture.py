@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from envs.environments.render import PROMPT, colour_of
+from envs.environments.render import PROMPT, STANDS, Stretch, colour_of
 
 WIDTH, HEIGHT = 640, 360
 """Pixels of every picture."""
 MARGIN, FONT_SIZE = 8, 14
 BACKGROUND = (255, 255, 255)
 PROMPT_COLOUR, SLM_COLOUR = (110, 110, 110), (0, 0, 0)
+STRIKE_COLOUR, STANDS_COLOUR = (235, 120, 120), (60, 170, 90)
 COLOURS = (SLM_COLOUR, (200, 30, 30), (30, 70, 200), (150, 30, 170), (160, 110, 0), (0, 130, 130))
 
 
@@ -31,22 +32,25 @@ def _font() -> tuple[object, float, int]:
     return font, font.getlength("M"), ascent + descent
 
 
-def wrapped(stretches: Iterable[tuple[int, str]], columns: int) -> list[list[tuple[int, str]]]:
-    """Lines of at most so many characters: (writer, character) each."""
-    lines: list[list[tuple[int, str]]] = [[]]
-    for writer, text in stretches:
-        for character in text:
-            if character == "\n" or len(lines[-1]) == columns:
+def wrapped(stretches: Iterable[Stretch], columns: int) -> list[list[Stretch]]:
+    """Lines of at most so many characters, each a stretch by itself; marks without text take no room."""
+    lines: list[list[Stretch]] = [[]]
+    for stretch in stretches:
+        for character in stretch.text:
+            if character == "\n" or sum(len(cell.text) for cell in lines[-1]) == columns:
                 lines.append([])
             if character != "\n":
-                lines[-1].append((writer, character if character.isprintable() else " "))
+                lines[-1].append(stretch._replace(text=character if character.isprintable() else " "))
+        if stretch.writer == STANDS:
+            lines[-1].append(stretch)
     return lines
 
 
-def picture(stretches: Iterable[tuple[int, str]]) -> npt.NDArray[np.uint8]:
-    """Stretches of text with their writers (PROMPT for what nobody wrote) as an image, uint8, (HEIGHT, WIDTH, 3).
+def picture(stretches: Iterable[Stretch]) -> npt.NDArray[np.uint8]:
+    """Stretches of text as an image, uint8, (HEIGHT, WIDTH, 3).
 
-    Text that is too long loses its beginning.
+    What was taken back is struck through; a thin green line stands where a call let all stand that was drafted. Text
+    that is too long loses its beginning.
     """
     from PIL import Image, ImageDraw
 
@@ -55,17 +59,25 @@ def picture(stretches: Iterable[tuple[int, str]]) -> npt.NDArray[np.uint8]:
     image = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
-        for column, writer, text in _pieces(line):
-            colour = PROMPT_COLOUR if writer == PROMPT else colour_of(COLOURS, writer)
-            place = (MARGIN + column * width, MARGIN + number * height)
-            draw.text(place, text, fill=colour, font=font)  # type: ignore[arg-type]
+        for column, piece in _pieces(line):
+            left, top = MARGIN + column * width, MARGIN + number * height
+            right = left + len(piece.text) * width
+            if piece.writer == STANDS:
+                draw.line((left, top, left, top + height - 1), fill=STANDS_COLOUR, width=2)
+                continue
+            colour = PROMPT_COLOUR if piece.writer == PROMPT else colour_of(COLOURS, piece.writer)
+            if piece.taken_back and piece.writer == 0:
+                colour = PROMPT_COLOUR
+            draw.text((left, top), piece.text, fill=colour, font=font)  # type: ignore[arg-type]
+            if piece.taken_back:
+                draw.line((left, top + height // 2, right, top + height // 2), fill=STRIKE_COLOUR)
     return np.array(image)
 
 
-def _pieces(line: list[tuple[int, str]]) -> Iterator[tuple[int, int, str]]:
-    """What one writer wrote in a row of a line: (column, writer, text)."""
+def _pieces(line: list[Stretch]) -> Iterator[tuple[int, Stretch]]:
+    """What one writer wrote in a row of a line, with the column where it begins."""
     column = 0
-    for writer, group in groupby(line, key=lambda cell: cell[0]):
-        text = "".join(character for _, character in group)
-        yield column, writer, text
+    for (writer, taken_back), group in groupby(line, key=lambda cell: (cell.writer, cell.taken_back)):
+        text = "".join(cell.text for cell in group)
+        yield column, Stretch(writer, text, taken_back)
         column += len(text)

@@ -21,7 +21,7 @@ from envs.decoding.references import References
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, State, observation_box
 from envs.environments.names import settings_of
 from envs.environments.prompts import Order, Pass, check_choices
-from envs.environments.render import PROMPT
+from envs.environments.render import PROMPT, Stretch
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
@@ -198,14 +198,14 @@ class ShortcutEpisodes(EpisodeRows):
         for name in ROW_STATE:
             getattr(self, f"_{name}")[rows] = state[name]
 
-    def stretches(self, row: int) -> list[tuple[int, str]]:
+    def stretches(self, row: int) -> list[Stretch]:
         """The prompt, the reference, and a square for every choice so far, by the model chosen."""
         if not self._begun[row]:
             return []
         example = self.references.examples[self._example[row]]
         choices = self._choices[row, : self._positions[row]].tolist()
         whole = f"{example.prompt}\n{example.reference}\n\n"
-        return [(PROMPT, whole), *((choice, "\N{BLACK SQUARE}") for choice in choices)]
+        return [Stretch(PROMPT, whole), *(Stretch(choice, "\N{BLACK SQUARE}") for choice in choices)]
 
     def observe(self, rows: IntArray) -> Observations:
         """The SLM's state before the next token of each row, (n, width); zeros where the reference has ended."""

@@ -21,7 +21,7 @@ from envs.decoding.session import Session
 from envs.environments.episodes import EpisodeRows, Info, Observations, RowSteps, State, observation_box
 from envs.environments.names import settings_of
 from envs.environments.prompts import PromptSource
-from envs.environments.render import PROMPT, runs
+from envs.environments.render import PROMPT, Checked, Stretch, stretches_of
 from envs.environments.rewards import OutcomeReward, Transition
 from envs.environments.settings import RoutingSettings
 from envs.environments.vector import EpisodeEnv, EpisodeVectorEnv
@@ -174,12 +174,14 @@ class RoutingEpisodes(EpisodeRows):
             if example is not None:
                 self._know_reference(row, example)
 
-    def stretches(self, row: int) -> list[tuple[int, str]]:
+    def stretches(self, row: int) -> list[Stretch]:
         """The prompt and the response so far, by the models that wrote it."""
         example = self.examples[row]
         if example is None:
             return []
-        return [(PROMPT, example.prompt), *runs(self.pool, self.session.response(row), self.session.writers(row))]
+        checks = self._checks_of(row)
+        response, writers = self.session.response(row), self.session.writers(row)
+        return [Stretch(PROMPT, example.prompt), *stretches_of(self.pool, response, writers, checks)]
 
     def _open(self, rows: int) -> Decoder:
         """The decoder of so many rows."""
@@ -191,6 +193,10 @@ class RoutingEpisodes(EpisodeRows):
     def _checks(self, step: Step) -> Info:
         """What the infos of a step say of what was checked in it, arrays of n."""
         return {}
+
+    def _checks_of(self, row: int) -> Checked | None:
+        """What was checked in a response so far; None where drafts are not checked."""
+        return None
 
     def _know_reference(self, row: int, example: Example) -> None:
         """Keep the tokens of the reference, where the reward asks for them."""

@@ -318,7 +318,7 @@ class Evaluation:
             # who never gets there is shown where it asks most of the LLM
             chosen = max(thresholds) if number is None else thresholds[number]
             episodes[name] = some.decode(policies[name], chosen, "transcripts")
-        return transcripts(self.pool, episodes)
+        return transcripts(self.pool, episodes, [name for name in episodes if policies[name].judge is not None])
 
     def save_tree(self) -> None:
         """Write the replay tree to `settings.tree`, if there is one; what other runs wrote there meanwhile is lost.

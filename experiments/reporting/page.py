@@ -63,6 +63,7 @@ def page(summary: Summary, parts: PageParts) -> str:
 
     from experiments.reporting.figures import UNITS, curves_svg, learning_svg
     from experiments.reporting.tables import cells, most_wanted, narrowed, table
+    from experiments.reporting.transcripts import markup
 
     full = table(summary)
     few = narrowed(full, most_wanted(full))
@@ -80,10 +81,12 @@ def page(summary: Summary, parts: PageParts) -> str:
         "about": {name: parts.about[name] for name in names if name in parts.about},
         "thresholds": {name: len(seeds[0]) for name, seeds in summary.get("thresholds", {}).items()},
         "trained": [name for name, policy in names.items() if policy["trained"]],
+        "checked": any("calls" in answer for some in parts.transcripts.values() for answer in some),
         "took": None if parts.began is None else _duration(time.time() - parts.began),
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": lambda share: f"{100 * share:.0f} %", "duration": _duration}
+    environment.filters["markup"] = markup
     return environment.from_string(TEMPLATE.read_text()).render(shown)
 
 
