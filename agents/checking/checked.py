@@ -245,6 +245,10 @@ class Checked(Learner[CheckedPolicy]):
 
     def __post_init__(self) -> None:
         check_features(self.features)
+        if self.judge.whole:
+            raise ValueError(
+                f"the judge {self.judge} is of whole drafts, and a risk is of a token; choose another judge"
+            )
         if (self.examples is not None and self.examples < 2) or self.rounds < 1:
             raise ValueError(f"examples ({self.examples}) must be at least 2 and rounds ({self.rounds}) at least 1")
         if not 0 < self.threshold < 1 or self.end_weight < 0:

@@ -9,7 +9,7 @@ import torch
 
 from envs.arrays import UNKNOWN, IntArray
 from envs.costs import WRITTEN
-from envs.decoding.checking import NO_END, Called, CheckingDecoder, agreed
+from envs.decoding.checking import NO_END, Called, CheckingDecoder, standing
 from envs.decoding.judges import OPINION, FirstDisagreement, Judge
 from envs.decoding.observation import Observation, Step, entropy
 from envs.decoding.sampling import Sampling
@@ -107,18 +107,21 @@ class CheckedSession(CheckingDecoder, TeacherSession):
         drafts = [self._tokens[row, end - count : end] for row, end, count in zip(rows, whole, counts, strict=True)]
         choices, opinions = self.read_with_opinions(rows, model, ~ended, drafts)
         thought = opinions.reshape(-1, OPINION).float().cpu().numpy()
-        kept = agreed(self.judge.stands(thought), counts)
+        kept = standing(self.judge, thought, counts)
         # nobody writes behind an end
         behind = [len(own) - count - (not end) for own, count, end in zip(choices, counts, ended, strict=True)]
-        standing = ended & (kept == counts)
+        whole_stands = ended & (kept == counts)
         tokens = np.array(
-            [UNKNOWN if stop else own[at + k] for own, at, k, stop in zip(choices, behind, kept, standing, strict=True)]
+            [
+                UNKNOWN if stop else own[at + k]
+                for own, at, k, stop in zip(choices, behind, kept, whole_stands, strict=True)
+            ]
         )
         lengths = whole - counts + kept
         for cache in self._caches:
             cache.rewind(rows, lengths)
         gone = self._cut(rows, lengths)
-        writing = np.flatnonzero(~standing)
+        writing = np.flatnonzero(~whole_stands)
         self._enter(rows[writing], tokens[writing], np.full(len(writing), model))
         self.ledger[rows[writing], model, WRITTEN] += 1
         self._leave_to_slm(rows[writing[~np.isin(tokens[writing], self.pool.end_tokens)]])

@@ -17,7 +17,7 @@ from torch import Tensor
 from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, WRITTEN
 from envs.decoding.decoder import Decoder
-from envs.decoding.judges import Judge
+from envs.decoding.judges import Judge, Opinions
 from envs.decoding.observation import Checks, Drafts, Step, TakenBack
 
 NO_END, END, FULL = 0, 1, 2
@@ -212,6 +212,20 @@ class CheckingDecoder(Decoder):
     @abstractmethod
     def _longest(self, rows: IntArray) -> IntArray:
         """The longest response of each row, (n,)."""
+
+
+def standing(judge: Judge, opinions: Opinions, counts: IntArray) -> IntArray:
+    """How long the beginning of each draft is that a judge lets stand, (n,).
+
+    Args:
+        judge: decides.
+        opinions: on the tokens of all drafts, one draft after the other.
+        counts: tokens of each draft, (n,).
+    """
+    if not judge.whole:
+        return agreed(judge.stands(opinions), counts)
+    drafts = np.split(opinions, np.cumsum(counts)[:-1])
+    return agreed(np.concatenate([judge.stands(draft) for draft in drafts]), counts)
 
 
 def agreed(stands: BoolArray, counts: IntArray) -> IntArray:
