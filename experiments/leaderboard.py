@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONTINUING = Continuing(
-    may_differ=("agents", "seeds", "first", "workers", "live", "timings", "bootstrap", "target", "picture", "results")
+    may_differ=(
+        "agents",
+        "seeds",
+        "untrained",
+        "first",
+        "workers",
+        "live",
+        "timings",
+        "bootstrap",
+        "target",
+        "picture",
+        "results",
+    )
 )
 """Runs have settings of their own; which there are, and the page, may change."""
 

@@ -144,12 +144,13 @@ def test_arguments_of_the_algorithms_are_those_they_are_run_with():
 
 
 def benchmark():
-    """Rows of BENCHMARK.md by policy, and the names of its columns."""
-    [(_, rows)] = tables((ROOT / "BENCHMARK.md").read_text(), "policy (seeds)")
-    header = re.search(r"^\| (policy \(seeds\).*) \|", (ROOT / "BENCHMARK.md").read_text(), re.MULTILINE)[1].split(
-        " | "
-    )
-    return {row[0]: dict(zip(header, row, strict=False)) for row in rows}
+    """What BENCHMARK.md says of each policy, by the names of columns, of all its tables."""
+    text, said = (ROOT / "BENCHMARK.md").read_text(), {}
+    for before, rows in tables(text, "policy (seeds)"):
+        header = [cell.strip() for cell in text[len(before) :].splitlines()[0][1:-1].split(" |")]
+        for row in rows:
+            said.setdefault(row[0], {}).update(zip(header, row, strict=True))
+    return said
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,5 +1,7 @@
 """Intervals mean what they say: their coverage, and how often equal policies are told apart, by simulation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from experiments.evaluation.operating_points import (
     cheapest_reaching,
     operating_points,
     threshold_to_use,
+    try_all_thresholds,
     try_thresholds,
 )
 from experiments.evaluation.summary import Results, summarize
@@ -167,6 +170,20 @@ def test_operating_points_are_chosen_on_validation_and_measured_on_the_problems(
     assert low < 0.8 < high
 
 
+def test_operating_points_are_compared_pair_by_pair():
+    # twice the price on each problem, whatever the problems cost: the ratio has no width
+    costs = np.linspace(0.1, 0.3, 20)
+    dear, cheap = (
+        replace(answers(right(1.0), 0.2), costs={"bytes": factor * costs, "llm_tokens": costs}) for factor in (2.0, 1.0)
+    )
+    baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
+    runs = {"cheap": [[cheap]], "dear": [[dear]]}
+    chosen = {name: [[0.1]] for name in runs}
+    results = Results({}, baselines, runs, frozenset(), chosen, validated=runs)
+    against = summarize(results, samples=50)["policies"]["dear"]["against_cheap"]["chosen_ratio_at_0.95"]
+    assert [against["value"], *against["interval"]] == pytest.approx([2, 2, 2])
+
+
 def test_points_chosen_on_the_very_problems_are_said_to_be():
     baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
     runs = [[answers(right(0.95), 0.3)]]
@@ -181,10 +198,10 @@ def test_who_never_gets_there_on_validation_is_used_as_the_llm_alone():
     baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
     tried = [[answers(right(0.5), 0.2)]]
     points = operating_points(baselines, tried, tried, [[0.4]], "bytes", resampled(20, 5, 0))
-    assert points["0.90"]["thresholds"] == ["llm"]
-    assert points["0.90"]["cost_bytes"]["value"] == 1.0
+    assert points["0.90"].thresholds == ["llm"]
+    assert points["0.90"].measured["cost_bytes"].value == 1.0
     cheap = Baselines(LLM, LLM, None, None, 0, validation=(LLM, LLM))
-    assert operating_points(cheap, tried, tried, None, "bytes", resampled(20, 5, 0))["0.90"]["thresholds"] == ["slm"]
+    assert operating_points(cheap, tried, tried, None, "bytes", resampled(20, 5, 0))["0.90"].thresholds == ["slm"]
 
 
 def test_the_cheapest_that_reaches_is_chosen_whatever_the_order():
@@ -193,7 +210,7 @@ def test_the_cheapest_that_reaches_is_chosen_whatever_the_order():
     assert cheapest_reaching(runs[3:], 0.95, "bytes") == 0
 
 
-def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share, rising=True):
+def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share, search=try_thresholds):
     """A policy whose LLM share is its threshold: which thresholds are tried, in turn, and what comes out."""
     order = []
 
@@ -203,7 +220,7 @@ def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share,
         return answers(right(accuracy(threshold)), cost(threshold))
 
     quantiles = np.linspace(0, 1, 1001)
-    return order, *try_thresholds(thresholds, at, (SLM, LLM), quantiles, "bytes", refine, rising)
+    return order, *search(thresholds, at, (SLM, LLM), quantiles, "bytes", refine)
 
 
 def test_thresholds_are_bisected_not_all_tried():
@@ -227,22 +244,23 @@ def test_where_costs_need_not_rise_all_thresholds_are_tried_and_others_beside_th
     def accuracy(share):
         return min(1.0, 0.9 + share)
 
-    def cost(share):  # the cheapest of all is at 0.62
-        return 0.2 + (share - 0.62) ** 2
+    def cost(share):  # the cheapest of all is at 0.46
+        return 0.2 + (share - 0.46) ** 2
 
     thresholds = [0.7, 0.1, 0.3]
-    order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, rising=False)
+    order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, search=try_all_thresholds)
     assert order == found == thresholds
-    assert threshold_to_use(runs, LLM, "bytes", 0.99) == 0
-    order, found, runs = tried_by(accuracy, thresholds, refine=3, cost=cost, rising=False)
+    assert threshold_to_use(runs, LLM, "bytes", 0.99) == 2
+    order, found, runs = tried_by(accuracy, thresholds, refine=6, cost=cost, search=try_all_thresholds)
     assert order == found
     assert None not in runs
-    # beside 0.7, the cheapest so far, on that side where the next one is further away
-    assert found[3:6] == pytest.approx([0.5, 0.85, 0.6])
-    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] == pytest.approx(0.6, abs=0.05)
-    # where bisection would have ended, at the first that is accurate enough
-    _, found, runs = tried_by(accuracy, thresholds, refine=3, cost=cost)
-    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] < 0.4
+    # beside 0.3, and then 0.5, the cheapest so far, on that side where the next one is further away; 0.4 and 0.6 bring
+    # nothing, and for other shares nothing more is tried
+    assert found[3:] == pytest.approx([0.5, 0.4, 0.6])
+    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] == 0.5
+    # bisection ends at the first that is accurate enough, which is dearer
+    _, bisected, ended = tried_by(accuracy, thresholds, refine=4, cost=cost)
+    assert cost(bisected[threshold_to_use(ended, LLM, "bytes", 0.99)]) > cost(0.5) + 0.02
 
 
 def test_a_gap_is_divided_until_it_is_narrower_than_the_interval():

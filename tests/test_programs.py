@@ -250,6 +250,22 @@ def test_workers_end_with_an_interrupted_program():
     assert not active_children()
 
 
+def test_a_program_whose_workers_show_bars_is_stopped_in_one_line():
+    shown = "from tqdm import tqdm; import time; tqdm(total=2); print('shown', flush=True); time.sleep(300)"
+    code = (
+        "from experiments.common.stopping import Workers, stoppable\n"
+        "if __name__ == '__main__':\n"
+        f"    with stoppable(), Workers(1) as workers:\n        workers.submit(exec, {shown!r}).result()\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
+    assert parent.stdout.readline() == "shown\n"
+    parent.terminate()
+    said = [line for line in parent.communicate(timeout=60)[1].splitlines() if line and "it/s]" not in line]
+    assert parent.returncode == 143
+    assert said == ["stopped by SIGTERM before anything was done"]
+
+
 def test_workers_end_with_a_program_that_is_killed():
     code = (
         "import os, time\nfrom experiments.common.stopping import Workers\n"

@@ -20,6 +20,7 @@ from experiments.published.run_file import RUNS, PublishedRun
 from experiments.published.store import CANARIES, Store
 from experiments.traces.trace import read_trace, write_trace
 from experiments.training.many import Run, make
+from experiments.training.run import TRAINED
 
 ROOT = CONF.parent
 QUICK = (
@@ -161,3 +162,32 @@ def test_results_are_verified_and_a_flip_is_found(results, tmp_path):
     assert done.returncode == 1
     assert "correct is" in done.stdout
     assert Path(tmp_path / "v" / "unpacked").is_dir()
+
+
+def trained_with(folder, seed, composition, **summary):
+    run = Run("citer", seed, (), folder / f"citer-seed{seed}", folder / "shared")
+    run.folder.mkdir()
+    kept = {"made_by": {"agent": {"examples": 4}}, "summary": {"composition": composition, **summary}}
+    (run.folder / TRAINED).write_text(json.dumps(kept))
+    return run
+
+
+def test_labels_are_told_by_their_share_of_those_that_ask_for_the_llm(tmp_path):
+    none = {"slm": 7, "llm": 0, "dropped": 1}
+    runs = [
+        trained_with(
+            tmp_path,
+            seed,
+            {
+                "case_1": {"wording": none},
+                "case_2": {"number": {**none, "llm": numbers}},
+                "case_3": {"wording": {**none, "llm": words}},
+            },
+            tokens_read=read,
+            cpu_seconds=read and 60.0,
+        )
+        for seed, numbers, words, read in ((0, 3, 1, [9, 5]), (1, 4, 0, None))
+    ]
+    had = training_of(runs)["citer"]
+    assert had["labels"] == {"case_2": {"number": 0.875}, "case_3": {"wording": 0.125}}
+    assert (had["llm_tokens"], had["minutes"]) == (5.0, 1.0)  # of the training that was not interrupted

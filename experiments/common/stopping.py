@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from tqdm import tqdm
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 5.0
 """Seconds that a worker may take to end."""
@@ -161,6 +163,8 @@ def end_workers(patience: float = PATIENCE) -> None:
 def _work_for_parent() -> None:
     """Called in a worker: Ctrl-C is for its parent, and it ends when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # tqdm's own is a semaphore, of which Python says that it leaked when a signal ends the worker
+    tqdm.set_lock(threading.RLock())
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from experiments.measures.metrics import LEVELS
 
 SHARES = np.linspace(0, 1, 1001)
 """Quantiles of a score that thresholds are looked up in."""
+WORTH = 0.01
+"""The share of a cost that another threshold must save, or it is not worth answering all problems at."""
 SAMPLES = 200
 """Resamplings behind the interval that a gap is compared with."""
 
@@ -54,13 +56,11 @@ def try_thresholds(
     quantiles: Sequence[float],
     unit: str,
     refine: int,
-    rising: bool = True,
 ) -> tuple[list[float], list[Answers | None]]:
-    """Find the cheapest threshold that reaches each share of the LLM's accuracy on validation problems.
+    """Find where a policy reaches each share of the LLM's accuracy on validation problems, by bisection.
 
-    Where costs rise with the threshold it is bisected: the dearer one is the more accurate it is taken to be, so that
-    few are tried. Where the two that a share lies between are further apart in cost than the interval of it there,
-    another is put between them. Where costs need not rise all are tried, and others are put beside the cheapest.
+    The dearer a threshold the more accurate it is taken to be, so that few are tried. Where the two that a share lies
+    between are further apart in cost than the interval of the cost there, another is put between them.
 
     Args:
         thresholds: to choose among.
@@ -69,38 +69,76 @@ def try_thresholds(
         quantiles: of the score, at SHARES; needed where others may be put between.
         unit: of costs.
         refine: how many are put between for each share, at most.
-        rising: whether a higher threshold costs more. Where drafts are checked it may cost less: what is drafted behind
-            a token that does not stand is thrown away, and a later call throws away more.
 
     Returns:
         All thresholds, those that were put between last, and the answers at those that were tried.
     """
     all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
-    if not rising:
-        tried = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
     for level in LEVELS:
         wanted, left = level * float(ends[1].correct.mean()), refine
         while True:
-            order = [int(number) for number in np.argsort(all_of_them, kind="stable")]
-            steps = [ends[0], *(tried[number] for number in order), ends[1]]
-            stands = [all_of_them[number] for number in order]
-            if rising:
-                low, high = _bracket(steps, wanted)
-                untried = (low + high) // 2
-                if steps[untried] is None:
-                    number = order[untried - 1]
-                    tried[number] = answers(all_of_them[number], number)
-                    continue
-                side = (low, high) if left and _wide(steps, low, high, wanted, unit) else None
-            else:
-                side = _wider_side(stands, cheapest_reaching(steps, wanted, unit), quantiles) if left else None
-            between = None if side is None else _between(stands, *side, quantiles)
-            if between is None or between in all_of_them:
+            stands, steps, order = _in_order(all_of_them, tried, ends)
+            low, high = _bracket(steps, wanted)
+            untried = (low + high) // 2
+            if steps[untried] is None:
+                number = order[untried - 1]
+                tried[number] = answers(all_of_them[number], number)
+                continue
+            between = _between(stands, low, high, quantiles) if left else None
+            if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
                 break
             all_of_them.append(between)
-            tried.append(None if rising else answers(between, len(tried)))
+            tried.append(None)
             left -= 1
     return all_of_them, tried
+
+
+def try_all_thresholds(
+    thresholds: Sequence[float],
+    answers: Callable[[float, int], Answers],
+    ends: tuple[Answers, Answers],
+    quantiles: Sequence[float],
+    unit: str,
+    refine: int,
+) -> tuple[list[float], list[Answers | None]]:
+    """The same for a policy that checks drafts, whose cost need not rise with the threshold.
+
+    What is drafted behind a token that does not stand is thrown away, and a later call throws away more. So all
+    thresholds are tried, and others beside the cheapest that reaches a share, on that side where the next one is
+    further away, until two of them bring less than WORTH.
+    """
+    all_of_them: list[float] = list(thresholds)
+    tried: list[Answers | None] = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
+    settled: set[float | None] = set()
+    for level in LEVELS:
+        wanted, in_vain = level * float(ends[1].correct.mean()), 0
+        for _ in range(refine):
+            stands, steps, _ = _in_order(all_of_them, tried, ends)
+            step = cheapest_reaching(steps, wanted, unit)
+            cheapest = steps[step]
+            threshold = stands[step - 1] if 0 < step <= len(stands) else None
+            between = _between(stands, *_wider_side(stands, step, quantiles), quantiles)
+            if threshold in settled or between is None or between in all_of_them:
+                break
+            found = answers(between, len(tried))
+            all_of_them.append(between)
+            tried.append(found)
+            assert cheapest is not None
+            reaches = found.correct.mean() >= wanted
+            better = reaches and found.costs[unit].sum() < (1 - WORTH) * cheapest.costs[unit].sum()
+            in_vain = 0 if better else in_vain + 1
+            if in_vain == 2:
+                settled.add(threshold)
+                break
+    return all_of_them, tried
+
+
+def _in_order(
+    thresholds: Sequence[float], tried: Tried, ends: tuple[Answers, Answers]
+) -> tuple[list[float], list[Answers | None], list[int]]:
+    """Thresholds by rising LLM share, the answers with those of the SLM and of the LLM alone around, their numbers."""
+    order = [int(number) for number in np.argsort(thresholds, kind="stable")]
+    return [thresholds[number] for number in order], [ends[0], *(tried[number] for number in order), ends[1]], order
 
 
 def _bracket(steps: Tried, accuracy: float) -> tuple[int, int]:
@@ -154,6 +192,27 @@ def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool
     return interval[0] is not None and interval[1] is not None and gap > interval[1] - interval[0]
 
 
+class OperatingPoint(NamedTuple):
+    """A threshold that validation problems choose, and what it does on the problems.
+
+    Attributes:
+        thresholds: of each training seed; the name of a model where it answers alone.
+        measured: `accuracy`, `share_of_llm`, and `cost_` in every unit.
+        problems: how many they are.
+    """
+
+    thresholds: list[Any]
+    measured: dict[str, Estimate]
+    problems: int
+
+    def described(self) -> dict[str, Any]:
+        """As a summary has it; the interval of an accuracy stays within what a share can be."""
+        share = self.measured["accuracy"]
+        known = {key: one.described() for key, one in self.measured.items()}
+        known["accuracy"] = described(share.value, share.share_interval(self.problems))
+        return {"thresholds": self.thresholds, **known}
+
+
 def operating_points(
     baselines: Baselines,
     answers: Answered,
@@ -161,7 +220,7 @@ def operating_points(
     thresholds: Sequence[Sequence[float]] | None,
     unit: str,
     weights: FloatArray,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, OperatingPoint]:
     """For each share of the LLM's accuracy: the threshold that validation chooses, and what it does on the problems.
 
     For each training seed it is the cheapest that reaches the share on validation problems; where that is one of the
@@ -195,9 +254,5 @@ def operating_points(
                     **{f"cost_{key}": cost for key, cost in costs.items()},
                 }
             )
-        of_rows = estimates(rows)
-        measured = {key: one.described() for key, one in of_rows.items()}
-        share = of_rows["accuracy"]
-        measured["accuracy"] = described(share.value, share.share_interval(weights.shape[1]))
-        points[f"{level:.2f}"] = {"thresholds": chosen, **measured}
+        points[f"{level:.2f}"] = OperatingPoint(chosen, estimates(rows), weights.shape[1])
     return points

@@ -31,8 +31,8 @@ class EvaluationSettings:
             answers alone; about this share of decisions goes to the LLM.
         threshold_examples: validation problems that thresholds are chosen on.
         refine: how many thresholds are put between two that a share of the LLM's accuracy lies between, at most; it
-            ends where their costs are as close as can be measured. Of a policy with a judge, how many are put beside
-            the cheapest.
+            ends where their costs are as close as can be measured. Of a policy with a judge, those beside the
+            cheapest.
         report: whether a table, pictures and a page are made; where not, `experiments.report` can make them later.
         bootstrap: resamplings behind every interval.
         transcripts: problems whose answers the page shows; 0 for none.

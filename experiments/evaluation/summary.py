@@ -12,7 +12,7 @@ from agents.common.curves import Hull, Sweep
 from envs.arrays import FloatArray
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.operating_points import Tried, operating_points
+from experiments.evaluation.operating_points import OperatingPoint, Tried, operating_points
 from experiments.measures.intervals import Estimate, described, estimates, resampled
 from experiments.measures.metrics import (
     COSTS,
@@ -100,26 +100,33 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
     """
     baselines = results.baselines
     weights = resampled(len(baselines.slm.correct), samples, seed)
-    measured = {name: _measured(results, seeds, unit, weights) for name, seeds in results.policies.items()}
-    least = cheapest(measured)
+
+    def points(name: str, answers: Answered, validated: Sequence[Tried] | None) -> dict[str, OperatingPoint]:
+        if validated is None:
+            return {}
+        return operating_points(baselines, answers, validated, results.thresholds.get(name), unit, weights)
+
+    measured = {
+        name: (_measured(results, seeds, unit, weights), points(name, seeds, results.validated.get(name)))
+        for name, seeds in results.policies.items()
+    }
+    least = cheapest({name: own for name, (own, _) in measured.items()})
 
     def summarized(
-        name: str, own: Mapping[str, Estimate], answers: Answered, validated: Sequence[Tried] | None
+        own: Mapping[str, Estimate], chosen: Mapping[str, OperatingPoint], answers: Answered
     ) -> dict[str, Any]:
-        thresholds = results.thresholds.get(name)
         return {
             **_summarize_policy(results, own, answers, unit, weights),
-            "operating_points": {}
-            if validated is None
-            else operating_points(baselines, answers, validated, thresholds, unit, weights),
-            **{f"against_{other}": _compared(own, measured[other]) for other in (results.first, least)},
+            "operating_points": {level: point.described() for level, point in chosen.items()},
+            **{
+                f"against_{other}": _compared(own, measured[other][0])
+                | _compared_points(chosen, measured[other][1], f"cost_{unit}")
+                for other in (results.first, least)
+            },
         }
 
     policies = {
-        name: {
-            "trained": name in results.trained,
-            **summarized(name, measured[name], seeds, results.validated.get(name)),
-        }
+        name: {"trained": name in results.trained, **summarized(*measured[name], seeds)}
         for name, seeds in results.policies.items()
     }
     fronts = {
@@ -127,7 +134,9 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
             "trained": front.owners[0][0] in results.trained,
             "settings": list(dict.fromkeys(front.owners[0])),
             "on_front": _on_front(results, front, unit),
-            **summarized("", _measured(results, front.runs, unit, weights), front.runs, front.validated),
+            **summarized(
+                _measured(results, front.runs, unit, weights), points("", front.runs, front.validated), front.runs
+            ),
         }
         for agent, front in results.fronts.items()
     }
@@ -198,6 +207,17 @@ def _compared(ours: Mapping[str, Estimate], theirs: Mapping[str, Estimate]) -> d
         compared[f"gain_at_{cost}"] = described(*ours[f"accuracy_at_{cost}"].less(theirs[f"accuracy_at_{cost}"]))
     compared["aiq_gain"] = described(*ours["aiq"].less(theirs["aiq"]))
     return compared
+
+
+def _compared_points(
+    ours: Mapping[str, OperatingPoint], theirs: Mapping[str, OperatingPoint], cost: str
+) -> dict[str, dict[str, Any]]:
+    """A policy's cost at its operating points beside another one's, paired: ratios by level."""
+    return {
+        f"chosen_ratio_at_{level}": described(*point.measured[cost].over(theirs[level].measured[cost]))
+        for level, point in ours.items()
+        if level in theirs
+    }
 
 
 def _on_front(results: Results, front: Front, unit: str) -> list[str]:

@@ -26,8 +26,10 @@ def training_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         runs: that are complete.
 
     Returns:
-        For each agent: `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM read or wrote in
-        training, `minutes` of processors; None where there is none of it, or it is not known.
+        For each agent: `labels`, what those that ask for the LLM are made of, shares by case and kind of token, in the
+        last round; `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM read or wrote in
+        training, `minutes` of processors; None where there is none of it. Of a seed whose training was interrupted the
+        last two are not known, and it is left out of their means.
     """
     told: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -39,18 +41,34 @@ def training_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def mean(values: Sequence[float | None]) -> float | None:
         known = [value for value in values if value is not None]
-        return float(np.mean(known)) if len(known) == len(seeds) else None
+        return float(np.mean(known)) if known else None
 
     first = seeds[0]
     read, computed = ([one.get(key) for one in seeds] for key in ("tokens_read", "cpu_seconds"))
     learned = "examples" in first
     return {
+        "labels": _llm_labels([one["composition"] for one in seeds if "composition" in one]),
         "problems": first.get("examples"),
         "features": first.get("features"),
         "parameters": first.get("parameters"),
         "llm_tokens": mean([None if one is None else one[-1] for one in read]) if learned else None,
         "minutes": mean([None if one is None else one / 60 for one in computed]) if learned else None,
     }
+
+
+def _llm_labels(seeds: Sequence[Mapping[str, Mapping[str, Mapping[str, int]]]]) -> dict[str, dict[str, float]] | None:
+    """Shares of the labels that ask for the LLM, by case and kind of token, means over seeds; None without labels."""
+    if not seeds:
+        return None
+    counts = [
+        {(case, kind): labels["llm"] for case, kinds in one.items() for kind, labels in kinds.items() if labels["llm"]}
+        for one in seeds
+    ]
+    shares: dict[str, dict[str, float]] = {}
+    for case, kind in sorted({key for one in counts for key in one}):
+        mean = np.mean([one.get((case, kind), 0) / max(1, sum(one.values())) for one in counts])
+        shares.setdefault(case, {})[kind] = round(float(mean), 6)
+    return shares
 
 
 def entries(
@@ -77,6 +95,11 @@ def entries(
                 },
                 "hull_cost_at_by_unit": policy["cost_at_by_unit"],
                 "aiq": policy["measures"]["aiq"],
+                "against": {
+                    other: policy[f"against_{other}"]
+                    for other in (summary["first"], summary["cheapest"])
+                    if other != name
+                },
                 "seconds_over_llm_only": seconds.get(name),
                 "training": training.get(name),
             }

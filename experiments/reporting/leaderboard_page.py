@@ -92,10 +92,10 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
     seeds = ", ".join(map(str, how.seeds))
     return f"""# Benchmark
 
-Every agent of `conf/agent`, trained and decoded through the same engine on the same problems: `make benchmark`. The
-task is {summary["task"]}, the models are {" and ".join(summary["pool"])}. The {summary["examples"]} {summary["split"]}
-problems were seen in no training and no tuning; alone, the SLM is right on {models["slm"]["accuracy"]:.1%} of them, the
-LLM on {models["llm"]["accuracy"]:.1%}. Training seeds: {seeds}.
+Agents of `conf/agent`, trained and decoded through the same engine on the same problems: `make benchmark`. The task is
+{summary["task"]}, the models are {" and ".join(summary["pool"])}. The {summary["examples"]} {summary["split"]} problems
+were seen in no training and no tuning; alone, the SLM is right on {models["slm"]["accuracy"]:.1%} of them, the LLM on
+{models["llm"]["accuracy"]:.1%}. Training seeds: {seeds}.
 
 ![accuracy over cost]({curve})
 
@@ -109,19 +109,24 @@ The order of policies is that of memory traffic, the paper's measure, which is w
 are read anew for every token; where passes are bound by arithmetic (large batches) FLOPs count, of which every token of
 the SLM takes some.
 
-## What a user gets, and cost at equal accuracy
+## What a user gets
 
-{results_table(summary, seconds, how)}
+{chosen_table(summary, seconds, how)}
 "Chosen for 95 %" is the operating point: the threshold that validation problems choose for 95 % of the LLM's accuracy,
-and the accuracy and cost it then has here. "Hull" is the least cost of such an accuracy on these problems themselves.
-Costs are relative to LLM-only decoding of the same problems. Those with intervals are memory traffic (the paper's
-measure); the table is sorted by that at 95 % on the hull. In brackets: 95 % intervals over problems (resampled) and
-training seeds (a t interval), whose number stands behind the name. The other units are at 95 % on the hull too: LLM
-tokens, floating-point operations, dollars at a price in proportion to parameters. Seconds are of passes and decisions
-at the operating point, in which the rows of a batch share passes (first seed, all policies and LLM-only decoding in
-turn; none where validation chooses no threshold). AIQ is the mean accuracy from the SLM's cost to the LLM's.
-"Over {summary["first"]}'s" is the ratio of memory traffic at 95 %, paired. The last column says which rows cannot be
-told from the cheapest: those whose paired ratio to it may be 1.
+here {float(LEVEL) * models["llm"]["accuracy"]:.1%}, and the accuracy and cost it then has on these problems. Costs are
+memory traffic, relative to LLM-only decoding of the same problems. In brackets: 95 % intervals over problems
+(resampled) and training seeds (a t interval), whose number stands behind the name. "Over {summary["first"]}'s" is the
+paired ratio of costs, whatever the accuracies. Seconds are of passes and decisions, in which the rows of a batch share
+passes, over those of LLM-only decoding (first seed, all in turn; none where validation chooses no threshold).
+
+## Cost at equal accuracy
+
+{results_table(summary, how)}
+"Hull" is the least cost of 90, 95 and 99 % of the LLM's accuracy on these problems themselves: in memory traffic with
+intervals, by which at 95 % both tables are sorted, and at 95 % as LLM tokens, floating-point operations and dollars, at
+a price in proportion to parameters. AIQ is the mean accuracy from the SLM's cost to the LLM's. "Hull: over
+{summary["first"]}'s" is the paired ratio of memory traffic at 95 %. The last column says which rows cannot be told from
+the cheapest: those whose paired ratio to it may be 1.
 
 A policy's curve is the upper concave hull of its thresholds, the SLM alone and LLM-only decoding: who answers each
 query with one of two of these, drawn at random, has any point between them. Thresholds are set on validation problems.
@@ -132,7 +137,14 @@ Query-level agents decide once a response, and the SLM then reads no more than t
 {trainings(how)}
 Problems are those of the train split that labels, preferences or episodes are made of; LLM tokens are all that the LLM
 read or wrote while the agent was trained; minutes are those of one processor core; weights are those of a decision.
-Means over seeds.
+Means over seeds, of tokens and minutes over those whose training was not interrupted.
+
+## What labels are made of
+
+{label_shares(how)}
+Of the labels that ask for the LLM, in the last round: the share that each case and kind of token has, means over seeds.
+In case 2 only the LLM would write the reference's token, in case 3 neither model would. References are worded at random
+and only the number is judged, so that a label on wording asks for what changes no verdict.
 
 ## The paper's headlines
 
@@ -190,44 +202,71 @@ def trainings(how: HowMade) -> str:
     return markdown_table(["agent", "problems", "features", "weights", "LLM tokens", "minutes"], rows)
 
 
-def results_table(summary: Summary, seconds: Mapping[str, float | None], how: HowMade) -> str:
-    """A row a policy, the baselines below."""
+def label_shares(how: HowMade) -> str:
+    """What labels that ask for the LLM are made of, by case and kind of token: a row an agent that has labels."""
+    labels = {name: had["labels"] for name, had in sorted(how.training.items()) if had.get("labels")}
+    columns = sorted({(case, kind) for cases in labels.values() for case, kinds in cases.items() for kind in kinds})
+    rows = [
+        [name, *(share(cases.get(case, {}).get(kind, 0.0)) for case, kind in columns)] for name, cases in labels.items()
+    ]
+    if not rows:
+        return "No agent learned from such labels.\n"
+    return markdown_table(["agent", *(f"{case.replace('_', ' ')}: {kind}" for case, kind in columns)], rows)
+
+
+def chosen_table(summary: Summary, seconds: Mapping[str, float | None], how: HowMade) -> str:
+    """The operating points: a row a policy."""
+    first, levels = summary["first"], (LEVEL, "0.99")
+    headers = ["policy (seeds)"]
+    for level in levels:
+        headers += [f"chosen for {float(level):.0%}: {what}" for what in ("accuracy", "cost", f"over {first}'s")]
+    rows = []
+    for name in ranked(summary):
+        policy = summary["policies"][name]
+        row = [_named(summary, name, how)]
+        for level in levels:
+            point = policy["operating_points"].get(level)
+            ratio = policy[f"against_{first}"].get(f"chosen_ratio_at_{level}")
+            keys = ("accuracy", f"cost_{summary['cost']}")
+            row += ["", ""] if point is None else [measured(point[key]) for key in keys]
+            row.append("" if ratio is None or name == first else measured(ratio))
+        rows.append([*row, number(seconds.get(name))])
+    return markdown_table([*headers, "seconds"], rows)
+
+
+def results_table(summary: Summary, how: HowMade) -> str:
+    """Costs on the hull: a row a policy, the baselines below."""
     first = summary["first"]
     headers = [
         "policy (seeds)",
-        *(f"chosen for {float(LEVEL):.0%}: {what}" for what in ("accuracy", "cost")),
         *(f"hull: cost at {float(level):.0%}" for level in summary["policies"][first]["cost_at"]),
         "LLM tokens",
         "FLOPs",
         "dollars",
-        "seconds",
         "AIQ",
-        f"over {first}'s",
+        f"hull: over {first}'s",
         "",
     ]
-    policies = [_policy_row(summary, name, seconds.get(name), name in how.departures) for name in ranked(summary)]
-    baselines = [_baseline_row(summary, name) for name in summary["limits"]]
-    return markdown_table(headers, policies + baselines)
+    policies = [_policy_row(summary, name, how) for name in ranked(summary)]
+    return markdown_table(headers, policies + [_baseline_row(summary, name) for name in summary["limits"]])
 
 
-def _policy_row(summary: Summary, name: str, seconds: float | None, departed: bool) -> list[str]:
-    policy, point = summary["policies"][name], summary["policies"][name]["operating_points"].get(LEVEL)
+def _named(summary: Summary, name: str, how: HowMade) -> str:
+    """A policy with the number of its seeds, and a star where it was run with settings of its own."""
+    return f"{name} ({summary['policies'][name]['seeds']}){' *' if name in how.departures else ''}"
+
+
+def _policy_row(summary: Summary, name: str, how: HowMade) -> list[str]:
+    policy, first = summary["policies"][name], summary["first"]
     intervals, units = policy["cost_at_interval"], policy["cost_at_by_unit"]
-    chosen = ["", ""] if point is None else [measured(point[key]) for key in ("accuracy", f"cost_{summary['cost']}")]
-    over_first = ""
-    if name != summary["first"]:
-        ratio = policy[f"against_{summary['first']}"][f"ratio_at_{LEVEL}"]
-        over_first = measured(ratio)
     return [
-        f"{name} ({policy['seeds']}){' *' if departed else ''}",
-        *chosen,
+        _named(summary, name, how),
         *(with_interval(cost, intervals[level]) for level, cost in policy["cost_at"].items()),
         share(units["llm_tokens"][LEVEL]),
         number(units["flops"][LEVEL]),
         number(units["dollars"][LEVEL]),
-        number(seconds),
         number(policy["measures"]["aiq"]["value"]),
-        over_first,
+        "" if name == first else measured(policy[f"against_{first}"][f"ratio_at_{LEVEL}"]),
         standing(summary, name),
     ]
 
@@ -242,7 +281,7 @@ def _baseline_row(summary: Summary, name: str) -> list[str]:
         at_levels = ["", "", number(baseline[f"cost_{unit}"])]
         tokens, flops, dollars = (baseline[f"cost_{other}"] for other in ("llm_tokens", "flops", "dollars"))
     costs_at_level = [share(tokens), number(flops), number(dollars)]
-    return [f"*{BASELINE_NAMES[name]}*", "", "", *at_levels, *costs_at_level, "", "", "", "limit"]
+    return [f"*{BASELINE_NAMES[name]}*", *at_levels, *costs_at_level, "", "", "limit"]
 
 
 def standing(summary: Summary, name: str) -> str:

@@ -91,11 +91,11 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
         ValueError: an agent that is not there, or a setting out of range.
         ConfigCompositionException: a class that cannot be imported.
     """
-    for key in ("agents", "seeds", "train", "live"):
+    for key in ("agents", "seeds", "train", "live", "untrained"):
         check_list(key, config[key] or [])
     known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
     names = list(config.agents or known)
-    for name in (*names, *config.departures, *config.live):
+    for name in (*names, *config.departures, *config.live, *config.untrained):
         if "." in name:
             imported(name)  # a class that lies outside
         elif name not in known:
@@ -119,7 +119,7 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
             name in config.live,
         )
         for name in names
-        for seed in config.seeds
+        for seed in (config.seeds[:1] if name in config.untrained else config.seeds)
     ]
 
 
@@ -202,8 +202,9 @@ def make_all(runs: Sequence[Run], workers: int, made: Callable[[Run], None] = la
         ProgressBar(total=len(runs), initial=len(runs) - len(missing), desc="runs", mininterval=5) as progress,
         Workers(workers) as processes,
     ):
-        # one run alone makes what all share
-        for part in (missing[:1], missing[1:]):
+        # the first of all makes alone what all share
+        first = int(len(missing) == len(runs))
+        for part in (missing[:first], missing[first:]):
             waiting = {processes.submit(make, run): run for run in part}
             for future in as_completed(waiting):
                 run, error = waiting[future], future.result()
