@@ -182,8 +182,16 @@ def test_one_tree_serves_all_judges(kin, settings):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"judge": "gaps"}, ValueError, "unknown judge 'gaps'; choose one of first_disagreement, gap, top_k"),
-        ({"judge": 2.0}, TypeError, "judge must be a Judge or one of first_disagreement, gap, top_k; it is 2.0"),
+        (
+            {"judge": "gaps"},
+            ValueError,
+            "unknown judge 'gaps'; choose one of first_disagreement, gap, top_k, step_likelihood",
+        ),
+        (
+            {"judge": 2.0},
+            TypeError,
+            "judge must be a Judge or one of first_disagreement, gap, top_k, step_likelihood; it is 2.0",
+        ),
         ({"features": "draft"}, ValueError, "unknown features 'draft'; choose one of hidden, .*, drafts"),
         ({"reward": ShortcutReward()}, ValueError, "ShortcutReward follows a reference .* use OutcomeReward"),
     ],

@@ -373,7 +373,9 @@ def test_no_model_reads_prompts_by_itself_where_drafts_are_checked(kin):
 def test_a_judge_is_written_down_and_read_again():
     for judge in (FirstDisagreement(), Gap(1.5), NEVER, TopK(3)):
         assert judge_of(json.loads(json.dumps(described(judge)))) == judge
-    with pytest.raises(ValueError, match="unknown judge 'taste'; there are first_disagreement, gap, top_k"):
+    with pytest.raises(
+        ValueError, match="unknown judge 'taste'; there are first_disagreement, gap, top_k, step_likelihood"
+    ):
         judge_of({"name": "taste"})
     with pytest.raises(ValueError, match="no settings of the judge gap"):
         judge_of({"name": "gap", "k": 1})

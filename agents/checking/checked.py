@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from agents.checking.entropy import CheckedEntropy
-from agents.common.policy import Learner, Observation, Policy, TrainingRun
+from agents.checking.span import ONE, Span, Tokens, described_span, span_of
+from agents.common.policy import Learner, Observation, Policy, TrainingRun, as_tensor
 from agents.common.rollout import Episode, Scheduling, decode
 from agents.common.saving import saved_as
 from agents.router.dataset import LabelledTokens
@@ -50,6 +51,7 @@ class CheckedPolicy(RouterPolicy):
     Attributes:
         judge: which drafted tokens stand; the network was trained for it.
         end_weight: of the sum at a drafted end.
+        span: how long the LLM writes once it is called.
     """
 
     observes: ClassVar[bool] = True
@@ -57,6 +59,7 @@ class CheckedPolicy(RouterPolicy):
     features: str = "hidden_logits_history"
     judge: Judge = field(default_factory=Gap, kw_only=True)
     end_weight: float = field(default=1.0, kw_only=True)
+    span: Span = field(default_factory=Tokens, kw_only=True)
     # by episode: log-probabilities that the first 1, 2, ... tokens since the last call all stand
     _standing: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -80,7 +83,8 @@ class CheckedPolicy(RouterPolicy):
         ):
             if not ended:
                 self._standing[episode][count:] = [value]
-        return torch.from_numpy(np.exp(np.where(drafts.ended, self.end_weight, 1.0) * total))
+        scores = np.exp(np.where(drafts.ended, self.end_weight, 1.0) * total)
+        return as_tensor(self.span.hold(scores, drafts))
 
     def _before(self, episodes: IntArray, counts: IntArray) -> FloatArray:
         """Log-probabilities that all drafted tokens stand, (n,), as far as the network was asked before."""
@@ -100,10 +104,12 @@ class CheckedPolicy(RouterPolicy):
             self._standing.pop(episode, None)
 
     def about(self) -> str:
-        return f"{super().about()} {described(self.judge)} {self.end_weight}"
+        span = "" if self.span == ONE else f" {self.span}"  # what was saved before there were spans keeps its name
+        return f"{super().about()} {described(self.judge)} {self.end_weight}{span}"
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "judge": described(self.judge), "end_weight": self.end_weight}
+        own = {"judge": described(self.judge), "end_weight": self.end_weight, "span": described_span(self.span)}
+        return {**super().settings(), **own}
 
     @classmethod
     def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
@@ -114,6 +120,7 @@ class CheckedPolicy(RouterPolicy):
             settings["calibration"],
             judge=judge_of(settings["judge"]),
             end_weight=settings["end_weight"],
+            span=span_of(settings["span"]) if "span" in settings else ONE,
         )
 
 
@@ -215,6 +222,7 @@ class Checked(Learner[CheckedPolicy]):
         threshold: of the answers that states are taken from.
         judge: which drafted tokens stand.
         end_weight: of the sum of -log(1 - risk) at a drafted end, which the threshold is compared with too.
+        span: how long the LLM writes once it is called.
         features: what the network sees, one of `envs.decoding.observation.FEATURES`.
         max_new_tokens: the longest response.
         training: how the network is trained.
@@ -229,6 +237,7 @@ class Checked(Learner[CheckedPolicy]):
     threshold: float = 0.5
     judge: Judge = field(default_factory=Gap)
     end_weight: float = 16.0
+    span: Span = field(default_factory=Tokens)
     features: Literal["hidden", "hidden_logits", "hidden_logits_history"] = "hidden_logits_history"
     max_new_tokens: int = 128
     training: RouterTraining = field(default_factory=RouterTraining)
@@ -236,6 +245,10 @@ class Checked(Learner[CheckedPolicy]):
 
     def __post_init__(self) -> None:
         check_features(self.features)
+        if self.judge.whole:
+            raise ValueError(
+                f"the judge {self.judge} is of whole drafts, and a risk is of a token; choose another judge"
+            )
         if (self.examples is not None and self.examples < 2) or self.rounds < 1:
             raise ValueError(f"examples ({self.examples}) must be at least 2 and rounds ({self.rounds}) at least 1")
         if not 0 < self.threshold < 1 or self.end_weight < 0:
@@ -249,7 +262,7 @@ class Checked(Learner[CheckedPolicy]):
         capacity = sequence_capacity(pool, self.max_new_tokens, None)
         for example in examples:
             check_fit(f"example {example.id}", pool.encode(example.prompt), (), capacity, self.max_new_tokens)
-        policy: Policy = CheckedEntropy(self.judge)
+        policy: Policy = CheckedEntropy(self.judge, self.span)
         rounds: list[JudgedStates] = []
         for number in ProgressBar(range(1, self.rounds + 1), desc="rounds"):
             # what was decoded is kept when a run is interrupted; the policy is, by its checkpoint
@@ -296,6 +309,7 @@ class Checked(Learner[CheckedPolicy]):
             report,
             judge=self.judge,
             end_weight=self.end_weight,
+            span=self.span,
         )
 
 

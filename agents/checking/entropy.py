@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from agents.common.policy import Observation, Policy, Scores
+from agents.checking.span import Span, SpanningPolicy, Tokens
+from agents.common.policy import Observation, Scores
 from envs.decoding.judges import Gap, Judge
 
 
 @dataclass(frozen=True)
-class CheckedEntropy(Policy):
+class CheckedEntropy(SpanningPolicy):
     """Calls the LLM before the entropies of the draft sum up to too much; the end of a response is always checked.
 
     The score is exp(-sum), where the sum is over the tokens drafted since the last call and the one that would be
@@ -20,13 +21,16 @@ class CheckedEntropy(Policy):
 
     Args:
         judge: which drafted tokens stand.
+        span: how long the LLM writes once it is called.
     """
 
     judge: Judge = field(default_factory=Gap)
+    span: Span = field(default_factory=Tokens, repr=False)
 
     def score(self, observation: Observation) -> Scores:
         drafts = observation.drafts
         assert drafts is not None, "a policy with a judge sees drafts"
         own = observation.logit_features[:, 0].double()
         total = torch.from_numpy(drafts.entropies).to(own.device) + own
-        return torch.where(torch.from_numpy(drafts.ended).to(own.device), 0.0, torch.exp(-total))
+        scores = torch.where(torch.from_numpy(drafts.ended).to(own.device), 0.0, torch.exp(-total))
+        return self.span.hold(scores, drafts)

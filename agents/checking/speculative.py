@@ -15,7 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from agents.common.policy import Observation, Policy, Scores
+from agents.checking.span import Span, SpanningPolicy, Tokens
+from agents.common.policy import Observation, Scores
 from agents.common.rollout import Episode, Scheduling, decode
 from envs.costs import COLUMNS
 from envs.decoding.judges import FirstDisagreement, Gap, Judge
@@ -26,7 +27,7 @@ from envs.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)
-class Speculative(Policy):
+class Speculative(SpanningPolicy):
     """Calls the LLM behind a draft; scores are 1 where the SLM drafts on and 0 where it is called.
 
     A drafted end is checked. The last token that there is room for is not drafted: the LLM writes one behind a draft.
@@ -35,6 +36,7 @@ class Speculative(Policy):
         draft_tokens: the longest draft.
         confidence: a draft ends behind a token whose probability under the SLM is below this; 0: at no token.
         judge: which drafted tokens stand; without loss those that the LLM would have written.
+        span: how long the LLM writes once it is called.
 
     Raises:
         ValueError: a setting out of range.
@@ -45,6 +47,7 @@ class Speculative(Policy):
     draft_tokens: int = 16
     confidence: float = 0.0
     judge: Judge = field(default_factory=FirstDisagreement)
+    span: Span = field(default_factory=Tokens, repr=False)
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
@@ -56,7 +59,8 @@ class Speculative(Policy):
         drafts = observation.drafts
         assert drafts is not None, "a policy with a judge sees drafts"
         unsure = (drafts.counts > 0) & (np.exp(-drafts.last_surprisals) < self.confidence)
-        return 1.0 - (drafts.ended | unsure | (drafts.counts >= self.draft_tokens) | (drafts.room <= 1))
+        scores = 1.0 - (drafts.ended | unsure | (drafts.counts >= self.draft_tokens) | (drafts.room <= 1))
+        return self.span.hold(scores, drafts)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class RelaxedAcceptance(Speculative):
         draft_tokens: the longest draft.
         confidence: a draft ends behind a token whose probability under the SLM is below this; 0: at no token.
         judge: which drafted tokens stand.
+        span: how long the LLM writes once it is called.
     """
 
     judge: Judge = field(default_factory=Gap)

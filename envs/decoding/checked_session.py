@@ -12,7 +12,7 @@ from torch import Tensor
 
 from envs.arrays import UNKNOWN, BoolArray, IntArray
 from envs.costs import WRITTEN
-from envs.decoding.checking import END, NO_END, Called, CheckingDecoder, agreed
+from envs.decoding.checking import END, NO_END, Called, CheckingDecoder, standing
 from envs.decoding.judges import OPINION, FirstDisagreement, Judge, opinions
 from envs.decoding.observation import Observation, Step, entropy
 from envs.decoding.sampling import Sampling
@@ -136,12 +136,12 @@ class CheckedSession(CheckingDecoder, TeacherSession):
         drafts = [self._tokens[row, end - count : end] for row, end, count in zip(rows, whole, counts, strict=True)]
         check = self._compared if self.sampling.greedy else self._sampled
         tokens, kept = check(rows, model, drafts, ended)
-        standing = ended & (kept == counts)
+        whole_stands = ended & (kept == counts)
         lengths = whole - counts + kept
         for cache in self._caches:
             cache.rewind(rows, lengths)
         gone = self._cut(rows, lengths)
-        writing = np.flatnonzero(~standing)
+        writing = np.flatnonzero(~whole_stands)
         self._enter(rows[writing], tokens[writing], np.full(len(writing), model))
         self.ledger[rows[writing], model, WRITTEN] += 1
         self._leave_to_slm(rows[writing[~np.isin(tokens[writing], self.pool.end_tokens)]])
@@ -156,11 +156,14 @@ class CheckedSession(CheckingDecoder, TeacherSession):
         """
         choices, opinions = self.read_with_opinions(rows, model, ~ended, drafts)
         counts = np.array([len(draft) for draft in drafts])
-        kept = agreed(self.judge.stands(opinions.reshape(-1, OPINION).float().cpu().numpy()), counts)
+        kept = standing(self.judge, opinions.reshape(-1, OPINION).float().cpu().numpy(), counts)
         behind = [len(own) - count - (not end) for own, count, end in zip(choices, counts, ended, strict=True)]
-        standing = ended & (kept == counts)
+        whole_stands = ended & (kept == counts)
         tokens = np.array(
-            [UNKNOWN if stop else own[at + k] for own, at, k, stop in zip(choices, behind, kept, standing, strict=True)]
+            [
+                UNKNOWN if stop else own[at + k]
+                for own, at, k, stop in zip(choices, behind, kept, whole_stands, strict=True)
+            ]
         )
         return tokens, kept
 

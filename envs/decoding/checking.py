@@ -17,12 +17,12 @@ from torch import Tensor
 from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, WRITTEN
 from envs.decoding.decoder import Decoder
-from envs.decoding.judges import Judge
+from envs.decoding.judges import Judge, Opinions
 from envs.decoding.observation import Checks, Drafts, Step, TakenBack
 
 NO_END, END, FULL = 0, 1, 2
 """What the last drafted token is: no end, an end-of-sequence token, or the last one that there is room for."""
-DRAFT_BOOKS = ("_draft_entropies", "_draft_surprisals", "_last_surprisals", "_ends", "_gone")
+DRAFT_BOOKS = ("_draft_entropies", "_draft_surprisals", "_last_surprisals", "_ends", "_gone", "_runs", "_corrected")
 """What is kept of all rows beside the books of every decoder."""
 
 
@@ -78,9 +78,19 @@ class CheckingDecoder(Decoder):
 
     def drafts(self, rows: IntArray) -> Drafts:
         """What was drafted in `rows`, (n,), since a larger model read them last."""
-        room = self._longest(rows) - (self._lengths[rows] - self._prompt_lengths[rows])
-        sums = (self._draft_entropies[rows], self._draft_surprisals[rows], self._last_surprisals[rows])
-        return Drafts(self._since_llm[rows], *sums, self._ends[rows] != NO_END, room)
+        written = self._lengths[rows] - self._prompt_lengths[rows]
+        return Drafts(
+            counts=self._since_llm[rows],
+            entropies=self._draft_entropies[rows],
+            surprisals=self._draft_surprisals[rows],
+            last_surprisals=self._last_surprisals[rows],
+            ended=self._ends[rows] != NO_END,
+            room=self._longest(rows) - written,
+            runs=self._runs[rows],
+            corrected=self._corrected[rows],
+            last_tokens=np.where(written > 0, self._tokens[rows, self._lengths[rows] - 1], UNKNOWN),
+            text_of=self._text_of,
+        )
 
     def step(self, rows: IntArray, actions: IntArray) -> Step:
         """Draft a token in each row, accept a drafted end, or call a model; see the class, and `Decoder.step`."""
@@ -104,7 +114,7 @@ class CheckingDecoder(Decoder):
         if len(some):
             called = rows[some]
             begun = self._lengths[called] - self._since_llm[called] - self._prompt_lengths[called]
-            before = self.ledger[called]
+            before, alone = self.ledger[called], self._since_llm[called] == 0
             tokens[some], kept[some], gone = self._call(called, actions[some])
             ledger[some] = self.ledger[called] - before
             for i, place, back in zip(some.tolist(), (begun + kept[some]).tolist(), gone, strict=True):
@@ -117,6 +127,8 @@ class CheckingDecoder(Decoder):
             full = self._lengths[called] - self._prompt_lengths[called] >= self._longest(called)
             truncated[some] = ~terminated[some] & full
             self._active[called] = ~(terminated | truncated)[some]
+            self._runs[called] = np.where(alone, self._runs[called], 0) + ~stands
+            self._corrected[called] = np.where(alone, self._corrected[called], [len(back) > 0 for back in gone])
             self._forget_drafts(called)
         return Step(tokens, slm_tokens, terminated, truncated, ledger, Checks(kept, taken_back))
 
@@ -144,12 +156,16 @@ class CheckingDecoder(Decoder):
         self._last_surprisals: FloatArray = np.zeros(self.rows)
         self._ends: npt.NDArray[np.int8] = np.zeros(self.rows, dtype=np.int8)
         self._gone: IntArray = np.zeros(self.rows, dtype=np.int64)  # tokens that were taken back
+        self._runs: IntArray = np.zeros(self.rows, dtype=np.int64)  # these two are as `Drafts` has them
+        self._corrected: BoolArray = np.zeros(self.rows, dtype=bool)
+        self._token_texts: dict[int, str] = {}
         self._taken_back: list[list[TakenBack]] = [[] for _ in range(self.rows)]
 
     def _begin(self, rows: IntArray, prompts: Sequence[IntArray], episodes: IntArray | None) -> None:
         super()._begin(rows, prompts, episodes)
         self._forget_drafts(rows)
-        self._gone[rows] = 0
+        self._gone[rows] = self._runs[rows] = 0
+        self._corrected[rows] = False
         for row in rows:
             self._taken_back[row] = []
 
@@ -165,10 +181,17 @@ class CheckingDecoder(Decoder):
         self._draft_surprisals[rows] += surprisals
         self._last_surprisals[rows] = surprisals
         self._ends[rows] = step.terminated * END + step.truncated * FULL
+        self._runs[rows], self._corrected[rows] = 0, False
         self._active[rows] = True
         never = np.zeros((2, len(rows)), dtype=bool)
         nothing = Checks(np.zeros(len(rows), dtype=np.int64), {})
         return Step(step.tokens, slm_tokens, never[0], never[1], step.ledger, nothing)
+
+    def _text_of(self, token: int) -> str:
+        text = self._token_texts.get(token)
+        if text is None:
+            text = self._token_texts[token] = self.pool.decode(np.array([token]))
+        return text
 
     def _cut(self, rows: IntArray, lengths: IntArray) -> list[IntArray]:
         """Forget tokens of rows beyond `lengths`, (n,), which were not written then; what they were."""
@@ -218,6 +241,20 @@ def unpacked(numbers: IntArray) -> list[list[TakenBack]]:
             at = end
         rows.append(backs)
     return rows
+
+
+def standing(judge: Judge, opinions: Opinions, counts: IntArray) -> IntArray:
+    """How long the beginning of each draft is that a judge lets stand, (n,).
+
+    Args:
+        judge: decides.
+        opinions: on the tokens of all drafts, one draft after the other.
+        counts: tokens of each draft, (n,).
+    """
+    if not judge.whole:
+        return agreed(judge.stands(opinions), counts)
+    drafts = np.split(opinions, np.cumsum(counts)[:-1])
+    return agreed(np.concatenate([judge.stands(draft) for draft in drafts]), counts)
 
 
 def agreed(stands: BoolArray, counts: IntArray) -> IntArray:

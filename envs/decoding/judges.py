@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,13 @@ class Judge(ABC):
 
     Of a draft the longest beginning stands in which each token does. A judge depends on nothing but the opinions, so
     that a prefix tree can keep these and be walked under any judge.
+
+    Attributes:
+        whole: whether it judges a draft as a whole. `stands` is then given one draft at a time, and its answer is the
+            same for all tokens.
     """
+
+    whole: ClassVar[bool] = False
 
     @abstractmethod
     def stands(self, opinions: Opinions) -> BoolArray:
@@ -127,7 +133,42 @@ class TopK(Judge):
         return np.asarray(opinions[:, RANK] < self.k)
 
 
-JUDGES: Mapping[str, type[Judge]] = {"first_disagreement": FirstDisagreement, "gap": Gap, "top_k": TopK}
+@dataclass(frozen=True)
+class StepLikelihood(Judge):
+    """A draft stands as a whole, or is taken back as a whole, by its likelihood under the larger model.
+
+    What is compared is the mean over its tokens of log p(drafted) - log p(most likely): the draft's log-likelihood a
+    token, less what it would be if each token were the larger model's own choice behind those before it.
+
+    Args:
+        threshold: the least mean that stands, in nats, at most 0; minus infinity: nothing is ever taken back; 0: every
+            draft in which a token is less likely than another.
+
+    Raises:
+        ValueError: it is above 0, or not a number.
+    """
+
+    whole: ClassVar[bool] = True
+
+    threshold: float = -0.1
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.threshold) or self.threshold > 0:
+            raise ValueError(f"threshold must be at most 0, is {self.threshold}")
+
+    def stands(self, opinions: Opinions) -> BoolArray:
+        return np.full(len(opinions), self._mean(opinions) >= self.threshold)
+
+    def margin(self, opinions: Opinions) -> npt.NDArray[np.float32]:
+        return np.full(len(opinions), abs(self._mean(opinions) - self.threshold), dtype=np.float32)
+
+    def _mean(self, opinions: Opinions) -> float:
+        return -float(opinions[:, GAP].mean(dtype=np.float64)) if len(opinions) else 0.0
+
+
+JUDGES: Mapping[str, type[Judge]] = {
+    "first_disagreement": FirstDisagreement, "gap": Gap, "top_k": TopK, "step_likelihood": StepLikelihood,
+}  # fmt: skip
 """Judges by the names that settings and traces have for them."""
 
 

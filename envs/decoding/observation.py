@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 
 Features = Literal["hidden", "hidden_logits", "hidden_logits_history"]
 FEATURES: tuple[Features, ...] = get_args(Features)
@@ -85,6 +85,11 @@ class Drafts:
         last_surprisals: -log p of the last one, (n,); 0 where there is none.
         ended: the last one ends the response, (n,): by an end-of-sequence token, or since there is room for no more.
         room: tokens that may still be written, (n,).
+        runs: tokens that a larger model has written in a row, by calls with nothing drafted between them, (n,); 0 where
+            the SLM wrote the last token, or nothing is written.
+        corrected: whether the first of these stands where drafted tokens were taken back, (n,).
+        last_tokens: ids of the last tokens of the responses, (n,); UNKNOWN where there is none.
+        text_of: the text of a token.
     """
 
     counts: IntArray
@@ -93,6 +98,14 @@ class Drafts:
     last_surprisals: FloatArray
     ended: BoolArray
     room: IntArray
+    runs: IntArray
+    corrected: BoolArray
+    last_tokens: IntArray
+    text_of: Callable[[int], str] = field(repr=False, compare=False)
+
+    def last_texts(self) -> list[str | None]:
+        """The texts of the last tokens, n of them, each by itself; None where nothing is written."""
+        return [None if token == UNKNOWN else self.text_of(token) for token in self.last_tokens.tolist()]
 
     def vector(self) -> Tensor:
         """log(1 + tokens drafted), the sums of entropies and of -log p, whether an end is drafted: float32, (n, 4)."""

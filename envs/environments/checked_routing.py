@@ -116,9 +116,10 @@ class CheckedRoutingEnv(RoutingEnv):
     cost of a call may be below 0. With `features="drafts"` the SLM's reading of the prompt is part of its first draft.
 
     ## Starting state, arguments, copies and states
-    Those of `RoutingEnv`; `judge` is a `envs.decoding.judges.Judge`, or `first_disagreement`, `gap` or `top_k`, by
-    default `Gap(2.0)`. With a `tree` the process is walked along it: opinions of the LLM are remembered, too, so that
-    one tree serves all judges; a tree is walked greedily, and refuses `sampling`.
+    Those of `RoutingEnv`; `judge` is a `envs.decoding.judges.Judge`, or `first_disagreement`, `gap`, `top_k` or
+    `step_likelihood`, by default `Gap(2.0)`. With a `tree` the process is walked along it: opinions of the LLM are
+    remembered, too, so that one tree serves all judges. A tree is walked greedily, and
+    refuses `sampling`.
 
     ## Episode end
     `terminated`: an end-of-sequence token of the SLM was accepted, or let stand by the LLM, or the LLM wrote one.

@@ -7,7 +7,7 @@ import torch
 
 from envs.arrays import UNKNOWN, IntArray
 from envs.costs import WRITTEN, pass_entry
-from envs.decoding.checking import END, NO_END, Called, CheckingDecoder, agreed
+from envs.decoding.checking import END, NO_END, Called, CheckingDecoder, standing
 from envs.decoding.judges import FirstDisagreement, Judge
 from envs.decoding.observation import Observation, Step
 from envs.prefix_tree.tree import PrefixTree
@@ -66,9 +66,9 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         for model in np.unique(models[unread]).tolist():
             some = unread[models[unread] == model]
             self.explorer.read_along(rows[some], nodes[some], model, opinions=True)
-        kept = agreed(self.judge.stands(tree.opinions[places, readers]), counts)
+        kept = standing(self.judge, tree.opinions[places, readers], counts)
         ended = self._ends[rows] != NO_END
-        standing = ended & (kept == counts)
+        whole_stands = ended & (kept == counts)
         at = nodes.copy()
         cut = np.flatnonzero(kept < counts)
         at[cut] = places[starts[cut] + kept[cut]]
@@ -82,7 +82,7 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         read = np.minimum(read, lengths[:, None])
         gone = self._cut(rows, lengths)
         tokens = np.full(len(rows), UNKNOWN)
-        some = np.flatnonzero(~standing)
+        some = np.flatnonzero(~whole_stands)
         if len(some):
             writing, by = rows[some], models[some]
             self._nodes[writing] = at[some]

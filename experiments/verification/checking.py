@@ -21,10 +21,12 @@ class Walk:
     Attributes:
         entries: its ledger, but for seconds, (models, COLUMNS).
         stood: places of drafted tokens that the LLM has read and let stand, (n,).
+        drafts: how many of these were of each draft, (calls,).
     """
 
     entries: FloatArray
     stood: IntArray
+    drafts: IntArray
 
 
 class _Walker:
@@ -41,6 +43,7 @@ class _Walker:
         self.pending, self.last, self.over = 0, -1, False
         self.backs = list(episode.taken_back)
         self.stood: list[int] = []
+        self.drafts: list[int] = []
         if self.observes:
             self._slm_reads(self.prompt)
 
@@ -74,6 +77,7 @@ class _Walker:
         else:
             kept = length
         self.stood += range(begun, kept)
+        self.drafts.append(kept - begun)
         new = self.prompt + length - ended - self.read[1]
         self.entries[llm] += pass_entry(np.array([new]), np.array([self.read[1]]), 0.0)[0]
         self.read = [min(self.read[0], self.prompt + kept), min(self.read[1] + new, self.prompt + kept)]
@@ -128,7 +132,7 @@ def walk(head: Head, episode: TracedEpisode) -> Walk:
         at = int(off[0]) if len(off) else min(len(walker.writers), len(episode.writers))
         raise ValueError(f"its decisions let another model write token {at}, or another number of tokens")
     walker.entries[:, WRITTEN] = np.bincount(episode.writers, minlength=walker.models)
-    return Walk(walker.entries, np.array(walker.stood, dtype=np.int64))
+    return Walk(walker.entries, *(np.array(some, dtype=np.int64) for some in (walker.stood, walker.drafts)))
 
 
 def wrong_verdicts(
@@ -141,17 +145,22 @@ def wrong_verdicts(
         head: of the trace.
         episode: of it.
         logits: of the LLM before each token of the response, (n, vocab).
+
+    Of a judge of whole drafts those that stand are judged again; of one that was taken back the logits are not known.
     """
     try:
-        stood = walk(head, episode).stood
+        walked = walk(head, episode)
     except ValueError:
         return  # a fault by itself, which its ledger is reported with
+    stood = walked.stood
     if len(stood):
         thought = opinions(logits[torch.from_numpy(stood).to(logits.device)], episode.response[stood]).cpu().numpy()
-        for i in np.flatnonzero(~judge.stands(thought)).tolist():
-            place, gap = int(stood[i]), float(judge.margin(thought)[i])
+        drafts = np.split(thought, np.cumsum(walked.drafts)[:-1]) if judge.whole else [thought]
+        margins = np.concatenate([judge.margin(draft) for draft in drafts])
+        for i in np.flatnonzero(~np.concatenate([judge.stands(draft) for draft in drafts])).tolist():
+            place, gap = int(stood[i]), float(margins[i])
             yield place, f"token {place} was let stand, and the judge {judge} takes it back", gap
-    for back in episode.taken_back:
+    for back in () if judge.whole else episode.taken_back:
         thought = opinions(logits[back.position][None], back.tokens[:1]).cpu().numpy()
         if judge.stands(thought)[0]:
             what = f"the draft was taken back at token {back.position}, and the judge {judge} lets that stand"
