@@ -12,7 +12,6 @@ from stable_baselines3.common.env_checker import check_env as check_sb3
 import envs  # noqa: F401 (registers the ids)
 from envs.costs import Dollars, MemoryTraffic
 from envs.decoding.judges import FirstDisagreement, Gap
-from envs.decoding.sampling import Sampling
 from envs.environments.checked_routing import CheckedRoutingEnv, CheckedRoutingVectorEnv
 from envs.environments.rewards import OutcomeReward, ShortcutReward
 from envs.environments.token_routing import RoutingEnv
@@ -187,7 +186,6 @@ def test_one_tree_serves_all_judges(kin, settings):
         ({"judge": 2.0}, TypeError, "judge must be a Judge or one of first_disagreement, gap, top_k; it is 2.0"),
         ({"features": "draft"}, ValueError, "unknown features 'draft'; choose one of hidden, .*, drafts"),
         ({"reward": ShortcutReward()}, ValueError, "ShortcutReward follows a reference .* use OutcomeReward"),
-        ({"sampling": Sampling(1.0)}, ValueError, "drafts are checked under greedy decoding.* leave sampling out"),
     ],
 )
 def test_wrong_arguments_are_named_when_the_environment_is_built(settings, arguments, error, message):

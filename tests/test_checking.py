@@ -14,7 +14,6 @@ from envs.costs import COLUMNS, PASSES, READ, SECONDS, WRITTEN
 from envs.decoding.checked_session import CheckedSession
 from envs.decoding.checking import agreed
 from envs.decoding.judges import GAP, RANK, FirstDisagreement, Gap, TopK, described, judge_of, opinions
-from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
 from envs.prefix_tree.checked_tree_session import CheckedTreeSession
 from envs.prefix_tree.tree import PrefixTree
@@ -334,10 +333,6 @@ def test_of_a_draft_the_longest_beginning_stands():
         (lambda pool: Gap(-1.0), "tau must be at least 0, is -1"),
         (lambda pool: Gap(float("nan")), "tau must be at least 0, is nan"),
         (lambda pool: TopK(0), "k must be at least 1, is 0"),
-        (
-            lambda pool: CheckedSession(pool, 1, MAX_NEW, sampling=Sampling(temperature=1.0)),
-            "greedy decoding, not at temperature 1.0; leave sampling out",
-        ),
     ],
 )
 def test_wrong_settings_are_named(tiny_pool, make, message):

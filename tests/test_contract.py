@@ -388,7 +388,7 @@ def same_steps(ours, theirs):
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_restored_and_replayed_gives_the_same_steps(settings, kind, sampling):
-    more = {"sampling": sampling} if kind == "token" else {}
+    more = {"sampling": sampling} if kind in ("token", "checked") else {}
     environment, other = (KINDS[kind][0](**settings[kind] | more) for _ in range(2))
     with pytest.raises(gym.error.ResetNeeded, match="call reset first"):
         environment.get_state()

@@ -12,6 +12,7 @@ from experiments.evaluation.operating_points import (
     cheapest_reaching,
     operating_points,
     threshold_to_use,
+    try_all_thresholds,
     try_thresholds,
 )
 from experiments.evaluation.summary import Results, summarize
@@ -209,7 +210,7 @@ def test_the_cheapest_that_reaches_is_chosen_whatever_the_order():
     assert cheapest_reaching(runs[3:], 0.95, "bytes") == 0
 
 
-def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share, rising=True):
+def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share, search=try_thresholds):
     """A policy whose LLM share is its threshold: which thresholds are tried, in turn, and what comes out."""
     order = []
 
@@ -219,7 +220,7 @@ def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share,
         return answers(right(accuracy(threshold)), cost(threshold))
 
     quantiles = np.linspace(0, 1, 1001)
-    return order, *try_thresholds(thresholds, at, (SLM, LLM), quantiles, "bytes", refine, rising)
+    return order, *search(thresholds, at, (SLM, LLM), quantiles, "bytes", refine)
 
 
 def test_thresholds_are_bisected_not_all_tried():
@@ -247,18 +248,19 @@ def test_where_costs_need_not_rise_all_thresholds_are_tried_and_others_beside_th
         return 0.2 + (share - 0.46) ** 2
 
     thresholds = [0.7, 0.1, 0.3]
-    order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, rising=False)
+    order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, search=try_all_thresholds)
     assert order == found == thresholds
     assert threshold_to_use(runs, LLM, "bytes", 0.99) == 2
-    order, found, runs = tried_by(accuracy, thresholds, refine=4, cost=cost, rising=False)
+    order, found, runs = tried_by(accuracy, thresholds, refine=6, cost=cost, search=try_all_thresholds)
     assert order == found
     assert None not in runs
-    # beside 0.3, and then 0.5, the cheapest so far, on that side where the next one's cost is further away
-    assert found[3:7] == pytest.approx([0.2, 0.25, 0.5, 0.6])
-    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] == pytest.approx(0.46, abs=0.05)
+    # beside 0.3, and then 0.5, the cheapest so far, on that side where the next one is further away; 0.4 and 0.6 bring
+    # nothing, and for other shares nothing more is tried
+    assert found[3:] == pytest.approx([0.5, 0.4, 0.6])
+    assert found[threshold_to_use(runs, LLM, "bytes", 0.99)] == 0.5
     # bisection ends at the first that is accurate enough, which is dearer
     _, bisected, ended = tried_by(accuracy, thresholds, refine=4, cost=cost)
-    assert cost(bisected[threshold_to_use(ended, LLM, "bytes", 0.99)]) > cost(0.46) + 0.02
+    assert cost(bisected[threshold_to_use(ended, LLM, "bytes", 0.99)]) > cost(0.5) + 0.02
 
 
 def test_a_gap_is_divided_until_it_is_narrower_than_the_interval():

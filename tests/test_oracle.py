@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.checking.entropy import CheckedEntropy
 from agents.common.curves import Hull
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode
@@ -16,8 +17,9 @@ from agents.oracle import Oracle
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from agents.tapo import Tapo, _Improvement, branch_loss
-from envs.costs import ALL_COSTS, MemoryTraffic, response_entries
+from envs.costs import ALL_COSTS, PASSES, MemoryTraffic, response_entries
 from envs.decoding.decoder import since_at_each, since_llm
+from envs.decoding.judges import FirstDisagreement, Gap, TopK
 from envs.decoding.observation import feature_width
 from envs.environments.token_routing import RoutingVectorEnv
 from envs.models.pool import models_manifest
@@ -101,6 +103,41 @@ def test_the_least_cost_is_no_more_than_that_of_the_fewest_tokens(found, pool, e
         assert one.solved
         assert not one.exhausted
         assert cost(one, examples[i]) <= cost(found[i], examples[i])
+
+
+class Planned(Policy):
+    """Calls the LLM where it writes in plans, one an episode."""
+
+    observes = True
+
+    def __init__(self, plans, judge):
+        self.plans, self.judge = plans, judge
+
+    def score(self, observation):
+        places = zip(observation.host_episodes, observation.host_positions, strict=True)
+        asked = [at < len(self.plans[episode]) and self.plans[episode][at] > 0 for episode, at in places]
+        return 1.0 - torch.tensor(asked, dtype=torch.float64)
+
+
+def test_the_oracle_is_the_limit_of_what_checks_drafts_too(found, pool, task, examples, tree):
+    # what stands of a draft is the SLM's own, so that each answer is a routing, and each token of the LLM in it a call
+    right = 0
+    for judge, threshold in ((Gap(2.0), 0.01), (Gap(2.0), 0.3), (TopK(2), 0.1), (FirstDisagreement(), 0.1)):
+        for result, episode in zip(
+            found, decode(pool, task, examples, CheckedEntropy(judge), threshold, tree=tree), strict=True
+        ):
+            if episode.correct and not result.exhausted:
+                assert episode.ledger[-1, PASSES] >= result.llm_tokens
+                right += 1
+    assert right > EXAMPLES
+    # and who knows when to call takes nothing back: the same answers at the same price
+    plans = [result.writers for result in found]
+    for result, episode in zip(
+        found, decode(pool, task, examples, Planned(plans, Gap(float("inf"))), 0.5), strict=True
+    ):
+        assert episode.tokens.tolist() == tree.tokens[result.nodes[:-1], result.writers].tolist()
+        assert episode.ledger[-1, PASSES] == result.llm_tokens
+        assert not episode.taken_back
 
 
 def test_a_budget_that_runs_out_is_reported(found, pool, task, examples):

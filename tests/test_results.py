@@ -1,6 +1,9 @@
 """The results that ship with the code: settings are today's, what traces say is right, and what is changed is found."""
 
+import json
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from experiments.published.store import Store
 from experiments.training.many import runs_of
 from experiments.verification.evaluation import Verification
 from tests.corruptions import CORRUPTIONS, NothingToChangeError, copied, corrupt
-from tests.programs import composed
+from tests.programs import Start, composed
 
 ARITHMETIC = Store(CONF.parent / "experiments" / "results" / "arithmetic")
 ROWS = {path.stem: path for path in ARITHMETIC.rows()}
@@ -25,6 +28,32 @@ def test_the_core_table_was_made_with_the_settings_that_it_has_today(tmp_path):
     runs = runs_of(composed("leaderboard"), tmp_path)
     assert ROWS.keys() <= {run.name for run in runs}
     ARITHMETIC.check_settings([run for run in runs if run.seed == 0])
+
+
+@pytest.mark.slow
+def test_the_page_and_the_leaderboard_are_what_the_shipped_rows_say(tmp_path):
+    """All of `make benchmark` but training: nothing is missing, and what stands in the checkout comes out again."""
+    assert {run.name for run in runs_of(composed("leaderboard"), tmp_path)} == ROWS.keys()
+    results, page = shutil.copytree(ARITHMETIC.folder.parent, tmp_path / "results"), tmp_path / "PAGE.md"
+    places = [f"results={results / 'arithmetic'}", f"target={page}", f"hydra.run.dir={tmp_path / 'run'}"]
+    Start("leaderboard", places, tmp_path / "log").finish()
+
+    def said(path):  # but for where its picture lies, and the machine that it was made on
+        return re.sub(r"!\[.*?\)", "", path.read_text()).split("## How it was made")[0]
+
+    assert said(page) == said(CONF.parent / "BENCHMARK.md")
+    made, shipped = (
+        json.loads((folder / "leaderboard.json").read_text()) for folder in (results, ARITHMETIC.folder.parent)
+    )
+    assert numbers(made) == pytest.approx(numbers(shipped), rel=1e-9)
+
+
+def numbers(value, name=""):
+    """All numbers of nested data, by where they stand; what is no number is left to the page."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: found for at, one in inner for key, found in numbers(one, f"{name}/{at}").items()}
+    return {name: value} if isinstance(value, int | float) else {}
 
 
 def test_no_place_of_a_machine_ships():

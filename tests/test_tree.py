@@ -645,7 +645,7 @@ def test_trees_shared_by_environments_stay_right(pools):
 def test_environments_that_do_not_fit_the_tree_are_refused(pools, tiny_pool, few, passes):
     tree = PrefixTree(tiny_pool, few, MAX_NEW)
     for settings, message in [
-        ({"sampling": Sampling(temperature=1.0)}, r"sampling at temperature 1.0 .* leave sampling out, or use"),
+        ({"sampling": Sampling(temperature=1.0)}, r"sampling at temperature 1.0 .* leave sampling out, or the tree"),
         ({"pool": pools["qwen2"]}, "made for another pool; give"),
         ({"task": Sums()}, "made for another task; give"),
         ({"max_new_tokens": 11}, r"ends responses after 10 tokens, .* after 11; give both the same"),

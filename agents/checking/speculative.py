@@ -1,9 +1,10 @@
-"""Greedy speculative decoding: what the LLM would write, for less than it takes alone; the price to beat.
+"""Speculative decoding: what the LLM would write, for less than it takes alone; the price to beat.
 
-Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", the greedy case: the SLM drafts a
-few tokens, the LLM reads them all in one pass, which tells what it would have written in the place of each, and the
-first that it would not have written is replaced by its own. Of the checked process it is the policy that calls after
-so many tokens, or behind a token that the SLM was not sure of, and takes back at the first disagreement.
+Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding": the SLM drafts a few tokens, the LLM
+reads them all in one pass, which tells what it would have written in the place of each, and the first that it would not
+have written is replaced by its own. Of the checked process it is the policy that calls after so many tokens, or behind
+a token that the SLM was not sure of, and takes back at the first disagreement. Where tokens are sampled, they are
+distributed as the LLM's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from agents.common.policy import Observation, Policy, Scores
 from agents.common.rollout import Episode, Scheduling, decode
 from envs.costs import COLUMNS
 from envs.decoding.judges import FirstDisagreement, Gap, Judge
+from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.task import Example, Task
@@ -79,8 +81,12 @@ def speculate(
     scheduling: Scheduling | None = None,
     label: str | None = None,
     tree: PrefixTree | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> list[Episode]:
     """Answer every example with the tokens the LLM alone would write, most of them drafted by the SLM.
+
+    Where tokens are sampled, they are others than the LLM alone draws by the same seed, from the same distribution.
 
     Drafts that are right count as the SLM's tokens. The ledger has each pass that was made, those for drafts that were
     forgotten too: that is the price of speculation. An LLM pass that checks needs its output head at every drafted
@@ -96,17 +102,30 @@ def speculate(
         scheduling: how rows share passes.
         label: of the progress bar; none is shown without.
         tree: a replay tree of this pool and task to walk instead of decoding; nothing is timed then.
+        sampling: greedy where None.
+        seed: of sampled decoding.
 
     Returns:
         Episodes in the order of `examples`, with the drafts that were refused as what was taken back. Counting is no
         decision: decisions and scores are zeros.
 
     Raises:
-        ValueError: there are no examples or draft tokens, or a prompt does not fit the cache.
+        ValueError: there are no examples or draft tokens, a prompt does not fit the cache, or tokens are sampled with a
+            tree.
     """
     policy = Speculative(draft_tokens)
     episodes = decode(
-        pool, task, examples, policy, 0.5, max_new_tokens, scheduling or Scheduling(gather=1.0), label=label, tree=tree
+        pool,
+        task,
+        examples,
+        policy,
+        0.5,
+        max_new_tokens,
+        scheduling or Scheduling(gather=1.0),
+        sampling,
+        seed,
+        label=label,
+        tree=tree,
     )
     return [
         replace(one, decisions=np.zeros(COLUMNS), scores=np.zeros(len(one.tokens), dtype=np.float32))

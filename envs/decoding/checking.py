@@ -46,7 +46,8 @@ class CheckingDecoder(Decoder):
     Action 0 lets the SLM draft the next token. Where it has drafted an end, which is an end-of-sequence token or the
     last token that there is room for, action 0 accepts it, and the response is over. Action k calls model k: it reads
     all that was drafted since a larger model was called last, `judge` says which beginning of that stands, the rest was
-    never written, and model k writes the next token, unless a drafted end stands.
+    never written, and model k writes the next token, unless a drafted end stands. Where tokens are sampled, what the
+    judge does not spare stands with the probability of speculative sampling; see `Sampling.speculative`.
 
     A call writes a token that nobody takes back, or ends the response, so that every response ends.
 
@@ -156,8 +157,10 @@ class CheckingDecoder(Decoder):
         self._ends[rows] = NO_END
         self._draft_entropies[rows] = self._draft_surprisals[rows] = self._last_surprisals[rows] = 0.0
 
-    def _enter_drafts(self, rows: IntArray, entropies: FloatArray, surprisals: FloatArray, step: Step) -> Step:
-        """Enter what a step of the SLM has drafted; its ends await a decision."""
+    def _enter_drafts(
+        self, rows: IntArray, entropies: FloatArray, surprisals: FloatArray, step: Step, slm_tokens: IntArray
+    ) -> Step:
+        """Enter what a step of the SLM has drafted; its ends await a decision. `slm_tokens` are its greedy choices."""
         self._draft_entropies[rows] += entropies
         self._draft_surprisals[rows] += surprisals
         self._last_surprisals[rows] = surprisals
@@ -165,7 +168,7 @@ class CheckingDecoder(Decoder):
         self._active[rows] = True
         never = np.zeros((2, len(rows)), dtype=bool)
         nothing = Checks(np.zeros(len(rows), dtype=np.int64), {})
-        return Step(step.tokens, step.tokens.copy(), never[0], never[1], step.ledger, nothing)
+        return Step(step.tokens, slm_tokens, never[0], never[1], step.ledger, nothing)
 
     def _cut(self, rows: IntArray, lengths: IntArray) -> list[IntArray]:
         """Forget tokens of rows beyond `lengths`, (n,), which were not written then; what they were."""
@@ -185,7 +188,7 @@ class CheckingDecoder(Decoder):
 
     @abstractmethod
     def _slm_would_write(self, rows: IntArray) -> IntArray:
-        """The SLM's next tokens, (n,); of a row in which it has drafted an end of sequence, this."""
+        """The SLM's next tokens by greedy decoding, (n,); of a row in which it has drafted an end of sequence, this."""
 
     @abstractmethod
     def _longest(self, rows: IntArray) -> IntArray:

@@ -53,12 +53,21 @@ class Judge(ABC):
         """How far each opinion is from the other verdict, (n,): nats where the judge weighs these, else infinite."""
         return np.full(len(opinions), np.inf, dtype=np.float32)
 
+    def spares(self, opinions: Opinions) -> BoolArray:
+        """Whether each of n tokens stands without a coin, (n,), where tokens are sampled.
+
+        These are what the judge lets stand; the others stand with the probability of speculative sampling, see
+        `Sampling.speculative`. A judge that spares some gives up the model's distribution.
+        """
+        return self.stands(opinions)
+
 
 @dataclass(frozen=True)
 class FirstDisagreement(Judge):
     """What the larger model would not have written itself is taken back: speculative decoding, without loss.
 
-    Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", the greedy case.
+    Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding". Where tokens are sampled nothing
+    is spared the coin of speculative sampling, which keeps the larger model's distribution.
     """
 
     def stands(self, opinions: Opinions) -> BoolArray:
@@ -67,6 +76,9 @@ class FirstDisagreement(Judge):
     def margin(self, opinions: Opinions) -> npt.NDArray[np.float32]:
         return np.where(opinions[:, RANK] > 0, opinions[:, GAP], np.inf).astype(np.float32)
 
+    def spares(self, opinions: Opinions) -> BoolArray:
+        return np.zeros(len(opinions), dtype=bool)
+
 
 @dataclass(frozen=True)
 class Gap(Judge):
@@ -74,7 +86,8 @@ class Gap(Judge):
 
     Args:
         tau: log p(most likely) - log p(drafted) that stands, in nats; infinite: nothing is ever taken back; 0: all that
-            the model does not find as likely as its own token.
+            the model does not find as likely as its own token. Where tokens are sampled, p is still that of
+            temperature 1, all tokens included.
 
     Raises:
         ValueError: it is below 0, or not a number.
@@ -95,7 +108,7 @@ class Gap(Judge):
 
 @dataclass(frozen=True)
 class TopK(Judge):
-    """A token stands that is among the larger model's `k` most likely ones; 1 is `FirstDisagreement`.
+    """A token stands that is among the larger model's `k` most likely ones; 1 is the greedy `FirstDisagreement`.
 
     Args:
         k: at least 1.

@@ -1,14 +1,28 @@
-"""How a token is drawn from logits."""
+"""How a token is drawn from logits, and how drafts are checked that were drawn from other ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from envs.arrays import FloatArray, IntArray
+from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
+
+
+class SpeculativeSample(NamedTuple):
+    """What one draft came to.
+
+    Attributes:
+        kept: how many drafted tokens stand.
+        token: drawn to stand behind them; UNKNOWN where nothing is to follow.
+    """
+
+    kept: int
+    token: int
 
 
 @dataclass(frozen=True)
@@ -35,10 +49,70 @@ class Sampling:
 
     def draw(self, logits: Tensor, uniforms: FloatArray) -> IntArray:
         """One token a row from logits (n, vocab), by inverting the distribution function at `uniforms`, (n,)."""
+        kept, tokens = self._nucleus(logits)
+        return np.asarray(tokens.gather(-1, _inverted(kept, uniforms))[:, 0].cpu().numpy())
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What `draw` draws from, for logits (n, vocab): float64, (n, vocab)."""
+        if self.top_p == 1:
+            return (logits.double() / self.temperature).softmax(-1)
+        kept, tokens = self._nucleus(logits)
+        return torch.zeros_like(kept).scatter_(-1, tokens, kept / kept.sum(-1, keepdim=True))
+
+    def speculative(
+        self,
+        drafts: IntArray,
+        slm: Sequence[Tensor],
+        llm: Tensor,
+        spared: BoolArray,
+        generator: np.random.Generator,
+    ) -> SpeculativeSample:
+        """Check drafts that one model has drawn by what another thinks of them: speculative sampling.
+
+        In their order draft i stands with probability min(1, p_i / q_i), where p is the distribution of the model that
+        checks and q that of the one that has drafted. In the place of the first that does not, a token is drawn from
+        norm(max(0, p - q)); where all stand, one is drawn from p. So each token written is distributed as p, whatever q
+        is, as long as none is spared.
+
+        Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1; Chen et al.
+        2023, "Accelerating Large Language Model Decoding with Speculative Sampling", algorithm 2.
+
+        Args:
+            drafts: the tokens drafted, (n,).
+            slm: n logits, (vocab,), that they were drawn from.
+            llm: logits in their places and behind them, (n + 1, vocab); (n, vocab) where nothing is to follow.
+            spared: which stand whatever their probabilities, (n,).
+            generator: gives a number for each draft that is not spared, and one for the token drawn.
+        """
+        asked = np.flatnonzero(~spared)
+        coins = generator.random(len(asked))
+        kept = len(drafts)
+        if len(asked):
+            p = self.probabilities(llm[torch.from_numpy(asked).to(llm.device)])
+            q = self.probabilities(torch.stack([slm[i] for i in asked.tolist()]).to(llm.device))
+            chosen = torch.from_numpy(drafts[asked]).to(llm.device)[:, None]
+            both = torch.cat([p.gather(-1, chosen), q.gather(-1, chosen)], dim=-1).cpu().numpy()
+            refused = np.flatnonzero(coins * both[:, 1] >= both[:, 0])
+            if len(refused):
+                kept = int(asked[refused[0]])
+                left = (p[refused[0]] - q[refused[0]]).clamp(min=0)[None]
+                if bool((left > 0).any()):
+                    return SpeculativeSample(kept, int(_inverted(left, generator.random(1))))
+                # a difference of rounding alone: both are the same distribution
+        if kept == len(llm):
+            return SpeculativeSample(kept, UNKNOWN)
+        return SpeculativeSample(kept, int(self.draw(llm[kept : kept + 1], generator.random(1))[0]))
+
+    def _nucleus(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities, most likely first, 0 where a token is not to be drawn, and the tokens: (n, vocab) both."""
         probabilities, tokens = (logits.double() / self.temperature).softmax(-1).sort(-1, descending=True)
         cumulative = probabilities.cumsum(-1)
         # a token stays while those before it do not reach top_p; the first always stays
-        kept = torch.where(cumulative - probabilities < self.top_p, probabilities, 0.0).cumsum(-1)
-        drawn = torch.from_numpy(uniforms).to(kept)[:, None] * kept[:, -1:]
-        choice = (kept <= drawn).sum(-1, keepdim=True).clamp(max=kept.shape[-1] - 1)
-        return np.asarray(tokens.gather(-1, choice)[:, 0].cpu().numpy())
+        return torch.where(cumulative - probabilities < self.top_p, probabilities, 0.0), tokens
+
+
+def _inverted(weights: Tensor, uniforms: FloatArray) -> Tensor:
+    """Where the distribution functions of weights, (n, k), reach `uniforms`, (n,): (n, 1)."""
+    cumulative = weights.cumsum(-1)
+    drawn = torch.from_numpy(uniforms).to(cumulative)[:, None] * cumulative[:, -1:]
+    return (cumulative <= drawn).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)

@@ -27,7 +27,7 @@ class CheckedSettings(RoutingSettings):
             alone; then the SLM reads its last token only when it goes on.
 
     Raises:
-        ValueError: tokens would be sampled, or the reward follows a reference, which what is taken back leaves again.
+        ValueError: the reward follows a reference, which what is taken back leaves again.
     """
 
     judge: Judge | None = None
@@ -91,10 +91,11 @@ class CheckedRoutingEnv(RoutingEnv):
     The small language model (SLM) drafts a response token by token. An LLM that is called reads all tokens it has
     missed, for one reading of its weights, and so tells at no further price what it thinks of each token that was
     drafted since the last call. A judge decides which beginning of the draft stands; the rest is taken back, and the
-    LLM writes the next token behind what stands. The agent decides when to call. Decoding is greedy.
+    LLM writes the next token behind what stands. The agent decides when to call. Decoding is greedy unless `sampling`
+    says otherwise: then what the judge does not spare stands with the probability of speculative sampling.
 
-    Token routing is the special case that takes nothing back (`judge=Gap(inf)`); greedy speculative decoding the one
-    that calls every d tokens and takes back whatever the LLM would not have written (`judge="first_disagreement"`,
+    Token routing is the special case that takes nothing back (`judge=Gap(inf)`); speculative decoding the one that
+    calls every d tokens and takes back whatever the LLM would not have written (`judge="first_disagreement"`,
     `features="drafts"`).
 
     ## Action space
@@ -117,7 +118,7 @@ class CheckedRoutingEnv(RoutingEnv):
     ## Starting state, arguments, copies and states
     Those of `RoutingEnv`; `judge` is a `envs.decoding.judges.Judge`, or `first_disagreement`, `gap` or `top_k`, by
     default `Gap(2.0)`. With a `tree` the process is walked along it: opinions of the LLM are remembered, too, so that
-    one tree serves all judges. `sampling` is refused.
+    one tree serves all judges; a tree is walked greedily, and refuses `sampling`.
 
     ## Episode end
     `terminated`: an end-of-sequence token of the SLM was accepted, or let stand by the LLM, or the LLM wrote one.

@@ -55,7 +55,7 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         # the first logit features: entropy, and the log-probability of the token that is drafted
         known = self.tree.features(self._nodes[rows])[:, width : width + 2].astype(np.float64)
         step = TreeSession.step(self, rows, np.zeros_like(rows))
-        return self._enter_drafts(rows, known[:, 0], -known[:, 1], step)
+        return self._enter_drafts(rows, known[:, 0], -known[:, 1], step, step.tokens.copy())
 
     def _call(self, rows: IntArray, models: IntArray) -> Called:
         tree, nodes, counts, whole = self.tree, self._nodes[rows], self._since_llm[rows], self._lengths[rows]

@@ -199,7 +199,7 @@ def check_tree(
     if sampling is not None and not sampling.greedy:
         raise ValueError(
             f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
-            "states each time: leave sampling out, or use citer/TokenRouting-v1"
+            "states each time: leave sampling out, or the tree, as citer/TokenRouting-v1 does"
         )
     for name, of_tree, given in (("pool", tree.pool, pool), ("task", tree.task, task)):
         if given is not None and given is not of_tree:

@@ -16,6 +16,8 @@ from experiments.measures.metrics import LEVELS
 
 SHARES = np.linspace(0, 1, 1001)
 """Quantiles of a score that thresholds are looked up in."""
+WORTH = 0.01
+"""The share of a cost that another threshold must save, or it is not worth answering all problems at."""
 SAMPLES = 200
 """Resamplings behind the interval that a gap is compared with."""
 
@@ -54,13 +56,11 @@ def try_thresholds(
     quantiles: Sequence[float],
     unit: str,
     refine: int,
-    rising: bool = True,
 ) -> tuple[list[float], list[Answers | None]]:
-    """Find the cheapest threshold that reaches each share of the LLM's accuracy on validation problems.
+    """Find where a policy reaches each share of the LLM's accuracy on validation problems, by bisection.
 
-    Where costs rise with the threshold it is bisected: the dearer one is the more accurate it is taken to be, so that
-    few are tried. Where costs need not rise all are tried. Where the two that a share lies between, or the cheapest
-    that reaches it and one beside it, are further apart in cost than its interval there, another is put between.
+    The dearer a threshold the more accurate it is taken to be, so that few are tried. Where the two that a share lies
+    between are further apart in cost than the interval of the cost there, another is put between them.
 
     Args:
         thresholds: to choose among.
@@ -69,37 +69,76 @@ def try_thresholds(
         quantiles: of the score, at SHARES; needed where others may be put between.
         unit: of costs.
         refine: how many are put between for each share, at most.
-        rising: whether a higher threshold costs more. Where drafts are checked it may cost less: what is drafted behind
-            a token that does not stand is thrown away, and a later call throws away more.
 
     Returns:
         All thresholds, those that were put between last, and the answers at those that were tried.
     """
     all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
-    if not rising:
-        tried = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
     for level in LEVELS:
         wanted, left = level * float(ends[1].correct.mean()), refine
         while True:
-            order = [int(number) for number in np.argsort(all_of_them, kind="stable")]
-            steps = [ends[0], *(tried[number] for number in order), ends[1]]
-            stands = [all_of_them[number] for number in order]
-            if rising:
-                low, high = _bracket(steps, wanted)
-                untried = (low + high) // 2
-                if steps[untried] is None:
-                    number = order[untried - 1]
-                    tried[number] = answers(all_of_them[number], number)
-                    continue
-            else:
-                low, high = _wider_side(steps, cheapest_reaching(steps, wanted, unit), unit)
+            stands, steps, order = _in_order(all_of_them, tried, ends)
+            low, high = _bracket(steps, wanted)
+            untried = (low + high) // 2
+            if steps[untried] is None:
+                number = order[untried - 1]
+                tried[number] = answers(all_of_them[number], number)
+                continue
             between = _between(stands, low, high, quantiles) if left else None
             if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
                 break
             all_of_them.append(between)
-            tried.append(None if rising else answers(between, len(tried)))
+            tried.append(None)
             left -= 1
     return all_of_them, tried
+
+
+def try_all_thresholds(
+    thresholds: Sequence[float],
+    answers: Callable[[float, int], Answers],
+    ends: tuple[Answers, Answers],
+    quantiles: Sequence[float],
+    unit: str,
+    refine: int,
+) -> tuple[list[float], list[Answers | None]]:
+    """The same for a policy that checks drafts, whose cost need not rise with the threshold.
+
+    What is drafted behind a token that does not stand is thrown away, and a later call throws away more. So all
+    thresholds are tried, and others beside the cheapest that reaches a share, on that side where the next one is
+    further away, until two of them bring less than WORTH.
+    """
+    all_of_them: list[float] = list(thresholds)
+    tried: list[Answers | None] = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
+    settled: set[float | None] = set()
+    for level in LEVELS:
+        wanted, in_vain = level * float(ends[1].correct.mean()), 0
+        for _ in range(refine):
+            stands, steps, _ = _in_order(all_of_them, tried, ends)
+            step = cheapest_reaching(steps, wanted, unit)
+            cheapest = steps[step]
+            threshold = stands[step - 1] if 0 < step <= len(stands) else None
+            between = _between(stands, *_wider_side(stands, step, quantiles), quantiles)
+            if threshold in settled or between is None or between in all_of_them:
+                break
+            found = answers(between, len(tried))
+            all_of_them.append(between)
+            tried.append(found)
+            assert cheapest is not None
+            reaches = found.correct.mean() >= wanted
+            better = reaches and found.costs[unit].sum() < (1 - WORTH) * cheapest.costs[unit].sum()
+            in_vain = 0 if better else in_vain + 1
+            if in_vain == 2:
+                settled.add(threshold)
+                break
+    return all_of_them, tried
+
+
+def _in_order(
+    thresholds: Sequence[float], tried: Tried, ends: tuple[Answers, Answers]
+) -> tuple[list[float], list[Answers | None], list[int]]:
+    """Thresholds by rising LLM share, the answers with those of the SLM and of the LLM alone around, their numbers."""
+    order = [int(number) for number in np.argsort(thresholds, kind="stable")]
+    return [thresholds[number] for number in order], [ends[0], *(tried[number] for number in order), ends[1]], order
 
 
 def _bracket(steps: Tried, accuracy: float) -> tuple[int, int]:
@@ -121,19 +160,24 @@ def _bracket(steps: Tried, accuracy: float) -> tuple[int, int]:
     return low, high
 
 
+def _shares(thresholds: Sequence[float], quantiles: Sequence[float]) -> list[float]:
+    """The share of decisions that goes to the LLM at each step: the SLM alone, rising thresholds, the LLM alone."""
+    return [0.0, *np.interp(thresholds, quantiles, SHARES), 1.0]
+
+
 def _between(thresholds: Sequence[float], low: int, high: int, quantiles: Sequence[float]) -> float | None:
     """A threshold halfway between two steps, by the share of decisions that goes to the LLM; None for one step."""
     if low == high:
         return None
-    at = [0.0, *np.interp(thresholds, quantiles, SHARES), 1.0]
+    at = _shares(thresholds, quantiles)
     return float(np.interp((at[low] + at[high]) / 2, SHARES, quantiles))
 
 
-def _wider_side(steps: Tried, step: int, unit: str) -> tuple[int, int]:
-    """A step and the neighbour whose cost is further from its own, in rising order; all of them were tried."""
-    costs = [run.costs[unit].sum() for run in steps if run is not None]
-    sides = [(low, low + 1) for low in (step - 1, step) if 0 <= low < len(costs) - 1]
-    return max(sides, key=lambda side: float(abs(costs[side[1]] - costs[side[0]])))
+def _wider_side(thresholds: Sequence[float], step: int, quantiles: Sequence[float]) -> tuple[int, int]:
+    """A step and that of its neighbours which is further from it, in rising order; none is beyond the two ends."""
+    at = _shares(thresholds, quantiles)
+    sides = [(low, low + 1) for low in (step - 1, step) if 0 <= low < len(at) - 1]
+    return max(sides, key=lambda side: at[side[1]] - at[side[0]])
 
 
 def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool:
@@ -144,7 +188,7 @@ def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool
     level = accuracy / points[0, -1, 1]
     interval = Estimate(Hull.of(points).cost_at(level * points[:, -1, 1])[None]).interval()
     costs = [run.costs[unit].sum() for run in (steps[low], steps[high]) if run is not None]
-    gap = float(abs(costs[1] - costs[0]) / known[-1].costs[unit].sum())
+    gap = float((costs[1] - costs[0]) / known[-1].costs[unit].sum())
     return interval[0] is not None and interval[1] is not None and gap > interval[1] - interval[0]
 
 

@@ -36,7 +36,7 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.kept import CHOSEN, VALIDATED
-from experiments.evaluation.operating_points import SHARES, threshold_to_use, try_thresholds
+from experiments.evaluation.operating_points import SHARES, threshold_to_use, try_all_thresholds, try_thresholds
 from experiments.evaluation.report import RESULTS, ResultRows, baseline_runs, write_report
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, ran_out, summarize
@@ -249,14 +249,9 @@ class Evaluation:
                 return self.answers(policy, threshold, name, number, self.validation)
 
             quantiles, settings = self._quantiles.get(name, ()), self.settings
-            chosen[name], validated[name] = try_thresholds(
-                thresholds[name],
-                tried,
-                baselines.validation,
-                quantiles,
-                settings.cost,
-                settings.refine,
-                rising=policy.judge is None,
+            search = try_thresholds if policy.judge is None else try_all_thresholds
+            chosen[name], validated[name] = search(
+                thresholds[name], tried, baselines.validation, quantiles, settings.cost, settings.refine
             )
         if self.runs is not None:
             write_text(self.runs / CHOSEN, json.dumps(chosen, indent=1) + "\n")

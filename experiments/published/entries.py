@@ -96,7 +96,9 @@ def entries(
                 "hull_cost_at_by_unit": policy["cost_at_by_unit"],
                 "aiq": policy["measures"]["aiq"],
                 "against": {
-                    other: policy[f"against_{other}"] for other in (summary["first"], summary["cheapest"]) if other != name
+                    other: policy[f"against_{other}"]
+                    for other in (summary["first"], summary["cheapest"])
+                    if other != name
                 },
                 "seconds_over_llm_only": seconds.get(name),
                 "training": training.get(name),

@@ -1,0 +1,186 @@
+"""Numbers in README and docs are those of the shipped results, or stand beside the command that prints them.
+
+Tables of policies are compared with BENCHMARK.md cell by cell; sentences stand in `claims.md` with the names of the
+numbers in them, are filled in from `leaderboard.json`, and must stand on their page as they come out. That both files
+are what the shipped rows say is held by `test_results.py`.
+"""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.common.config import CONF
+from experiments.reporting.tables import number, with_interval
+
+ROOT = CONF.parent
+BOARD = json.loads((ROOT / "experiments" / "results" / "leaderboard.json").read_text())["tracks"]["arithmetic"]
+CLAIMS = dict(
+    re.findall(r"^# (\S+)\n(.*?)(?=^# |\Z)", (ROOT / "tests" / "claims.md").read_text(), re.DOTALL | re.MULTILINE)
+)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+ROWS_OF = ("policy (seeds)", "agent")
+"""First columns of the tables of BENCHMARK.md."""
+LEFT_OUT = re.compile(r"```.*?```|<!--.*?-->|`[^`]*`|\]\([^)]*\)|arXiv \d+\.\d+|^#.*?$", re.DOTALL | re.MULTILINE)
+"""Code, comments, where links lead, papers, headings."""
+NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*\.\d+(?![\w.]*\.\d)(?: ?%)?|(?<![\w.,-])\d[\d,]* ?%")
+LEVELS = {f"{level}{space}%" for level in (90, 95, 99, 100) for space in (" ", "")}
+"""Shares of the LLM's accuracy, and of intervals: defined, not measured."""
+DEFINED = {
+    "README.md": {"3.11", "3.12", "3.13"},  # Python
+    "CONTRIBUTING.md": {"1.0"},  # the score of a reference
+    "docs/agents/citer.md": {"0.95", "0.5"},  # thresholds of the released code and of the paper
+    "docs/agents/collm.md": {"0.5", "40 %"},  # the rule of the paper, and etas to choose from
+    "docs/agents/heuristics.md": {"0.5"},
+    "docs/agents/query_routing.md": {"0.5"},
+    "docs/agents/r2r.md": {"4.0 %"},  # weights of the router over those of the SLM, as in the paper
+    "docs/agents/speculative.md": {"0.5"},
+    "docs/costs.md": {"1.0", "5 %"},  # the LLM's price, and an example
+    "docs/evaluation.md": {
+        "0.15",
+        "0.25",
+        "0.5",
+        "1 %",
+    },  # costs at which accuracies are compared; what is worth a threshold
+    "docs/glossary.md": {"0.5"},  # a coin
+    "docs/guides/traces.md": {"0.1"},
+    "docs/own/reward.md": {"0.01"},
+    "docs/studies/whole_queries.md": {"0.01", "0.5", "50 %", "80 %"},
+}
+"""Numbers that are settings or definitions."""
+PRINTED = {
+    "CONTRIBUTING.md": "make bench",
+    "docs/agents/citer.md": "python -m experiments.train experiment=demo agent=citer agent.sample.positions=500",
+    "docs/agents/query_routing.md": "python -m experiments.train experiment=benchmark agent=mlp agent.sees=[slm,text]",
+    "docs/costs.md": "python -m experiments.speed suite=latency",
+    "docs/evaluation.md": "tests/test_intervals.py",
+    "docs/guides/traces.md": "python -m experiments.verify",
+    "docs/studies/citer_settings.md": "python -m experiments.train experiment=citer_settings",
+    "docs/studies/whole_queries.md": "python -m experiments.queries",
+}
+"""Pages whose other numbers a command prints, or a test, which stands there: their rows do not ship."""
+
+
+def cells(line):
+    return [cell.strip() for cell in line[1:-1].split(" |")]
+
+
+def name_of(cell):
+    return re.sub(r" \(\d+\)( \*)?$", "", cell.replace("`", ""))
+
+
+def tables(text):
+    """Tables that begin with one of ROWS_OF: (the whole of it, names of columns, rows by name)."""
+    for found in TABLE.finditer(text):
+        header, _, *lines = found[0].splitlines()
+        if cells(header)[0] in ROWS_OF:
+            yield found[0], cells(header), {name_of(cells(line)[0]): cells(line) for line in lines}
+
+
+def benchmark():
+    """What BENCHMARK.md says, by the first column of the table, the name of a row and of a column."""
+    said = {}
+    for _, header, rows in tables((ROOT / "BENCHMARK.md").read_text()):
+        for name, row in rows.items():
+            for column, cell in zip(header, row, strict=True):
+                said[header[0], name, column] = cell
+    return said
+
+
+def checked_tables(page):
+    """Those of a page whose columns BENCHMARK.md has, but for what a policy is."""
+    known = {(first, column) for first, _, column in benchmark()} | {("policy (seeds)", "what it is")}
+    return [table for table in tables(PAGES[page]) if {(table[1][0], column) for column in table[1]} <= known]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if checked_tables(page)])
+def test_tables_are_those_of_the_benchmark(page):
+    said = benchmark()
+    for _, header, rows in checked_tables(page):
+        for name, row in rows.items():
+            for column, cell in zip(header, row, strict=True):
+                if column != "what it is":
+                    assert cell.replace("`", "") == said.get((header[0], name, column), ""), (name, column)
+
+
+def estimate(measure):
+    return with_interval(measure["value"], measure["interval"])
+
+
+def against(row, other):
+    """Ratios of costs to another agent's."""
+    found = row["against"].get(other, {})
+    return SimpleNamespace(
+        **{f"hull{level[2:]}": estimate(found[f"ratio_at_{level}"]) for level in ("0.90", "0.95", "0.99") if found},
+        **{f"chosen{level[2:]}": estimate(found[f"chosen_ratio_at_{level}"]) for level in ("0.95", "0.99") if found},
+    )
+
+
+def share(value):
+    return f"{value:.1%}".replace("%", " %")
+
+
+def names():
+    """What claims may say: the numbers of the core table as they are written, by agent and by limit."""
+    units = {name: limit.get("cost_at_by_unit") for name, limit in BOARD["limits"].items()}
+    said = {
+        name: SimpleNamespace(tokens=share(costs["llm_tokens"]["0.95"]), flops95=number(costs["flops"]["0.95"]))
+        for name, costs in units.items()
+        if costs
+    }
+    said |= {name: SimpleNamespace(accuracy=share(model["accuracy"])) for name, model in BOARD["models"].items()}
+    cheapest = BOARD["agents"][0]["agent"]
+    for row in BOARD["agents"]:
+        costs, labels = row["hull_cost_at_by_unit"], row["training"]["labels"] or {}
+        said[row["agent"]] = SimpleNamespace(
+            over_citer=against(row, "citer"),
+            over_cheapest=against(row, cheapest),
+            tokens95=share(costs["llm_tokens"]["0.95"]),
+            flops95=number(costs["flops"]["0.95"]),
+            labels=SimpleNamespace(wording=share(sum(kinds.get("wording", 0) for kinds in labels.values()))),
+        )
+    return said | {"test": SimpleNamespace(examples=f"{BOARD['examples']:,}")}
+
+
+def plain(text):
+    """Words with one space between them, without bullets."""
+    return " ".join(re.sub(r"^- ", "", text, flags=re.MULTILINE).split())
+
+
+def claims(page):
+    said = names()
+    return [plain(claim).format(**said) for claim in CLAIMS[page].strip().split("\n\n")]
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_what_is_said_is_what_was_measured(page):
+    for claim in claims(page):
+        assert claim in plain(PAGES[page]), claim
+
+
+def test_claims_have_numbers():
+    assert all("{" in claim for text in CLAIMS.values() for claim in text.strip().split("\n\n"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_other_number_is_defined_or_has_a_command(page):
+    text = PAGES[page]
+    for table, *_ in checked_tables(page):
+        text = text.replace(table, "")
+    text = re.sub(
+        r"^\| (?:setting|argument|key|judge|`[\w.]+`) \|.*?$", "", text, flags=re.MULTILINE
+    )  # tests of their own
+    text = plain(LEFT_OUT.sub(lambda found: found[0] if found[0][0] == "`" and found[0][1] != "`" else " ", text))
+    for claim in claims(page) if page in CLAIMS else ():
+        text = text.replace(plain(LEFT_OUT.sub(lambda found: found[0] if found[0][0] == "`" else " ", claim)), "")
+    left = set(NUMBER.findall(re.sub(r"`[^`]*`", "", text))) - LEVELS - DEFINED.get(page, set())
+    if page in PRINTED:
+        assert PRINTED[page] in PAGES[page]
+        assert left, f"{page} needs no command"
+    else:
+        assert not left
