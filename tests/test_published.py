@@ -1,6 +1,7 @@
 """Results that ship: what is packed comes out again, nothing is rewritten, and what other code made is refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,18 @@ def test_other_settings_are_refused_by_name(made, changed):
     other = replace(run, overrides=(*run.overrides, changed))
     with pytest.raises(ValueError, match=rf"entropy-seed0.parquet was made with .*{changed.split('=')[0].lstrip('+')}"):
         store.check_settings([other])
+
+
+def test_a_setting_that_came_later_makes_no_run_another_unless_it_is_set(made, results):
+    run, path = made[0], next(results.folder.glob("entropy-seed0.parquet"))
+    published = PublishedRun.read(path)
+    before = re.sub(r"(?m)^  measure: .*\n", "", published.texts["config.yaml"])
+    assert before != published.texts["config.yaml"]
+    path.unlink()
+    replace(published, texts={**published.texts, "config.yaml": before}).write(path)
+    results.check_settings([run])
+    with pytest.raises(ValueError, match=r"agent\.measure unset, not \"margin\""):
+        results.check_settings([replace(run, overrides=(*run.overrides, "agent.measure=margin"))])
 
 
 def test_a_run_that_is_kept_is_put_where_it_would_have_been_made(made, results, tmp_path):

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -67,8 +68,14 @@ class Store:
             ValueError: the error names the file, and what differs.
         """
         for run in filter(self.has, runs):
-            here = OmegaConf.to_container(run.config(), resolve=True)
-            others = TRAINING.others(PublishedRun.read(self.row(run)).settings, here)
+            here: Any = OmegaConf.to_container(run.config(), resolve=True)
+            there = PublishedRun.read(self.row(run)).settings
+            # a setting that came later was never set: its default is what made the run
+            alone = tuple(change for change in run.overrides if not change.lstrip("+").startswith("agent."))
+            bare = replace(run, agent=here["agent"]["_target_"], overrides=alone)
+            defaults: Any = OmegaConf.to_container(bare.config(), resolve=True)
+            here["agent"] = _known_to(there["agent"], here["agent"], defaults["agent"])
+            others = TRAINING.others(there, here)
             if others:
                 raise ValueError(
                     f"{self.row(run)} was made with {'; '.join(others)}: results are never rewritten; delete it to "
@@ -174,3 +181,16 @@ def _copy_trace(path: Path, to: Path, episodes: int | None) -> int:
         return len(trace.episodes)
     write_trace(to, replace(trace, episodes=trace.episodes[:episodes]))
     return episodes
+
+
+def _known_to(there: Mapping[str, Any], here: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that are not `there` and have their default."""
+    known = {}
+    for key, value in here.items():
+        old, default = there.get(key), defaults.get(key)
+        if key not in there and key in defaults and value == default:
+            continue
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and isinstance(default, Mapping):
+            value = _known_to(old, value, default)
+        known[key] = value
+    return known
