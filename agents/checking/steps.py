@@ -35,7 +35,7 @@ class Relay(Policy):
     """
 
     judge: Judge = field(default_factory=partial(Gap, float("inf")))
-    span: Span = field(default_factory=partial(Tokens, 8))
+    span: Span = field(default_factory=partial(Tokens, 4))
 
     def score(self, observation: Observation) -> Scores:
         drafts = drafts_of(observation)
