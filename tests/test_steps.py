@@ -13,8 +13,10 @@ from agents.checking.span import ToEndOfStep, Tokens
 from agents.checking.steps import Glimp, Relay, StepJudge
 from agents.common.rollout import Scheduling, decode, decode_alone
 from agents.heuristics import MOST_NATS, Uncertainty
+from envs.decoding.checked_session import CheckedSession
 from envs.decoding.checking import standing
 from envs.decoding.judges import FirstDisagreement, Gap, StepLikelihood, described, judge_of
+from envs.decoding.sampling import Sampling
 from envs.prefix_tree.tree import PrefixTree
 from experiments.traces.recorder import Recorder
 from experiments.traces.trace import SUFFIX, read_trace
@@ -212,3 +214,8 @@ def test_wrong_settings_are_named():
             StepLikelihood(threshold)
     with pytest.raises(ValueError, match="is of whole drafts, and a risk is of a token; choose another judge"):
         Checked(judge=StepLikelihood())
+
+
+def test_whole_drafts_are_not_judged_where_tokens_are_sampled(kin):
+    with pytest.raises(ValueError, match="is of whole drafts, and sampled tokens stand one by one"):
+        CheckedSession(kin, 1, MAX_NEW, sampling=Sampling(temperature=1.0), judge=StepLikelihood())

@@ -36,7 +36,7 @@ class CheckedSession(CheckingDecoder, TeacherSession):
         judge: says which drafted tokens stand; `FirstDisagreement` where None.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or sampling with a judge of whole drafts.
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class CheckedSession(CheckingDecoder, TeacherSession):
     ) -> None:
         super().__init__(pool, rows, max_new_tokens, capacity, sampling)
         self.judge = judge or FirstDisagreement()
+        if self.judge.whole and not self.sampling.greedy:
+            raise ValueError(
+                f"the judge {self.judge} is of whole drafts, and sampled tokens stand one by one; choose another judge, or "
+                "greedy decoding"
+            )
         # what each token was drawn from that was drafted since the last call; nothing where decoding is greedy
         self._draft_logits: list[list[Tensor]] = [[] for _ in range(rows)]
 
