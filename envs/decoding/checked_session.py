@@ -52,8 +52,8 @@ class CheckedSession(CheckingDecoder, TeacherSession):
         self.judge = judge or FirstDisagreement()
         if self.judge.whole and not self.sampling.greedy:
             raise ValueError(
-                f"the judge {self.judge} is of whole drafts, and sampled tokens stand one by one; choose another judge, or "
-                "greedy decoding"
+                f"the judge {self.judge} is of whole drafts, and sampled tokens stand one by one; choose another "
+                "judge, or greedy decoding"
             )
         # what each token was drawn from that was drafted since the last call; nothing where decoding is greedy
         self._draft_logits: list[list[Tensor]] = [[] for _ in range(rows)]
