@@ -40,6 +40,7 @@ DEFINED = {
     "docs/agents/query_routing.md": {"0.5"},
     "docs/agents/r2r.md": {"4.0 %"},  # weights of the router over those of the SLM, as in the paper
     "docs/agents/speculative.md": {"0.5"},
+    "docs/checking.md": {"0.3"},  # the threshold of the example
     "docs/costs.md": {"1.0", "5 %"},  # the LLM's price, and an example
     "docs/evaluation.md": {
         "0.15",
