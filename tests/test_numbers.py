@@ -51,6 +51,7 @@ DEFINED = {
     "docs/glossary.md": {"0.5"},  # a coin
     "docs/guides/traces.md": {"0.1"},
     "docs/own/reward.md": {"0.01"},
+    "docs/studies/benchmark.md": {"1.5"},  # parameters of the paper's SLM, in billions
     "docs/studies/whole_queries.md": {"0.01", "0.5", "50 %", "80 %"},
 }
 """Numbers that are settings or definitions."""
