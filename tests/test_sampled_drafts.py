@@ -38,9 +38,10 @@ REJECTED, ACCEPTED = 1e-6, 1e-2
 def kin(pools):
     """In double precision: what rounds otherwise in passes of other rows must not decide where a coin falls."""
     pool = kin_of(pools["llama"])
-    for model in pool.models:
-        model.network = copy.deepcopy(model.network).double()
-    return pool
+    models = [
+        LanguageModel(model.name, copy.deepcopy(model.network).double(), model.tokenizer) for model in pool.models
+    ]
+    return ModelPool(models)  # of their own: the other tests' LLM stays in single precision
 
 
 @pytest.fixture(scope="module")
