@@ -154,6 +154,11 @@ def plain(text):
     return " ".join(re.sub(r"^- ", "", text, flags=re.MULTILINE).split())
 
 
+def prose(text):
+    """The same without LEFT_OUT, but with names in code, which claims are found by."""
+    return plain(LEFT_OUT.sub(lambda found: found[0] if re.match("`[^`]", found[0]) else " ", text))
+
+
 def claims(page):
     said = names()
     return [plain(claim).format(**said) for claim in CLAIMS[page].strip().split("\n\n")]
@@ -177,9 +182,9 @@ def test_every_other_number_is_defined_or_has_a_command(page):
     text = re.sub(
         r"^\| (?:setting|argument|key|judge|`[\w.]+`) \|.*?$", "", text, flags=re.MULTILINE
     )  # tests of their own
-    text = plain(LEFT_OUT.sub(lambda found: found[0] if found[0][0] == "`" and found[0][1] != "`" else " ", text))
+    text = prose(text)
     for claim in claims(page) if page in CLAIMS else ():
-        text = text.replace(plain(LEFT_OUT.sub(lambda found: found[0] if found[0][0] == "`" else " ", claim)), "")
+        text = text.replace(prose(claim), "")
     left = set(NUMBER.findall(re.sub(r"`[^`]*`", "", text))) - LEVELS - DEFINED.get(page, set())
     if page in PRINTED:
         assert PRINTED[page] in PAGES[page]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from agents.checking.entropy import CheckedEntropy
-from agents.checking.span import ONE, Span, Tokens, described_span, span_of
+from agents.checking.span import ONE, Span, Tokens, described_span, drafts_of, span_of
 from agents.common.policy import Learner, Observation, Policy, TrainingRun, as_tensor
 from agents.common.rollout import Episode, Scheduling, decode
 from agents.common.saving import saved_as
@@ -69,8 +69,7 @@ class CheckedPolicy(RouterPolicy):
         Raises:
             ValueError: the policy was not asked at each token of a draft.
         """
-        drafts = observation.drafts
-        assert drafts is not None, "a policy with a judge sees drafts"
+        drafts = drafts_of(observation)
         logits = self.network(observation.vector(self.features))
         own = np.where(drafts.ended, 0.0, torch.nn.functional.logsigmoid(logits.double()).cpu().numpy())
         total = self._before(observation.host_episodes, drafts.counts) + own

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from agents.checking.span import Span, SpanningPolicy, Tokens
+from agents.checking.span import Span, SpanningPolicy, Tokens, drafts_of
 from agents.common.policy import Observation, Scores
 from envs.decoding.judges import Gap, Judge
 
@@ -28,8 +28,7 @@ class CheckedEntropy(SpanningPolicy):
     span: Span = field(default_factory=Tokens, repr=False)
 
     def score(self, observation: Observation) -> Scores:
-        drafts = observation.drafts
-        assert drafts is not None, "a policy with a judge sees drafts"
+        drafts = drafts_of(observation)
         own = observation.logit_features[:, 0].double()
         total = torch.from_numpy(drafts.entropies).to(own.device) + own
         scores = torch.where(torch.from_numpy(drafts.ended).to(own.device), 0.0, torch.exp(-total))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.common.policy import Policy, Scores
+from agents.common.policy import Observation, Policy, Scores
 from envs.arrays import BoolArray
 from envs.decoding.observation import Drafts
 
@@ -138,3 +138,9 @@ class SpanningPolicy(Policy):
     def fingerprint(self) -> str:
         """See `Policy`; what writes a token at a call has the one that it had before there were spans."""
         return super().fingerprint + ("" if self.span == ONE else f" {self.span}")
+
+
+def drafts_of(observation: Observation) -> Drafts:
+    """What was drafted; a policy with a judge is always shown it."""
+    assert observation.drafts is not None, "a policy with a judge sees drafts"
+    return observation.drafts

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from agents.checking.span import Span, SpanningPolicy, Tokens
+from agents.checking.span import Span, SpanningPolicy, Tokens, drafts_of
 from agents.common.policy import Observation, Scores
 from agents.common.rollout import Episode, Scheduling, decode
 from envs.costs import COLUMNS
@@ -56,8 +56,7 @@ class Speculative(SpanningPolicy):
             raise ValueError(f"confidence must be in [0, 1], is {self.confidence}")
 
     def score(self, observation: Observation) -> Scores:
-        drafts = observation.drafts
-        assert drafts is not None, "a policy with a judge sees drafts"
+        drafts = drafts_of(observation)
         unsure = (drafts.counts > 0) & (np.exp(-drafts.last_surprisals) < self.confidence)
         scores = 1.0 - (drafts.ended | unsure | (drafts.counts >= self.draft_tokens) | (drafts.room <= 1))
         return self.span.hold(scores, drafts)

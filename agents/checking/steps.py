@@ -14,11 +14,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from agents.checking.span import Span, ToEndOfStep, Tokens
+from agents.checking.span import Span, ToEndOfStep, Tokens, drafts_of
 from agents.common.policy import Observation, Policy, Scores
 from envs.arrays import BoolArray
 from envs.decoding.judges import Gap, Judge, StepLikelihood
-from envs.decoding.observation import Drafts
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,6 @@ class StepJudge(Policy):
         drafts = drafts_of(observation)
         written = (drafts.counts > 0) & self.span.at_border(drafts)
         return self.span.hold(1.0 - (written | drafts.ended | (drafts.room <= 1)), drafts)
-
-
-def drafts_of(observation: Observation) -> Drafts:
-    """What was drafted; a policy with a judge is always shown it."""
-    assert observation.drafts is not None, "a policy with a judge sees drafts"
-    return observation.drafts
 
 
 def _sureness(observation: Observation, passed: BoolArray) -> Scores:

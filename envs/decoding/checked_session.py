@@ -141,12 +141,11 @@ class CheckedSession(CheckingDecoder, TeacherSession):
         drafts = [self._tokens[row, end - count : end] for row, end, count in zip(rows, whole, counts, strict=True)]
         check = self._compared if self.sampling.greedy else self._sampled
         tokens, kept = check(rows, model, drafts, ended)
-        whole_stands = ended & (kept == counts)
         lengths = whole - counts + kept
         for cache in self._caches:
             cache.rewind(rows, lengths)
         gone = self._cut(rows, lengths)
-        writing = np.flatnonzero(~whole_stands)
+        writing = np.flatnonzero(tokens != UNKNOWN)  # nobody writes behind an end that stands
         self._enter(rows[writing], tokens[writing], np.full(len(writing), model))
         self.ledger[rows[writing], model, WRITTEN] += 1
         self._leave_to_slm(rows[writing[~np.isin(tokens[writing], self.pool.end_tokens)]])

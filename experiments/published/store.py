@@ -70,12 +70,10 @@ class Store:
         for run in filter(self.has, runs):
             here: Any = OmegaConf.to_container(run.config(), resolve=True)
             there = PublishedRun.read(self.row(run)).settings
-            # a setting that came later was never set: its default is what made the run
-            alone = tuple(change for change in run.overrides if not change.lstrip("+").startswith("agent."))
-            bare = replace(run, agent=here["agent"]["_target_"], overrides=alone)
-            defaults: Any = OmegaConf.to_container(bare.config(), resolve=True)
-            here["agent"] = _known_to(there["agent"], here["agent"], defaults["agent"])
             others = TRAINING.others(there, here)
+            if others:  # a setting that came later was never set: its default is what made the run
+                here["agent"] = _known_to(there["agent"], here["agent"], _defaults(run, here["agent"]["_target_"]))
+                others = TRAINING.others(there, here)
             if others:
                 raise ValueError(
                     f"{self.row(run)} was made with {'; '.join(others)}: results are never rewritten; delete it to "
@@ -181,6 +179,13 @@ def _copy_trace(path: Path, to: Path, episodes: int | None) -> int:
         return len(trace.episodes)
     write_trace(to, replace(trace, episodes=trace.episodes[:episodes]))
     return episodes
+
+
+def _defaults(run: Run, kind: str) -> dict[str, Any]:
+    """The settings of a run's agent, of the class `kind`, where none is set."""
+    alone = tuple(change for change in run.overrides if not change.lstrip("+").startswith("agent."))
+    config: Any = OmegaConf.to_container(replace(run, agent=kind, overrides=alone).config(), resolve=True)
+    return dict(config["agent"])
 
 
 def _known_to(there: Mapping[str, Any], here: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
