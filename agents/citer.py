@@ -246,7 +246,7 @@ class CiterRounds:
     def _reference(self, number: int) -> IntArray:
         """What was walked of an example, (length,)."""
         answer = None if self._answers is None else self._answers[number]
-        return self.pool.encode_response(self.examples[number].reference) if answer is None else answer
+        return self.pool.encode_reference(self.examples[number]) if answer is None else answer
 
     def sampled(self, columns: Columns, kinds: npt.NDArray[np.str_]) -> dict[str, Any]:
         """What rollouts say of a sample of case 2, drawn of all tokens of round 1; empty where none is asked for."""

@@ -211,7 +211,7 @@ def _queue(
     begin: Callable[..., object],
 ) -> EpisodeQueue:
     """A queue of examples, whose prompts fit, for all rows of a session; `begin` is its `start`."""
-    prompts = [session.pool.encode(example.prompt) for example in examples]
+    prompts = [session.pool.encode_prompt(example) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
 

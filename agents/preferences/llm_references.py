@@ -59,7 +59,7 @@ def llm_references(
     capacity, fitting = sequence_capacity(pool, max_new_tokens, None), []
     for number, example in enumerate(examples):
         try:
-            check_fit(f"example {example.id}", pool.encode(example.prompt), (), capacity, max_new_tokens)
+            check_fit(f"example {example.id}", pool.encode_prompt(example), (), capacity, max_new_tokens)
         except ValueError:
             if not skip_too_long:
                 raise

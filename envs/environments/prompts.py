@@ -51,7 +51,7 @@ class PromptSource:
     Args:
         task: where they come from.
         split: of the task.
-        encode: the tokens of a text, (n,).
+        encode: the tokens of an example's prompt, (n,).
         room: the longest prompt, in tokens.
         on_too_long: what becomes of a longer one: `error`, `skip` (another example in its place) or `truncate` (its
             last `room` tokens).
@@ -66,7 +66,7 @@ class PromptSource:
         self,
         task: Task,
         split: Split,
-        encode: Callable[[str], IntArray],
+        encode: Callable[[Example], IntArray],
         room: int,
         on_too_long: TooLong = "error",
         order: Order = "random",
@@ -89,8 +89,8 @@ class PromptSource:
 
     def fits(self, example: Example) -> bool:
         """Whether a prompt is short enough."""
-        sure = len(example.prompt.encode()) + SPECIAL_TOKENS <= self.room
-        return sure or len(self._encode(example.prompt)) <= self.room
+        sure = example.chat is None and len(example.prompt.encode()) + SPECIAL_TOKENS <= self.room
+        return sure or len(self._encode(example)) <= self.room
 
     def choose(self, given: Example | int | None, rng: np.random.Generator) -> tuple[Example, IntArray]:
         """The example given, that number of the split, or the next one; and its prompt, (n,).
@@ -112,7 +112,7 @@ class PromptSource:
                         "capacity or lower max_new_tokens"
                     )
                 example, draws = self.task.example(self.split, self.numbers.draw(rng)), draws + 1
-        prompt = self._encode(example.prompt)
+        prompt = self._encode(example)
         return example, prompt[-self.room :] if self.on_too_long == "truncate" else prompt
 
     def _numbered(self, number: Any) -> Example:

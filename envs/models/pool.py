@@ -13,8 +13,10 @@ from torch import Tensor
 
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
+from envs.models.chat import encode_chat, encode_chat_reference
 from envs.models.checks import check_fits, check_same_vocabulary, warn_of_order
 from envs.models.language_model import LanguageModel
+from envs.tasks.task import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,6 +175,30 @@ class ModelPool:
     def encode_response(self, text: str) -> IntArray:
         """Token ids of a whole response, (n,), its end included."""
         return np.append(self.encode(text, special=False), self.end_token)
+
+    def encode_prompt(self, example: Example) -> IntArray:
+        """Token ids of an example's prompt, (n,): its text, or where it is a chat what the SLM's template makes of it.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses the prompt.
+        """
+        if example.chat is None:
+            return self.encode(example.prompt)
+        return encode_chat(self.slm.name, self.tokenizer, example)
+
+    def encode_reference(self, example: Example) -> IntArray:
+        """Token ids of an example's reference, (n,), its end included: of a chat the assistant's whole turn.
+
+        Raises:
+            ValueError: as `encode_prompt`; the template ends the turn with no token that ends responses.
+        """
+        if example.chat is None:
+            return self.encode_response(example.reference)
+        return encode_chat_reference(self.slm.name, self.tokenizer, example, self.end_tokens)
+
+    def prompt_text(self, example: Example) -> str:
+        """An example's prompt as text, as `Decoder.prompts` has it."""
+        return example.prompt if example.chat is None else self.decode(self.encode_prompt(example))
 
     def decode(self, tokens: IntArray) -> str:
         """The text of `tokens`, special tokens left out."""

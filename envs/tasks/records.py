@@ -10,9 +10,9 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from envs.tasks.task import Example, Split, Task, check_split
+from envs.tasks.task import Chat, Example, Split, Task, check_split
 
 Row = Mapping[str, object]
 # A record that must be held out goes by the CRC of its prompt, modulo ten: equal prompts share a split, and a record
@@ -22,11 +22,18 @@ _VALIDATION_BUCKET, _TEST_BUCKET = 8, 9
 
 
 class Problem(NamedTuple):
-    """A record in the form every task understands; the fields are those of `Example`."""
+    """A record in the form every task understands.
+
+    Attributes:
+        prompt, reference, answer: those of `Example`.
+        key: what a split is chosen by where the source has none: its prompt as the record or the template has it,
+            whatever an instruction makes of it.
+    """
 
     prompt: str
     reference: str
     answer: str
+    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,12 @@ class RecordTask(Task):
         validation_split: what `dataset` calls the validation split; None where it has none.
         test_split: what `dataset` calls the test split. It must have labels; None where it has none.
         name: what results call the task. Where empty, the stem of `path` or the last part of `dataset`.
+        instruction: what is asked for, behind the problem, in place of what the prompts of the records or the template
+            say; of records that bring prompts too. Splits do not depend on it.
+        chat: put prompts as the user's turn of a chat, by the chat template of the models' tokenizer, for models that
+            were tuned to follow instructions; references are then the assistant's turn.
+        system: the system's turn of the chat; what the template says where None.
+        chat_options: what the template reads besides, such as `{"enable_thinking": False}`.
 
     Raises:
         ValueError: settings that contradict each other; a record that is malformed, lacks a field or has no answer,
@@ -66,6 +79,10 @@ class RecordTask(Task):
     validation_split: str | None = None
     test_split: str | None = "test"
     name: str = ""
+    instruction: str | None = None
+    chat: bool = False
+    system: str | None = None
+    chat_options: dict[str, Any] = field(default_factory=dict, hash=False)
     _examples: Mapping[Split, tuple[Example, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,13 +92,21 @@ class RecordTask(Task):
         for setting, source in needs.items():
             if getattr(self, setting) is not None and getattr(self, source) is None:
                 raise ValueError(f"{setting}={getattr(self, setting)!r} goes with {source}, which is not given")
+        if not self.chat and (self.system is not None or self.chat_options):
+            raise ValueError("system and chat_options go with chat=true; say so, or leave them out")
+        if self.instruction is not None and not self.instruction.strip():
+            raise ValueError("instruction is empty; say what is asked for, or leave it out (null)")
+        chat = Chat(self.system, tuple(self.chat_options.items())) if self.chat else None
         if not self.name:
             source = Path(self.path).stem if self.path is not None else str(self.dataset).rstrip("/").split("/")[-1]
             object.__setattr__(self, "name", source)
 
         splits = _divide(self._problems("train") or [], self._problems("validation"), self._problems("test"), self.name)
         examples = {
-            split: tuple(Example(f"{self.name}/{split}/{index}", *problem) for index, problem in enumerate(problems))
+            split: tuple(
+                Example(f"{self.name}/{split}/{index}", one.prompt, one.reference, one.answer, chat)
+                for index, one in enumerate(problems)
+            )
             for split, problems in splits.items()
         }
         object.__setattr__(self, "_examples", examples)
@@ -200,7 +225,7 @@ def _divide(
                 contradictory += first_source == source and first_answer != problem.answer
                 continue
             kept[problem.prompt] = source, problem.answer
-            bucket = zlib.crc32(problem.prompt.encode()) % _BUCKETS
+            bucket = zlib.crc32(problem.key.encode()) % _BUCKETS
             splits[held_out.get(bucket, "train") if source == "train" else source].append(problem)
 
     log = logging.getLogger(__name__)
@@ -246,3 +271,19 @@ def check_template(template: str, *placeholders: str) -> None:
 def fill(template: str, **values: str) -> str:
     r"""`template` with each `{name}` replaced by its value. Other braces stay: prompts contain `\boxed{}`."""
     return re.sub("|".join(rf"\{{{name}\}}" for name in values), lambda match: values[match[0][1:-1]], template)
+
+
+def prompt_template(template: str, default: str, instructed: str, instruction: str | None) -> str:
+    """What prompts are made of: `template`; with an instruction `instructed`, where a task leaves it at its `default`.
+
+    Raises:
+        ValueError: a template that lacks `{instruction}` where one is given, or has it where none is.
+    """
+    if instruction is None:
+        if "{instruction}" in template:
+            raise ValueError(f"the template {template!r} asks for an instruction; give one, or take it out")
+        return template
+    if template == default:
+        return instructed
+    check_template(template, "instruction")
+    return template
