@@ -6,6 +6,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,13 +188,23 @@ def test_killed_shards_lose_nothing_and_make_nothing_twice(whole, tmp_path):
 def cluster(tmp_path):
     """A cluster of Ray that is there before, of two cores; its address."""
     launched_by("ray")
-    ray = Path(sys.executable).with_name("ray")
-    environment = {**os.environ, "RAY_TMPDIR": f"/tmp/ray-{os.getpid()}"}  # a socket's path must be short
-    words = [ray, "start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--disable-usage-stats"]
-    started = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    address = re.search(r"--address='([^']+)'", started.stdout)[1]
-    yield address
-    subprocess.run([ray, "stop", "--force"], env=environment, capture_output=True, check=False)
+    log, folder = tmp_path / "cluster.txt", f"/tmp/ray-{os.getpid()}"  # a socket's path must be short
+    words = [Path(sys.executable).with_name("ray"), "start", "--head", "--num-cpus=2", "--port=0", "--block"]
+    words += ["--include-dashboard=false", "--disable-usage-stats"]
+    with log.open("w") as file:
+        head = subprocess.Popen(words, stdout=file, stderr=file, env={**os.environ, "RAY_TMPDIR": folder})
+    try:
+        while not (address := re.search(r"--address='([^']+)'", log.read_text())):
+            assert head.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield address[1]
+    finally:
+        # not `ray stop`, which ends whatever of Ray there is on this machine
+        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_cluster_that_is_there_is_joined_and_a_killed_worker_is_made_up_for(cluster, whole, tmp_path):
