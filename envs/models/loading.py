@@ -72,6 +72,7 @@ def load_pool(
     rows: int = 8,
     capacity: int | None = None,
     verbose: bool = True,
+    stop: Sequence[str] = (),
 ) -> ModelPool:
     """Load a pool of models, SLM first.
 
@@ -86,6 +87,7 @@ def load_pool(
         capacity: longest sequence (prompt and response) the caches are planned for; the shortest limit of the models,
             at most 4,096, where None.
         verbose: print the memory plan.
+        stop: texts; every token whose own text holds one of them ends a response too, as for `ModelPool`.
 
     Raises:
         ValueError: any of the above fails; the error names the model and the setting to change.
@@ -94,9 +96,9 @@ def load_pool(
     if len(specs) < 2 and rows >= 1:
         raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")
     loaded, capacity, complete = _load(specs, device, dtype, rows, capacity, verbose)
-    pool = ModelPool(loaded, rows=rows, capacity=capacity)
+    pool = ModelPool(loaded, rows=rows, capacity=capacity, stop=stop)
     pool.recipe = (pool_of, complete)
-    _ALIVE[complete, rows, capacity] = pool
+    _ALIVE[complete, rows, capacity, tuple(stop)] = pool
     return pool
 
 
@@ -157,7 +159,11 @@ _LOADING = threading.Lock()
 
 
 def pool_of(
-    specs: tuple[ModelSpec, ...], rows: int, capacity: int, fingerprints: tuple[str, ...] | None = None
+    specs: tuple[ModelSpec, ...],
+    rows: int,
+    capacity: int,
+    fingerprints: tuple[str, ...] | None = None,
+    stop: tuple[str, ...] = (),
 ) -> ModelPool:
     """The pool of such models, loaded unless this process has it: what a pool sent from another process arrives as.
 
@@ -166,15 +172,16 @@ def pool_of(
         rows: sequences in flight that memory is planned for.
         capacity: the longest sequence.
         fingerprints: of the models that were sent; any where None.
+        stop: texts that end responses.
 
     Raises:
         ValueError: a model cannot be loaded here, or its weights have changed.
     """
-    key = (specs, rows, capacity)
+    key = (specs, rows, capacity, stop)
     with _LOADING:
         pool = _KEPT.get(key) or _ALIVE.get(key)
         if pool is None or fingerprints not in (None, pool.fingerprints):
-            pool = _KEPT[key] = load_pool(specs, rows=rows, capacity=capacity, verbose=False)
+            pool = _KEPT[key] = load_pool(specs, rows=rows, capacity=capacity, verbose=False, stop=stop)
     if fingerprints not in (None, pool.fingerprints):
         raise ValueError(
             f"the weights of {', '.join(pool.names)} are others than those of the pool that was sent "
