@@ -14,8 +14,6 @@ Each makes every fourth Arrow shard, in one folder; whoever is done last writes 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +40,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     from agents.citer import Citer
     from agents.preferences.store import Share
     from experiments.common.config import build
+    from experiments.common.multirun import missing_shards_said
 
     agent = build(config, "agent")
     if not isinstance(agent, Citer):
@@ -49,7 +48,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     if config.shard is None:
         if config.shards > 1 and (missing := missing_shards(folder / PREFERENCES, config.shards)):
-            raise ValueError(lacking(config, folder, missing))
+            raise ValueError(missing_shards_said("collect", config, folder, missing))
         begin()
         finish(agent, pool, task, tracking, config, folder)
         return
@@ -107,23 +106,6 @@ def missing_shards(preferences: Path, shards: int) -> list[int]:
         return list(range(shards))
     store = PreferenceStore.open(preferences)
     return sorted({number % shards for number in (*store.missing(), *store.check())})
-
-
-def lacking(config: DictConfig, folder: Path, missing: Sequence[int]) -> str:
-    """That some shards are missing, with the command that makes each."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from experiments.common.multirun import own
-    from experiments.common.stopping import near, quoted
-
-    given = [one for one in own(HydraConfig.get().overrides.task) if not one.startswith(("shard=", "shards="))]
-    lines = []
-    for shard in missing:
-        words = [*given, f"shards={config.shards}", f"shard={shard}", f"hydra.run.dir={quoted(near(folder))}"]
-        lines.append(f"  {shlex.join(['python', '-m', 'experiments.collect', *words])}")
-    return "\n".join(
-        [f"{folder} lacks {len(lines)} of {config.shards} shards, each of which its command makes:", *lines]
-    )
 
 
 if __name__ == "__main__":

@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from agents.citer import Citer
 from agents.common.rollout import Scheduling
 from agents.preferences.store import Share
-from experiments.common.config import CONF
+from experiments.common.config import CONF, build, build_settings
 from experiments.common.multirun import EXTRAS, JOBS, Job, jobs_of, missing_extra, own, shard_folder
 from experiments.common.program import program
+from experiments.evaluation.kept import kept_below
 from experiments.evaluation.merge import gather
+from experiments.evaluation.settings import EvaluationSettings
+from experiments.evaluation.shards import check as check_shards
 from tests.programs import call, composed
 from tests.test_labels import Odd
 from tests.test_preferences import contents
@@ -136,18 +141,12 @@ def test_a_report_refuses_holes_and_names_them(tmp_path, capsys):
 
 
 def test_shards_are_numbered_and_have_folders_of_their_own():
-    shard = composed("collect", "shards=4", "shard=3")
-    assert shard_folder(shard, Path("run")) == Path("run/shards/3-of-4")
-    assert shard_folder(composed("collect"), Path("run")) == Path("run")
-    for given in (
-        ["shards=2", "shard=2"],
-        ["shard=1"],
-        ["shards=2", "shard=a"],
-        ["shards=0"],
-        ["shards=2", "shard=-1"],
-    ):
+    assert shard_folder(OmegaConf.create({"shards": 4, "shard": 3}), Path("run")) == Path("run/shards/3-of-4")
+    assert shard_folder(OmegaConf.create({"shards": 4, "shard": None}), Path("run")) == Path("run")
+    assert shard_folder(OmegaConf.create(), Path("run")) == Path("run")
+    for shards, number in ((2, 2), (1, 1), (2, "a"), (0, None), (2, -1)):
         with pytest.raises(ValueError, match="shard"):
-            shard_folder(composed("collect", *given), Path("run"))
+            shard_folder(OmegaConf.create({"shards": shards, "shard": number}), Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -199,3 +198,54 @@ def test_a_join_names_the_shards_that_are_missing(tmp_path, capsys):
     call("collect", *small, f"hydra.run.dir={tmp_path / 'whole'}")
     assert contents(tmp_path / "preferences") == contents(tmp_path / "whole" / "preferences")
     assert rows == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+EVALUATED = [
+    "threads=1", "agents=[entropy,random]", "examples=7", "threshold_examples=3", "llm_shares=[0.1,0.3]", "bootstrap=5",
+    "oracle_budget=4", "draft_tokens=4", "max_new_tokens=48", "transcripts=1", "traces=false",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("timed", [False, True])
+def test_an_evaluation_in_shards_is_that_of_one_process(timed, tmp_path, capsys):
+    def evaluated(folder, *given):
+        through = [] if timed else [f"tree={folder}.tree"]
+        call("evaluate", *EVALUATED, *through, *given, f"hydra.run.dir={folder}")
+
+    def answers(folder):
+        found = {path.relative_to(folder): load_file(path) for path in (folder / "runs").rglob("*.safetensors")}
+        return {path: {k: v.tolist() for k, v in one.items() if "seconds" not in k} for path, one in found.items()}
+
+    evaluated(tmp_path / "whole")
+    evaluated(tmp_path / "parted", "shards=3", "shard=2")
+    with pytest.raises(SystemExit):
+        evaluated(tmp_path / "parted", "shards=3")
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m experiments.evaluate")
+    ]
+    assert len(lines) == 2
+    for line in lines:
+        call("evaluate", *shlex.split(line)[3:])
+    assert answers(tmp_path / "parted") == answers(tmp_path / "whole")
+    if not timed:  # nothing measured is in it
+        for name in ("results.jsonl", "table.md", "summary.json", "metrics.jsonl", "runs/manifest.json"):
+            assert (tmp_path / "parted" / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+    # a report sees one evaluation, not its shards
+    assert len(kept_below(tmp_path / "parted")) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["traces=true"], "traces=false"),
+        (["traces=false", "cost=seconds"], "cost=seconds"),
+        (["traces=false", "examples=1"], "2 shards of 1 problems"),
+        (["traces=false", "+agent@agents.collm=collm"], "collm is to be trained"),
+    ],
+)
+def test_shards_of_an_evaluation_that_cannot_be_put_together_are_refused(given, message):
+    config = composed("evaluate", *given)
+    agents = {name: build(config.agents, name) for name in config.agents}
+    with pytest.raises(ValueError, match=message):
+        check_shards(build_settings(config, EvaluationSettings), 2, agents)

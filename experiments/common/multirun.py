@@ -262,6 +262,25 @@ def shard_folder(config: DictConfig, folder: Path) -> Path:
     return folder / SHARDS / f"{shard}-of-{shards}"
 
 
+def missing_shards_said(program: str, config: DictConfig, folder: Path, missing: Sequence[int]) -> str:
+    """That some shards of a run are missing, with the command that makes each.
+
+    Args:
+        program: its name.
+        config: of the run.
+        folder: of the run.
+        missing: numbers of the shards.
+    """
+    given = [one for one in own(HydraConfig.get().overrides.task) if _key(one) not in ("shard", "shards")]
+    lines = []
+    for shard in missing:
+        words = [*given, f"shards={config.shards}", f"shard={shard}", f"hydra.run.dir={quoted(near(folder))}"]
+        lines.append(f"  {shlex.join(['python', '-m', f'experiments.{program}', *words])}")
+    return "\n".join(
+        [f"{folder} lacks {len(lines)} of {config.shards} shards, each of which its command makes:", *lines]
+    )
+
+
 def missing_extra(error: BaseException) -> str | None:
     """What is said where a launcher is asked for that is not installed; None where `error` says something else."""
     wanted = getattr(error, "missing_cfg_file", None)

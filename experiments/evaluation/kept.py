@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from experiments.common.continuing import SETTINGS
-from experiments.common.multirun import JOBS, jobs_of
+from experiments.common.multirun import JOBS, SHARDS, jobs_of
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import EXHAUSTED
 
@@ -125,8 +125,9 @@ def run_folder(runs: Path) -> Path:
 
 
 def kept_below(folder: Path) -> list[KeptEvaluation]:
-    """All evaluations below a folder, by path."""
-    return [KeptEvaluation.read(path) for path in sorted(folder.glob(f"**/runs/{MANIFEST}"))]
+    """All evaluations below a folder, by path; shards are parts of one."""
+    found = sorted(folder.glob(f"**/runs/{MANIFEST}"))
+    return [KeptEvaluation.read(path) for path in found if path.parents[2].name != SHARDS]
 
 
 def not_evaluated_yet(folder: Path) -> list[Path]:
