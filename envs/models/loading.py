@@ -15,11 +15,13 @@ from weakref import WeakValueDictionary
 import torch
 
 from envs.models.checks import (
+    caps_scores,
     check_attention,
     check_fits,
     check_same_vocabulary,
     gigabytes,
     head_size,
+    longest_sequence,
     text_config,
 )
 from envs.models.embedded import EMBEDDED, EMBEDDED_MODELS, embedded_folder
@@ -137,11 +139,16 @@ def _load(
     sources = [_Source.find(spec) for spec in specs]
     for source in sources[1:]:
         check_same_vocabulary(sources[0], source)
-    limit = min(int(getattr(text_config(s.config), "max_position_embeddings", 4096)) for s in sources)
+    limits = {s.name: longest_sequence(s.config) for s in sources}
+    shortest = min(limits, key=lambda name: limits[name])
+    limit = limits[shortest]
     if capacity is None:
         capacity = min(limit, 4096)
     if not 1 <= capacity <= limit:
-        raise ValueError(f"capacity must be in 1..{limit}, the models' positions; it is {capacity}")
+        raise ValueError(
+            f"capacity must be in 1..{limit}, the positions of {shortest} or the window that it attends to; it is "
+            f"{capacity}"
+        )
     for source in sources:
         _check_dtype(source)
     _plan_memory(sources, rows, capacity, verbose)
@@ -306,7 +313,7 @@ class _Source:
                 self.location,
                 config=self.config,
                 dtype=self.dtype,
-                attn_implementation="sdpa",
+                attn_implementation="eager" if caps_scores(self.config) else "sdpa",
                 **placed,
                 **safely,
                 **self.options,
