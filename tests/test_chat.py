@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -273,3 +274,23 @@ def test_room_is_measured_on_the_whole_chat(tmp_path, plain):
     assert PromptSource(task, "test", plain.encode_prompt, needed)
     with pytest.raises(ValueError, match="1 of 1 test examples have prompts longer"):
         PromptSource(task, "test", plain.encode_prompt, needed - 1)
+
+
+def test_what_is_cut_of_a_chat_is_the_beginning_of_the_users_text(tmp_path, plain):
+    task = MultipleChoiceTask(
+        path=records(tmp_path / "c.jsonl", [CHOICE]),
+        test_path=records(tmp_path / "t.jsonl", [CHOICE | {"question": "Where is a pen?"}]),
+        instruction="Why?",
+        chat=True,
+    )
+    whole = plain.encode_prompt(task.example("test", 0))
+    generator = np.random.default_rng(0)
+    source = PromptSource(task, "test", plain.encode_prompt, len(whole) - 30, "truncate")
+    example, prompt = source.choose(0, generator)
+    assert len(prompt) == len(whole) - 30
+    assert example.prompt == task.example("test", 0).prompt[30:]
+    assert plain.tokenizer.decode(prompt.tolist()).startswith("<|user|>")
+    same, prompt = PromptSource(task, "test", plain.encode_prompt, len(whole), "truncate").choose(0, generator)
+    assert same == task.example("test", 0)
+    with pytest.raises(ValueError, match="its chat alone takes more than the 3 tokens"):
+        PromptSource(task, "test", plain.encode_prompt, 3, "truncate").choose(0, generator)

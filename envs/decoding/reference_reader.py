@@ -125,7 +125,7 @@ def check_end(example: Example, solution: IntArray, pool: ModelPool) -> None:
     if np.isin(solution[:-1], pool.end_tokens).any():
         raise ValueError(
             f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the task's "
-            "source or drop the example"
+            "source, take what it holds out of the pool's stop, or drop the example"
         )
 
 

@@ -44,11 +44,11 @@ def encode_chat_reference(
         end_tokens: what ends responses, (ends,).
 
     Raises:
-        ValueError: as `encode_chat`; the template does not continue a prompt with the reference, or ends the turn with
-            no token that ends responses.
+        ValueError: as `encode_chat`; there is no reference; the template does not continue a prompt with it, or ends
+            the turn with no token that ends responses.
     """
-    prompt, whole = render(name, tokenizer, example), render(name, tokenizer, example, example.reference)
-    reference = example.reference.strip()
+    reference = example.known_reference().strip()
+    prompt, whole = render(name, tokenizer, example), render(name, tokenizer, example, reference)
     if not whole.startswith(prompt) or reference not in whole[len(prompt) :]:
         raise ValueError(
             f"{name}: its chat template does not continue the prompt of example {example.id} with the reference; say "

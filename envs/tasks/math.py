@@ -30,6 +30,7 @@ class MathTask(RecordTask):
     - `prompt`, `cot`, `answerKey`: a router training row. The prompt is used as it is; `cot` is the reference.
     - `problem`, `solution`: a published test row, or MATH. The answer is in the solution's last `\boxed{}`.
     - `question`, `answer`: GSM8K as the hub has it, the answer behind `####`.
+    - `problem`, `answer`: the answer alone. Such examples have no reference.
 
     Args:
         template: the prompt of records that bring none; `{question}` stands for the problem. With an `instruction`, of
@@ -65,24 +66,30 @@ def math_problem(row: Row, template: str = MATH_TEMPLATE, instruction: str | Non
     Raises:
         ValueError: a field is missing or empty, or the reference has no answer, or another one than `answerKey`.
     """
+    reference: str | None = None
     if "cot" in row:
         reference = text(row, "cot")
     elif "solution" in row:
         reference = text(row, "solution")
+    elif "answer" in row and "problem" in row:
+        pass  # no reference
     elif "answer" in row:
         reference = gsm8k_reference(text(row, "answer"))
     else:
         raise ValueError(
             f"no reference among the fields {', '.join(row) or 'none'}; a math record has prompt, cot and answerKey, "
-            "or problem and solution, or question and answer"
+            "or problem and solution (or answer), or question and answer"
         )
-    key = text(row, "prompt") if "prompt" in row else ""
-    if not key:
-        key = fill(template, question=_question(row))
-    prompt = key
+    prompt, key = text(row, "prompt") if "prompt" in row else "", ""
+    if not prompt:
+        prompt = fill(template, question=_question(row))
     if instruction is not None:
+        key = prompt
         whole = prompt_template(template, MATH_TEMPLATE, INSTRUCTED_MATH, instruction)
         prompt = fill(whole, question=_question(row), instruction=instruction)
+    if reference is None:
+        alone = text(row, "answer").strip()
+        return Problem(prompt, None, find_answer(alone) or alone, key)
     answer = find_answer(reference)
     if answer is None:
         raise ValueError(

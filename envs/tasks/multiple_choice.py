@@ -24,8 +24,9 @@ class MultipleChoiceTask(RecordTask):
     """Multiple-choice questions. `find_label` says which label a response decides for.
 
     A record has `question`, `choices` and `answerKey`, the choices as `{"label": [...], "text": [...]}`
-    (CommonsenseQA, ARC); or `question`, `choices` as a list of texts and `answer` as an index (MMLU). Router training
-    rows bring `prompt` and `cot` too, which are used as they are. Labels are letters A to J or digits 1 to 9.
+    (CommonsenseQA, ARC); or `question`, `choices` as a list of texts and `answer` as an index (MMLU); or `question`,
+    `options` as a list of texts and `answer` as a letter (MMLU-Pro). Router training rows bring `prompt` and `cot` too,
+    which are used as they are. Labels are letters A to J or digits 1 to 9.
 
     Args:
         template: the prompt of records that bring none; `{question}` and `{choices}` (one a line) are filled in.
@@ -92,11 +93,11 @@ def multiple_choice_problem(
         ValueError: a field is missing or empty, the answer is none of the choices, or the reference names another.
     """
     choices = read_choices(row)
-    key = text(row, "prompt") if "prompt" in row else ""
-    if not key:
-        key = fill(template, question=text(row, "question"), choices=str(choices))
-    prompt = key
+    prompt, key = text(row, "prompt") if "prompt" in row else "", ""
+    if not prompt:
+        prompt = fill(template, question=text(row, "question"), choices=str(choices))
     if instruction is not None:
+        key = prompt
         values = {"question": text(row, "question"), "choices": str(choices), "instruction": instruction}
         prompt = fill(prompt_template(template, MULTIPLE_CHOICE_TEMPLATE, INSTRUCTED_CHOICE, instruction), **values)
     if "cot" in row:
@@ -118,7 +119,7 @@ def read_choices(row: Row) -> Choices:
     Raises:
         ValueError: `choices` or the answer is missing or malformed.
     """
-    choices = row.get("choices")
+    choices = row.get("choices", row.get("options"))
     if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
         for key in ("label", "text"):
             if not isinstance(choices[key], list | tuple):
@@ -139,6 +140,8 @@ def read_choices(row: Row) -> Choices:
         if not 0 <= index < len(texts):
             raise ValueError(f"an answerless example: there is no choice {index} among {len(texts)}")
         return Choices(labels, texts, labels[index])
+    if "answerKey" not in row and "options" in row and isinstance(index, str):
+        return Choices(labels, texts, index.strip().upper())
     if "answerKey" not in row:
         raise ValueError(f"no answerKey (a label) and no answer (an index) among the fields {', '.join(row)}")
     return Choices(labels, texts, str(row["answerKey"] or "").strip().upper())

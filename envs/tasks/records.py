@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from envs.tasks.task import Chat, Example, Split, Task, check_split
 
@@ -26,14 +26,14 @@ class Problem(NamedTuple):
 
     Attributes:
         prompt, reference, answer: those of `Example`.
-        key: what a split is chosen by where the source has none: its prompt as the record or the template has it,
-            whatever an instruction makes of it.
+        key: what a split is chosen by where the source has none, if it is not the prompt: the prompt as the record or
+            the template has it, where an instruction makes another one of it.
     """
 
     prompt: str
-    reference: str
+    reference: str | None
     answer: str
-    key: str
+    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,9 @@ class RecordTask(Task):
         validation_split: what `dataset` calls the validation split; None where it has none.
         test_split: what `dataset` calls the test split. It must have labels; None where it has none.
         name: what results call the task. Where empty, the stem of `path` or the last part of `dataset`.
+        longest_prompt: the longest prompt, in characters, the chat's other words not counted; any where None.
+        on_long_prompt: what becomes of longer ones: `skip`, and a warning counts them, or `truncate`, their last
+            characters.
         instruction: what is asked for, behind the problem, in place of what the prompts of the records or the template
             say; of records that bring prompts too. Splits do not depend on it.
         chat: put prompts as the user's turn of a chat, by the chat template of the models' tokenizer, for models that
@@ -79,6 +82,8 @@ class RecordTask(Task):
     validation_split: str | None = None
     test_split: str | None = "test"
     name: str = ""
+    longest_prompt: int | None = None
+    on_long_prompt: Literal["skip", "truncate"] = "skip"
     instruction: str | None = None
     chat: bool = False
     system: str | None = None
@@ -96,6 +101,10 @@ class RecordTask(Task):
             raise ValueError("system and chat_options go with chat=true; say so, or leave them out")
         if self.instruction is not None and not self.instruction.strip():
             raise ValueError("instruction is empty; say what is asked for, or leave it out (null)")
+        if self.longest_prompt is not None and self.longest_prompt < 1:
+            raise ValueError(f"longest_prompt must be at least 1, is {self.longest_prompt}")
+        if self.on_long_prompt not in ("skip", "truncate"):
+            raise ValueError(f"unknown on_long_prompt {self.on_long_prompt!r}; choose one of skip, truncate")
         chat = Chat(self.system, tuple(self.chat_options.items())) if self.chat else None
         if not self.name:
             source = Path(self.path).stem if self.path is not None else str(self.dataset).rstrip("/").split("/")[-1]
@@ -136,12 +145,32 @@ class RecordTask(Task):
         rows = self._rows(split)
         if rows is None:
             return None
-        problems = []
+        problems, long = [], 0
         for place, row in rows:
             try:
-                problems.append(self.problem(row))
+                problem = self.problem(row)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
+            if self.longest_prompt is not None and len(problem.prompt) > self.longest_prompt:
+                if self.on_long_prompt == "skip":
+                    long += 1
+                    continue
+                key = problem.key or problem.prompt
+                problem = problem._replace(prompt=problem.prompt[-self.longest_prompt :], key=key)
+            problems.append(problem)
+        if long:
+            if not problems:
+                raise ValueError(
+                    f"{self.name}: all {long} prompts of the {split} split are longer than longest_prompt="
+                    f"{self.longest_prompt} characters; raise it, or say on_long_prompt=truncate"
+                )
+            logging.getLogger(__name__).warning(
+                "%s: left out %d %s records whose prompts are longer than %d characters",
+                self.name,
+                long,
+                split,
+                self.longest_prompt,
+            )
         if not problems:
             raise ValueError(f"{self.name}: the source of the {split} split holds no records; give one that does")
         return problems
@@ -225,7 +254,7 @@ def _divide(
                 contradictory += first_source == source and first_answer != problem.answer
                 continue
             kept[problem.prompt] = source, problem.answer
-            bucket = zlib.crc32(problem.key.encode()) % _BUCKETS
+            bucket = zlib.crc32((problem.key or problem.prompt).encode()) % _BUCKETS
             splits[held_out.get(bucket, "train") if source == "train" else source].append(problem)
 
     log = logging.getLogger(__name__)

@@ -48,23 +48,34 @@ class Example:
     Attributes:
         id: unique within its task, stable across runs.
         prompt: the text both models read first.
-        reference: a solution the task judges right, without the end-of-sequence token.
+        reference: a solution the task judges right, without the end-of-sequence token; None where only the answer is
+            known, which is enough to judge by.
         answer: the final answer alone.
         chat: how the prompt is put, as the user's turn of a chat; None where models read it as it is.
     """
 
     id: str
     prompt: str
-    reference: str
+    reference: str | None
     answer: str
     chat: Chat | None = None
 
     def __post_init__(self) -> None:
         for field in ("prompt", "reference", "answer"):
-            if not getattr(self, field).strip():
+            value = getattr(self, field)
+            if not (field == "reference" and value is None) and not value.strip():
                 raise ValueError(
                     f"example {self.id!r} has an empty {field}; drop it or complete it in the task's source"
                 )
+
+    def known_reference(self) -> str:
+        """The reference; ValueError where there is none."""
+        if self.reference is None:
+            raise ValueError(
+                f"example {self.id} has an answer and no reference solution: train an agent that learns from outcomes, "
+                "or give its task records with solutions"
+            )
+        return self.reference
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> Example:
