@@ -25,6 +25,7 @@ from envs.models.checks import (
     text_config,
 )
 from envs.models.embedded import EMBEDDED, EMBEDDED_MODELS, embedded_folder
+from envs.models.gguf_cache import conversion_of, is_whole, keep_conversion
 from envs.models.hub import why_unreachable
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
@@ -50,6 +51,7 @@ class ModelSpec:
         revision: branch, tag or commit of a hub id.
         layers: keep only the first layers of the model; all where None.
         trust_remote_code: run code from the hub; never on unless you set it.
+        gguf_cache: a folder where a GGUF file is kept as ordinary weights once it was read; nothing is kept where None.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ModelSpec:
     revision: str | None = None
     layers: int | None = None
     trust_remote_code: bool = False
+    gguf_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, "auto", *DTYPES):
@@ -75,6 +78,7 @@ def load_pool(
     capacity: int | None = None,
     verbose: bool = True,
     stop: Sequence[str] = (),
+    gguf_cache: str | None = None,
 ) -> ModelPool:
     """Load a pool of models, SLM first.
 
@@ -90,11 +94,12 @@ def load_pool(
             at most 4,096, where None.
         verbose: print the memory plan.
         stop: texts; every token whose own text holds one of them ends a response too, as for `ModelPool`.
+        gguf_cache: for every model whose spec leaves it open.
 
     Raises:
         ValueError: any of the above fails; the error names the model and the setting to change.
     """
-    specs = [_spec_of(name) for name in names]
+    specs = [replace(s, gguf_cache=s.gguf_cache or gguf_cache) for s in map(_spec_of, names)]
     if len(specs) < 2 and rows >= 1:
         raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")
     loaded, capacity, complete = _load(specs, device, dtype, rows, capacity, verbose)
@@ -235,7 +240,11 @@ class _Source:
 
             if not (is_gguf_available() and is_accelerate_available()):
                 raise ValueError(f"{spec.name}: GGUF files need two packages; pip install gguf accelerate")
-            location, options["gguf_file"] = str(path.parent), path.name
+            kept = conversion_of(path, Path(spec.gguf_cache), str(spec.dtype)) if spec.gguf_cache else None
+            if kept is not None and is_whole(kept):
+                location = str(kept)
+            else:
+                location, options["gguf_file"] = str(path.parent), path.name
         elif not path.is_dir() and (path.is_absolute() or spec.name.startswith(".") or spec.name.count("/") > 1):
             raise ValueError(f"unknown model {spec.name!r}: there is no such folder")
         unreachable = None
@@ -321,6 +330,10 @@ class _Source:
         except OSError as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(f"{self.name}: its weights cannot be read ({reason}); {CONVERT}") from error
+        if self.spec.gguf_cache and "gguf_file" in self.options and self.spec.layers is None:
+            file = Path(self.spec.name)
+            kept = conversion_of(file, Path(self.spec.gguf_cache), str(self.spec.dtype))
+            keep_conversion(network, self.tokenizer, file, kept)
         if not placed:
             network = network.to(self.spec.device)
         return LanguageModel(self.name, network, self.tokenizer)
