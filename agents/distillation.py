@@ -180,7 +180,7 @@ class OracleDistillation(Learner[RouterPolicy]):
         )
         starts, written, owners = [], [], []
         for number, episode in enumerate(episodes):
-            nodes = tree.descend(tree.pool.encode(episode.example.prompt), episode.tokens)
+            nodes = tree.descend(tree.pool.encode_prompt(episode.example), episode.tokens)
             inner = np.arange(1, len(nodes) - 1)
             for depth in np.sort(rng.choice(inner, min(self.states, len(inner)), replace=False)).tolist():
                 starts.append(int(nodes[depth]))

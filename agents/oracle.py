@@ -179,7 +179,7 @@ class _Searches:
         new = new[: len(free)]
         if not new:
             return
-        prompts = [self.pool.encode(self.examples[e].prompt) for e in new]
+        prompts = [self.pool.encode_prompt(self.examples[e]) for e in new]
         roots = self.expander.roots(np.array(free), prompts)
         for e, root in zip(new, roots.tolist(), strict=True):
             start = root if self.starts is None else self.starts[e]

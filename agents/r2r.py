@@ -223,7 +223,7 @@ class R2R(Learner[R2RPolicy]):
         examples = task.examples("train", self.examples, start=start)
         capacity = sequence_capacity(pool, self.max_new_tokens, None)
         for example in examples:
-            check_fit(f"example {example.id}", pool.encode(example.prompt), (), capacity, self.max_new_tokens)
+            check_fit(f"example {example.id}", pool.encode_prompt(example), (), capacity, self.max_new_tokens)
         parts = shard_ranges(len(examples), self.shard_examples)
         manifest = {
             "models": models_manifest(pool),

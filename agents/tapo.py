@@ -220,7 +220,7 @@ class _Improvement:
         self.rng = np.random.default_rng([seed, 1])
         self.llm = len(tree.pool) - 1
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
-        self.prompts = [tree.pool.encode(example.prompt) for example in examples]
+        self.prompts = [tree.pool.encode_prompt(example) for example in examples]
         self.made = 0
         selection, pool, task = settings.selection, tree.pool, tree.task
         validation = Validation(selection, problems, pool, task, tree.max_new_tokens, settings.rows, tree)

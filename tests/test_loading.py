@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, FalconConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
 from envs.models import hub, loading
+from envs.models.checks import longest_sequence
 from envs.models.loading import ModelSpec, _Source, load_pool
 from envs.models.pool import ModelPool
 
@@ -252,16 +253,6 @@ def test_special_tokens_that_differ_are_refused_with_both_names(no_weights, bare
     ("name", "config", "named"),
     [
         (
-            "windowed",
-            MistralConfig(**SIZES, **HEADS, sliding_window=4),
-            "windowed uses sliding-window attention, .* choose a model with full attention in every layer",
-        ),
-        (
-            "half_windowed",
-            Qwen2Config(**SIZES, **HEADS, sliding_window=4, use_sliding_window=True, max_window_layers=1),
-            "half_windowed uses sliding_attention, .* choose a model with full attention in every layer",
-        ),
-        (
             "recurrent",
             MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4),
             "recurrent keeps a recurrent state, .* choose another model",
@@ -284,6 +275,26 @@ def test_a_model_whose_attention_cannot_take_the_cache_is_refused(no_weights, ba
         load(bare, folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("windowed", MistralConfig(**SIZES, **HEADS, sliding_window=40)),
+        (
+            "half_windowed",
+            Qwen2Config(**SIZES, **HEADS, sliding_window=40, use_sliding_window=True, max_window_layers=1),
+        ),
+    ],
+)
+def test_sequences_are_no_longer_than_a_window(no_weights, bare, save_model, name, config):
+    folder = save_model(name, config, weights=False)
+    with pytest.raises(ValueError, match=rf"must be in 1\.\.40, the positions of .*{name} or the window .* 41"):
+        load(bare, folder, capacity=41)
+    with pytest.raises(pytest.fail.Exception, match="were read"):
+        load(bare, folder, capacity=40)
+    config.use_sliding_window, config.sliding_window, config.layer_types = False, None, None
+    assert longest_sequence(config) == 128
+
+
 def test_a_mistral_without_a_window_is_taken(save_model):
     folder = save_model("mistral", MistralConfig(**SIZES, **HEADS, sliding_window=None))
     assert load(folder, folder).slm.network.config.model_type == "mistral"
@@ -296,7 +307,7 @@ def test_a_mistral_without_a_window_is_taken(save_model):
         ({"device": "cuda"}, r"bare: device cuda is not there \(0 CUDA devices\); say device=cpu"),
         ({"device": "cuda:3"}, r"bare: device cuda:3 is not there"),
         ({"device": "toaster"}, r"bare: unknown device 'toaster'; say cpu, cuda or cuda:N"),
-        ({"capacity": 129}, r"capacity must be in 1..128, the models' positions; it is 129"),
+        ({"capacity": 129}, r"capacity must be in 1..128, the positions of .*bare or the window .*; it is 129"),
         ({"rows": 10**9}, r"cpu: .* GB are needed, .* lower rows \(1000000000\), lower capacity \(128\)"),
     ],
 )

@@ -35,13 +35,32 @@ LATENT = {
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
+# Scores that reach their cap, in layers that attend to a window in turn with others.
+CAPPED = GROUPED | {
+    "head_dim": 16, "sliding_window": 64, "tie_word_embeddings": True, "attn_logit_softcapping": 0.5,
+    "query_pre_attn_scalar": 1, "initializer_range": 0.3,
+}  # fmt: skip
 ARCHITECTURES = {
     "llama": ("llama", SIZES | GROUPED),
     "llama_tied": ("llama", SIZES | GROUPED | {"tie_word_embeddings": True}),
     "qwen2": ("qwen2", SIZES | GROUPED),
     "qwen3": ("qwen3", SIZES | GROUPED | {"head_dim": 32}),
     "olmo2": ("olmo2", SIZES | GROUPED),
+    "mistral": ("mistral", SIZES | GROUPED | {"sliding_window": 64}),
+    "smollm3": ("smollm3", SIZES | GROUPED),
+    "olmo": ("olmo", SIZES | GROUPED),
+    "olmo3": ("olmo3", SIZES | GROUPED | {"sliding_window": 64}),
+    "granite": ("granite", SIZES | GROUPED),
+    "stablelm": ("stablelm", SIZES | GROUPED),
+    "starcoder2": ("starcoder2", SIZES | GROUPED | {"sliding_window": 64}),
+    "cohere": ("cohere", SIZES | GROUPED | {"tie_word_embeddings": True}),
+    "cohere2": ("cohere2", SIZES | GROUPED | {"tie_word_embeddings": True, "sliding_window": 64}),
+    "glm4": ("glm4", SIZES | GROUPED | {"head_dim": 16}),
+    "nemotron": ("nemotron", SIZES | GROUPED | {"head_dim": 16}),
     "phi": ("phi", SIZES),
+    "phi3": ("phi3", SIZES | GROUPED | {"sliding_window": 64}),
+    "gemma2": ("gemma2", SIZES | CAPPED),
+    "gemma3": ("gemma3_text", SIZES | CAPPED),
     "gemma": ("gemma", SIZES | GROUPED | {"head_dim": 16, "tie_word_embeddings": True}),
     "gpt_neox": ("gpt_neox", SIZES),
     "gpt2": ("gpt2", GPT),

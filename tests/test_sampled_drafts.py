@@ -135,8 +135,8 @@ def test_what_the_llm_likes_best_is_not_spared_without_loss(few_words):
 class FromWhole(Sampling):
     """Draws from all of p in the place of a draft that does not stand: wrong."""
 
-    def speculative(self, drafts, slm, llm, spared, generator):
-        found = super().speculative(drafts, slm, llm, spared, generator)
+    def speculative(self, drafts, slm, llm, spared, generator, model=1):
+        found = super().speculative(drafts, slm, llm, spared, generator, model)
         if found.kept == len(drafts):
             return found
         return SpeculativeSample(found.kept, int(self.draw(llm[found.kept : found.kept + 1], generator.random(1))[0]))

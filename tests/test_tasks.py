@@ -54,6 +54,16 @@ ARC_RAW = {
     "choices": {"text": ["iron", "salt", "neon", "wood"], "label": ["1", "2", "3", "4"]},
     "answerKey": "3",
 }
+MMLU_PRO_RAW = {
+    "question_id": 70,
+    "question": "Which is the smallest?",
+    "options": [f"{n} m" for n in range(1, 11)],
+    "answer": "A",
+    "answer_index": 0,
+    "cot_content": "",
+    "category": "physics",
+    "src": "theoremQA",
+}
 MMLU_RAW = {
     "question": "Conditioning was studied by",
     "subject": "professional_psychology",
@@ -201,30 +211,30 @@ def test_gsm8k_record() -> None:
 
 def test_math_record() -> None:
     problem = math_problem(MATH_RAW, "Q: {question}\nA:")
-    assert problem == ("Q: What is one half of $\\frac{2}{3}$?\nA:", MATH_RAW["solution"], "\\frac{1}{3}")
+    assert problem[:3] == ("Q: What is one half of $\\frac{2}{3}$?\nA:", MATH_RAW["solution"], "\\frac{1}{3}")
 
 
 def test_math_router_record() -> None:
-    assert math_problem(MATH_ROUTER) == (MATH_ROUTER["prompt"], MATH_ROUTER["cot"], "4")
+    assert math_problem(MATH_ROUTER)[:3] == (MATH_ROUTER["prompt"], MATH_ROUTER["cot"], "4")
 
 
 def test_choice_records() -> None:
     built = multiple_choice_problem(CHOICE, "{question}\n{choices}\n")
     assert built.prompt == "Where is a book?\nA. a river\nB. a library\nC. an oven\n"
-    assert built[1:] == ("Therefore, the answer is a library (b).", "B")
-    assert multiple_choice_problem(CHOICE_ROUTER) == (CHOICE_ROUTER["prompt"], CHOICE_ROUTER["cot"], "B")
+    assert built[1:3] == ("Therefore, the answer is a library (b).", "B")
+    assert multiple_choice_problem(CHOICE_ROUTER)[:3] == (CHOICE_ROUTER["prompt"], CHOICE_ROUTER["cot"], "B")
 
 
 def test_arc_record_keeps_its_digits() -> None:
     problem = multiple_choice_problem(ARC_RAW)
     assert "\n3. neon\n" in problem.prompt
-    assert problem[1:] == ("Therefore, the answer is neon (3).", "3")
+    assert problem[1:3] == ("Therefore, the answer is neon (3).", "3")
 
 
 def test_mmlu_record() -> None:
     problem = multiple_choice_problem(MMLU_RAW)
     assert "\nD. Pavlov\n" in problem.prompt
-    assert problem[1:] == ("Therefore, the answer is Pavlov (d).", "D")
+    assert problem[1:3] == ("Therefore, the answer is Pavlov (d).", "D")
 
 
 def test_templates_fill_only_their_own_placeholders(tmp_path: Path) -> None:
@@ -514,6 +524,7 @@ HUB: dict[str, Callable[[int], dict[str, object]]] = {
     "EleutherAI/hendrycks_math": lambda n: MATH_RAW | {"problem": f"{n}?"},
     "tau/commonsense_qa": lambda n: CHOICE | {"question": f"{n}?"},
     "allenai/ai2_arc": lambda n: ARC_RAW | {"question": f"{n}?"},
+    "TIGER-Lab/MMLU-Pro": lambda n: MMLU_PRO_RAW | {"question": f"{n}?"},
     "cais/mmlu": lambda n: MMLU_RAW | {"question": f"{n}?"},
 }
 SPLITS_READ = {
@@ -521,6 +532,7 @@ SPLITS_READ = {
     "math": ["train"] * 7 + ["test"] * 7,
     "commonsense_qa": ["train", "validation"],
     "arc_challenge": ["train", "validation", "test"],
+    "mmlu_pro": ["test"],
     "mmlu_professional_psychology": ["dev+validation", "test"],
 }
 
@@ -537,7 +549,7 @@ def test_every_configuration_makes_a_task(file: Path, tmp_path: Path, monkeypatc
     register_schemas()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
         config = hydra.compose("train", overrides=[f"task={file.stem}"])
-    if file.stem.endswith("_jsonl"):
+    if file.stem.endswith(("_jsonl", "_chat")):
         with pytest.raises(ValueError, match="path"):
             build(config, "task")
         config.task.path = str(
@@ -550,8 +562,12 @@ def test_every_configuration_makes_a_task(file: Path, tmp_path: Path, monkeypatc
     assert isinstance(task, Task)
     assert read == SPLITS_READ.get(file.stem, [])
     if isinstance(task, RecordTask):
-        assert task.name == file.stem.removesuffix("_jsonl")
-        if task.dataset:
+        assert task.name == file.stem.removesuffix("_jsonl").removesuffix("_chat")
+        assert task.chat == file.stem.endswith("_chat")
+        if task.dataset and task.test_split is None:
+            assert sum(task.size(split) for split in SPLITS) == 50
+            assert all(task.size(split) for split in SPLITS)
+        elif task.dataset:
             assert task.size("test") == 50 * read.count(read[-1])
         copy = pickle.loads(pickle.dumps(task))
         assert copy == task

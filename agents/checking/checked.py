@@ -186,7 +186,7 @@ def judged_states(pool: ModelPool, episodes: Sequence[Episode], judge: Judge, fe
         rows: answers read at once.
     """
     longest = max(len(episode.tokens) for episode in episodes)
-    prompts = [pool.encode(episode.example.prompt) for episode in episodes]
+    prompts = [pool.encode_prompt(episode.example) for episode in episodes]
     capacity = max(len(prompt) for prompt in prompts) + longest
     session = TeacherSession(pool, rows, longest, capacity)
     seen, stands, examples = [], [], []
@@ -277,7 +277,7 @@ class Checked(Learner[CheckedPolicy]):
         examples = run.task.examples("train", self.examples, start=run.task.training_start(run.seed))
         capacity = sequence_capacity(pool, self.max_new_tokens, None)
         for example in examples:
-            check_fit(f"example {example.id}", pool.encode(example.prompt), (), capacity, self.max_new_tokens)
+            check_fit(f"example {example.id}", pool.encode_prompt(example), (), capacity, self.max_new_tokens)
         policy: Policy = CheckedEntropy(self.judge, self.span)
         rounds: list[JudgedStates] = []
         for number in ProgressBar(range(1, self.rounds + 1), desc="rounds"):

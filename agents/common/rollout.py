@@ -97,13 +97,14 @@ def decode(
     seed: int = 0,
     label: str | None = None,
     tree: PrefixTree | None = None,
+    first: int = 0,
 ) -> list[Episode]:
     """Answer every example, the policy choosing the writer of each token.
 
     Args:
         pool: the models; the last one is the LLM.
         task: judges the answers.
-        examples: what to answer; their positions number the episodes.
+        examples: what to answer; their positions number the episodes, from `first` on.
         policy: scores decisions.
         threshold: the SLM writes where the score is at least this.
         max_new_tokens: the longest response.
@@ -112,6 +113,7 @@ def decode(
         seed: of sampled decoding.
         label: of the progress bar; none is shown without.
         tree: a replay tree of this pool and task to walk instead of decoding; nothing is timed then.
+        first: the number of the first example, where others are answered elsewhere.
 
     Returns:
         Episodes in the order of `examples`.
@@ -124,7 +126,7 @@ def decode(
     if tree is not None:
         check_tree(tree, pool, task, max_new_tokens, sampling)
     session = decoder_for(policy, pool, rows, max_new_tokens, sampling, tree)
-    queue = _queue(session, examples, sampling, seed, partial(session.start, observed=policy.observes))
+    queue = _queue(session, examples, sampling, seed, partial(session.start, observed=policy.observes), first)
     record = DecisionRecord(rows, max_new_tokens)
     episodes: list[Episode | None] = [None] * len(examples)
     with ProgressBar(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
@@ -210,15 +212,19 @@ def _queue(
     sampling: Sampling | None,
     seed: int,
     begin: Callable[..., object],
+    first: int = 0,
 ) -> EpisodeQueue:
-    """A queue of examples, whose prompts fit, for all rows of a session; `begin` is its `start`."""
-    prompts = [session.pool.encode(example.prompt) for example in examples]
+    """A queue of examples, whose prompts fit, for all rows of a session; `begin` is its `start`.
+
+    Episodes are numbered from `first` on.
+    """
+    prompts = [session.pool.encode_prompt(example) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
 
     def start(rows: IntArray, numbers: IntArray) -> None:
-        generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
-        begin(rows, [prompts[n] for n in numbers], numbers, generators)
+        generators = None if sampling is None else [np.random.default_rng([seed, first + int(n)]) for n in numbers]
+        begin(rows, [prompts[n] for n in numbers], first + numbers, generators)
 
     return EpisodeQueue(np.arange(session.rows), len(examples), start)
 

@@ -95,7 +95,7 @@ def validation_problems(
     problems = task.examples("validation", count, start=start if size is None else size - count)
     capacity = sequence_capacity(pool, max_new_tokens, None)
     for problem in problems:
-        check_fit(f"example {problem.id}", pool.encode(problem.prompt), (), capacity, max_new_tokens)
+        check_fit(f"example {problem.id}", pool.encode_prompt(problem), (), capacity, max_new_tokens)
     return problems
 
 

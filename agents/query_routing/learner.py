@@ -200,7 +200,7 @@ def answer_alone(
         correct.append([episode.correct for episode in episodes])
         costs.append(Price([pool.profiles[number]], [MemoryTraffic()]).of(alone[:, None])["bytes"])
     outcomes = QueryOutcomes(
-        prompts=[example.prompt for example in examples],
+        prompts=[pool.prompt_text(example) for example in examples],
         groups=[task.name] * len(examples),
         models=tuple(pool.names),
         correct=np.stack(correct, axis=1),

@@ -194,7 +194,7 @@ class CheckedSession(CheckingDecoder, TeacherSession):
             generator, places = self._generators[row], logits[len(logits) - len(draft) - (not end) :]
             assert generator is not None
             spared = self.judge.spares(opinions(places[: len(draft)], draft).cpu().numpy())
-            sample = self.sampling.speculative(draft, self._draft_logits[row], places, spared, generator)
+            sample = self.sampling.speculative(draft, self._draft_logits[row], places, spared, generator, model)
             return torch.tensor(sample)
 
         found = torch.stack(self._read_every(model, rows, view, ~ended)[0]).numpy()

@@ -56,7 +56,7 @@ class Decoder(ABC):
             raise ValueError(f"rows must be at least 1, is {rows}")
         self.pool, self.rows, self.max_new_tokens = pool, rows, max_new_tokens
         self.capacity = sequence_capacity(pool, max_new_tokens, capacity)
-        self.sampling = sampling or Sampling()
+        self.sampling = (sampling or Sampling()).check_models(len(pool))
         self._texts: dict[bytes, str] = {}  # of prompts, which policies may ask for at every step
 
     @abstractmethod

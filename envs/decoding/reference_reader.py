@@ -114,10 +114,10 @@ def encode(
     pool: ModelPool, examples: Sequence[Example], responses: Sequence[IntArray] | None = None
 ) -> tuple[list[IntArray], list[IntArray]]:
     """Tokens of the examples' prompts, and of their references with their ends, unless `responses` stand for them."""
-    prompts = [pool.encode(example.prompt) for example in examples]
+    prompts = [pool.encode_prompt(example) for example in examples]
     if responses is not None:
         return prompts, list(responses)
-    return prompts, [pool.encode_response(example.reference) for example in examples]
+    return prompts, [pool.encode_reference(example) for example in examples]
 
 
 def check_end(example: Example, solution: IntArray, pool: ModelPool) -> None:
@@ -125,7 +125,7 @@ def check_end(example: Example, solution: IntArray, pool: ModelPool) -> None:
     if np.isin(solution[:-1], pool.end_tokens).any():
         raise ValueError(
             f"example {example.id}: its reference holds an end-of-sequence token before its end; mend the task's "
-            "source or drop the example"
+            "source, take what it holds out of the pool's stop, or drop the example"
         )
 
 

@@ -144,10 +144,10 @@ class Session(Decoder):
             if len(chosen):
                 ledger[chosen, model], logits, tokens[chosen] = self._next(int(model), rows[chosen])
                 if uniforms is not None:
-                    tokens[chosen] = self.sampling.draw(logits, uniforms[chosen])
+                    tokens[chosen] = self.sampling.of(int(model)).draw(logits, uniforms[chosen])
         if uniforms is not None and has_read.any():
             logits = self._logits[torch.from_numpy(rows[has_read]).to(self._logits.device)]
-            tokens[has_read] = self.sampling.draw(logits, uniforms[has_read])
+            tokens[has_read] = self.sampling.of(0).draw(logits, uniforms[has_read])
         ledger[np.arange(len(rows)), actions, WRITTEN] = 1
         self._enter(rows, tokens, actions)
         terminated = np.isin(tokens, self.pool.end_tokens)

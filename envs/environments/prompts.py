@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -51,10 +52,10 @@ class PromptSource:
     Args:
         task: where they come from.
         split: of the task.
-        encode: the tokens of a text, (n,).
+        encode: the tokens of an example's prompt, (n,).
         room: the longest prompt, in tokens.
         on_too_long: what becomes of a longer one: `error`, `skip` (another example in its place) or `truncate` (its
-            last `room` tokens).
+            last `room` tokens; of a chat the last of the user's text, so that all of it fits).
         order: `random` or `sequential`.
 
     Raises:
@@ -66,7 +67,7 @@ class PromptSource:
         self,
         task: Task,
         split: Split,
-        encode: Callable[[str], IntArray],
+        encode: Callable[[Example], IntArray],
         room: int,
         on_too_long: TooLong = "error",
         order: Order = "random",
@@ -89,8 +90,8 @@ class PromptSource:
 
     def fits(self, example: Example) -> bool:
         """Whether a prompt is short enough."""
-        sure = len(example.prompt.encode()) + SPECIAL_TOKENS <= self.room
-        return sure or len(self._encode(example.prompt)) <= self.room
+        sure = example.chat is None and len(example.prompt.encode()) + SPECIAL_TOKENS <= self.room
+        return sure or len(self._encode(example)) <= self.room
 
     def choose(self, given: Example | int | None, rng: np.random.Generator) -> tuple[Example, IntArray]:
         """The example given, that number of the split, or the next one; and its prompt, (n,).
@@ -112,8 +113,31 @@ class PromptSource:
                         "capacity or lower max_new_tokens"
                     )
                 example, draws = self.task.example(self.split, self.numbers.draw(rng)), draws + 1
-        prompt = self._encode(example.prompt)
+        if self.on_too_long == "truncate" and example.chat is not None:
+            example = self._cut(example)
+        prompt = self._encode(example)
         return example, prompt[-self.room :] if self.on_too_long == "truncate" else prompt
+
+    def _cut(self, example: Example) -> Example:
+        """A chat whose prompt fits: the last characters of the user's text, since the words around it must stay.
+
+        Raises:
+            ValueError: there is no room for any of it.
+        """
+        if self.fits(example):
+            return example
+        text, fitting, longer = example.prompt, 0, len(example.prompt)
+        while longer - fitting > 1:
+            half = (fitting + longer) // 2
+            short = self.fits(replace(example, prompt=text[-half:])) if text[-half:].strip() else True
+            fitting, longer = (half, longer) if short else (fitting, half)
+        cut = text[-fitting:] if fitting else ""
+        if not cut.strip():
+            raise ValueError(
+                f"example {example.id}: its chat alone takes more than the {self.room} tokens that capacity leaves "
+                "beside max_new_tokens; raise capacity or lower max_new_tokens"
+            )
+        return replace(example, prompt=cut)
 
     def _numbered(self, number: Any) -> Example:
         size = self.numbers.size

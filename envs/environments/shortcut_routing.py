@@ -204,7 +204,7 @@ class ShortcutEpisodes(EpisodeRows):
             return []
         example = self.references.examples[self._example[row]]
         choices = self._choices[row, : self._positions[row]].tolist()
-        whole = f"{example.prompt}\n{example.reference}\n\n"
+        whole = f"{example.prompt}\n{example.known_reference()}\n\n"
         return [Stretch(PROMPT, whole), *(Stretch(choice, "\N{BLACK SQUARE}") for choice in choices)]
 
     def observe(self, rows: IntArray) -> Observations:

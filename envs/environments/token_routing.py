@@ -62,7 +62,7 @@ class RoutingEpisodes(EpisodeRows):
         self.source = PromptSource(
             self.task,
             settings.split,
-            lru_cache(ENCODED_PROMPTS)(self.pool.encode),
+            lru_cache(ENCODED_PROMPTS)(self.pool.encode_prompt),
             self.session.capacity - settings.max_new_tokens,
             settings.on_too_long,
             settings.order,
@@ -170,7 +170,7 @@ class RoutingEpisodes(EpisodeRows):
         self._terminated[rows], self._on_reference[rows] = state["terminated"], state["on_reference"]
         for row, text in zip(rows, state["examples"], strict=True):
             kept = json.loads(text.tobytes())
-            self.examples[row] = example = None if kept is None else Example(**kept)
+            self.examples[row] = example = None if kept is None else Example.from_dict(kept)
             if example is not None:
                 self._know_reference(row, example)
 
@@ -201,7 +201,7 @@ class RoutingEpisodes(EpisodeRows):
     def _know_reference(self, row: int, example: Example) -> None:
         """Keep the tokens of the reference, where the reward asks for them."""
         if self.reward.uses_reference:
-            self._references[row] = reference = self.pool.encode_response(example.reference)
+            self._references[row] = reference = self.pool.encode_reference(example)
             self._reference_lengths[row] = len(reference)
 
     def _next_reference_tokens(self, rows: IntArray) -> IntArray:

@@ -32,7 +32,7 @@ def check_attention(name: str, config: Any, network: Any) -> None:
         network: the model or its class.
 
     Raises:
-        ValueError: recurrent state, windowed attention, positions that cannot be said row by row, or no attention that
+        ValueError: recurrent state, attention in chunks, positions that cannot be said row by row, or no attention that
             takes a boolean mask.
     """
     config = text_config(config)
@@ -40,13 +40,11 @@ def check_attention(name: str, config: Any, network: Any) -> None:
         raise ValueError(
             f"{name} keeps a recurrent state, which a key-value cache cannot fork or rewind; choose another model"
         )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if kinds != {"full_attention"} or (windowed and not getattr(config, "layer_types", None)):
-        unsupported = ", ".join(sorted(kinds - {"full_attention"})) or "sliding-window attention"
+    unsupported = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if unsupported:
         raise ValueError(
-            f"{name} uses {unsupported}, which the cache does not support; choose a model with full attention in "
-            "every layer"
+            f"{name} uses {', '.join(sorted(unsupported))}, which the cache does not support; choose a model with full "
+            "or sliding-window attention in every layer"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
@@ -59,8 +57,26 @@ def check_attention(name: str, config: Any, network: Any) -> None:
             f"{name} biases attention by distances that it reads off a padded batch (alibi), so that rows cannot have "
             "positions of their own; choose a model with rotary or learned positions"
         )
-    if not getattr(network, "_supports_sdpa", False):
+    if not getattr(network, "_supports_sdpa", False) and not caps_scores(config):
         raise ValueError(f"{name} has no attention that takes a 4-D boolean mask (sdpa); choose another model")
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether attention scores have a cap, which sdpa leaves out, so that attention must be eager."""
+    return bool(getattr(text_config(config), "attn_logit_softcapping", None))
+
+
+def longest_sequence(config: Any) -> int:
+    """The longest sequence a model takes: its positions, and no more than a window of its attention.
+
+    Within the window a layer that attends to a window attends to everything, as the cache has it.
+    """
+    config = text_config(config)
+    positions = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return min(positions, int(window)) if window and slides else positions
 
 
 def check_fits(place: str, size: int, rows: int, capacity: int) -> None:

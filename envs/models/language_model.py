@@ -20,7 +20,7 @@ from envs.models.attention import (
     register_slot_attention,
     split_by_length,
 )
-from envs.models.checks import check_attention, text_config
+from envs.models.checks import caps_scores, check_attention, longest_sequence, text_config
 from envs.models.onednn import use_onednn
 from envs.models.profile import own_weights, profile_of
 
@@ -78,6 +78,9 @@ class LanguageModel:
         if self._packed:
             register_slot_attention()
             network.set_attn_implementation(SLOT_ATTENTION)
+        self._capped = caps_scores(network.config)
+        if self._capped:
+            network.set_attn_implementation("eager")
         self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
         network.get_output_embeddings().register_forward_pre_hook(_keep_hidden)
 
@@ -88,8 +91,8 @@ class LanguageModel:
 
     @cached_property
     def max_positions(self) -> int:
-        """The longest sequence the model was made for."""
-        return int(getattr(text_config(self.network.config), "max_position_embeddings", 2**31))
+        """The longest sequence the model takes; see `longest_sequence`."""
+        return longest_sequence(self.network.config)
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:
@@ -194,6 +197,10 @@ class LanguageModel:
         for row, chunk in zip(ids, chunks, strict=True):
             row[width - len(chunk) :] = chunk
         positions, visible = cache.pad(rows, counts, width)
+        if self._capped:  # its attention adds the mask
+            visible = torch.zeros_like(visible, dtype=self.network.dtype).masked_fill(
+                ~visible, torch.finfo(self.network.dtype).min
+            )
         return self._forward(cache, rows, counts, ids, positions, visible, keep)
 
     def _forward(

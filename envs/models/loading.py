@@ -15,11 +15,13 @@ from weakref import WeakValueDictionary
 import torch
 
 from envs.models.checks import (
+    caps_scores,
     check_attention,
     check_fits,
     check_same_vocabulary,
     gigabytes,
     head_size,
+    longest_sequence,
     text_config,
 )
 from envs.models.embedded import EMBEDDED, EMBEDDED_MODELS, embedded_folder
@@ -72,6 +74,7 @@ def load_pool(
     rows: int = 8,
     capacity: int | None = None,
     verbose: bool = True,
+    stop: Sequence[str] = (),
 ) -> ModelPool:
     """Load a pool of models, SLM first.
 
@@ -86,6 +89,7 @@ def load_pool(
         capacity: longest sequence (prompt and response) the caches are planned for; the shortest limit of the models,
             at most 4,096, where None.
         verbose: print the memory plan.
+        stop: texts; every token whose own text holds one of them ends a response too, as for `ModelPool`.
 
     Raises:
         ValueError: any of the above fails; the error names the model and the setting to change.
@@ -94,9 +98,9 @@ def load_pool(
     if len(specs) < 2 and rows >= 1:
         raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")
     loaded, capacity, complete = _load(specs, device, dtype, rows, capacity, verbose)
-    pool = ModelPool(loaded, rows=rows, capacity=capacity)
+    pool = ModelPool(loaded, rows=rows, capacity=capacity, stop=stop)
     pool.recipe = (pool_of, complete)
-    _ALIVE[complete, rows, capacity] = pool
+    _ALIVE[complete, rows, capacity, tuple(stop)] = pool
     return pool
 
 
@@ -135,11 +139,16 @@ def _load(
     sources = [_Source.find(spec) for spec in specs]
     for source in sources[1:]:
         check_same_vocabulary(sources[0], source)
-    limit = min(int(getattr(text_config(s.config), "max_position_embeddings", 4096)) for s in sources)
+    limits = {s.name: longest_sequence(s.config) for s in sources}
+    shortest = min(limits, key=lambda name: limits[name])
+    limit = limits[shortest]
     if capacity is None:
         capacity = min(limit, 4096)
     if not 1 <= capacity <= limit:
-        raise ValueError(f"capacity must be in 1..{limit}, the models' positions; it is {capacity}")
+        raise ValueError(
+            f"capacity must be in 1..{limit}, the positions of {shortest} or the window that it attends to; it is "
+            f"{capacity}"
+        )
     for source in sources:
         _check_dtype(source)
     _plan_memory(sources, rows, capacity, verbose)
@@ -157,7 +166,11 @@ _LOADING = threading.Lock()
 
 
 def pool_of(
-    specs: tuple[ModelSpec, ...], rows: int, capacity: int, fingerprints: tuple[str, ...] | None = None
+    specs: tuple[ModelSpec, ...],
+    rows: int,
+    capacity: int,
+    fingerprints: tuple[str, ...] | None = None,
+    stop: tuple[str, ...] = (),
 ) -> ModelPool:
     """The pool of such models, loaded unless this process has it: what a pool sent from another process arrives as.
 
@@ -166,15 +179,16 @@ def pool_of(
         rows: sequences in flight that memory is planned for.
         capacity: the longest sequence.
         fingerprints: of the models that were sent; any where None.
+        stop: texts that end responses.
 
     Raises:
         ValueError: a model cannot be loaded here, or its weights have changed.
     """
-    key = (specs, rows, capacity)
+    key = (specs, rows, capacity, stop)
     with _LOADING:
         pool = _KEPT.get(key) or _ALIVE.get(key)
         if pool is None or fingerprints not in (None, pool.fingerprints):
-            pool = _KEPT[key] = load_pool(specs, rows=rows, capacity=capacity, verbose=False)
+            pool = _KEPT[key] = load_pool(specs, rows=rows, capacity=capacity, verbose=False, stop=stop)
     if fingerprints not in (None, pool.fingerprints):
         raise ValueError(
             f"the weights of {', '.join(pool.names)} are others than those of the pool that was sent "
@@ -299,7 +313,7 @@ class _Source:
                 self.location,
                 config=self.config,
                 dtype=self.dtype,
-                attn_implementation="sdpa",
+                attn_implementation="eager" if caps_scores(self.config) else "sdpa",
                 **placed,
                 **safely,
                 **self.options,

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
+from envs.models.chat import encode_chat, encode_chat_reference
 from envs.models.checks import check_fits, check_same_vocabulary, warn_of_order
 from envs.models.language_model import LanguageModel
+from envs.tasks.task import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,18 +37,21 @@ class ModelPool:
         models: at least one.
         rows: how many sequences in flight memory was planned for; None where it was not.
         capacity: the longest sequence (prompt and response) a session holds; the models' own limit where None.
+        stop: texts; every token whose own text holds one of them ends a response too. A text that two tokens make up is
+            not seen.
 
     Attributes:
         names: of the models.
         recipe: what another process loads the pool from; None for a pool made of models at hand.
 
     Raises:
-        ValueError: no models, or vocabularies or special tokens that differ.
+        ValueError: no models, vocabularies or special tokens that differ, or a stop text that no token holds.
     """
 
     models: Sequence[LanguageModel]
     rows: int | None = None
     capacity: int | None = None
+    stop: Sequence[str] = ()
     names: list[str] = field(init=False)
     recipe: tuple[Callable[..., ModelPool], Hashable] | None = field(
         init=False, default=None, repr=False, compare=False
@@ -59,6 +64,8 @@ class ModelPool:
             raise ValueError("a pool needs at least two models, the SLM first, or one that answers alone; it has none")
         for other in self.models[1:]:
             check_same_vocabulary(self.slm, other)
+        self.stop = tuple(self.stop)
+        self._stop_tokens = tokens_with(self.tokenizer, self.stop)
 
     def __deepcopy__(self, memo: object) -> ModelPool:
         """The pool itself: it holds no sequences, and Gymnasium copies the arguments of environments."""
@@ -80,7 +87,7 @@ class ModelPool:
                 "processes: make the pool with load_pool, which another process can do again"
             )
         load, specs = self.recipe
-        return load, (specs, self.rows, self.capacity, self.fingerprints)
+        return load, (specs, self.rows, self.capacity, self.fingerprints, self.stop)
 
     def __len__(self) -> int:
         return len(self.models)
@@ -124,14 +131,18 @@ class ModelPool:
 
     @cached_property
     def end_tokens(self) -> IntArray:
-        """Token ids that end a response, whoever writes it: those of every model of the pool."""
+        """Token ids that end a response, whoever writes it: those of every model of the pool, and those of `stop`."""
+        return np.unique(np.concatenate([self._own_ends, np.array(self._stop_tokens, dtype=np.int64)]))
+
+    @cached_property
+    def _own_ends(self) -> IntArray:
         return np.unique(np.concatenate([np.array(model.end_tokens) for model in self.models]))
 
     @cached_property
     def end_token(self) -> int:
         """The token that ends a reference: the tokenizer's own, where it is one that ends responses."""
         own = self.tokenizer.eos_token_id
-        return int(own if own in self.end_tokens else self.end_tokens[0])
+        return int(own if own in self._own_ends else self._own_ends[0])
 
     @cached_property
     def max_positions(self) -> int:
@@ -174,9 +185,52 @@ class ModelPool:
         """Token ids of a whole response, (n,), its end included."""
         return np.append(self.encode(text, special=False), self.end_token)
 
+    def encode_prompt(self, example: Example) -> IntArray:
+        """Token ids of an example's prompt, (n,): its text, or where it is a chat what the SLM's template makes of it.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses the prompt.
+        """
+        if example.chat is None:
+            return self.encode(example.prompt)
+        return encode_chat(self.slm.name, self.tokenizer, example)
+
+    def encode_reference(self, example: Example) -> IntArray:
+        """Token ids of an example's reference, (n,), its end included: of a chat the assistant's whole turn.
+
+        Raises:
+            ValueError: as `encode_prompt`; the template ends the turn with no token that ends responses.
+        """
+        if example.chat is None:
+            return self.encode_response(example.known_reference())
+        return encode_chat_reference(self.slm.name, self.tokenizer, example, self.end_tokens)
+
+    def prompt_text(self, example: Example) -> str:
+        """An example's prompt as text, as `Decoder.prompts` has it."""
+        return example.prompt if example.chat is None else self.decode(self.encode_prompt(example))
+
     def decode(self, tokens: IntArray) -> str:
         """The text of `tokens`, special tokens left out."""
         return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def tokens_with(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """The tokens whose own text holds one of `texts`.
+
+    Raises:
+        ValueError: a text that is empty, or that no token holds.
+    """
+    if not texts:
+        return []
+    ids = sorted(tokenizer.get_vocab().values())
+    words = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
+    found: set[int] = set()
+    for text in texts:
+        holding = [token for token, word in zip(ids, words, strict=True) if text and text in word]
+        if not holding:
+            raise ValueError(f"stop has {text!r}, which no token of the vocabulary holds; choose shorter texts")
+        found.update(holding)
+    return sorted(found)
 
 
 def models_manifest(pool: ModelPool) -> list[dict[str, str]]:

@@ -198,7 +198,7 @@ def check_tree(
     """Refuse a tree for a run on other models, another task or other settings, or that samples."""
     if sampling is not None and not sampling.greedy:
         raise ValueError(
-            f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.temperature} gives other "
+            f"a replay tree keeps what greedy decoding did; sampling at temperature {sampling.warmest} gives other "
             "states each time: leave sampling out, or the tree, as citer/TokenRouting-v1 does"
         )
     for name, of_tree, given in (("pool", tree.pool, pool), ("task", tree.task, task)):

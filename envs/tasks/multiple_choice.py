@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs.tasks.choice_answers import DIGITS, LETTERS, find_label
-from envs.tasks.records import Problem, RecordTask, Row, check_template, fill, text
+from envs.tasks.records import Problem, RecordTask, Row, check_template, fill, prompt_template, text
 from envs.tasks.task import Example
 
 # The wording of the published router training rows.
@@ -15,6 +15,8 @@ MULTIPLE_CHOICE_TEMPLATE = (
     "[Explanation]. Therefore, the answer is answer (label).\n"
     "Ensure the final sentence includes the answer followed by the label in parentheses.\n\nAnswer and Reasoning:"
 )
+INSTRUCTED_CHOICE = "Question: {question}\nChoices:\n{choices}\n\n{instruction}"
+"""The prompt where an instruction is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +24,31 @@ class MultipleChoiceTask(RecordTask):
     """Multiple-choice questions. `find_label` says which label a response decides for.
 
     A record has `question`, `choices` and `answerKey`, the choices as `{"label": [...], "text": [...]}`
-    (CommonsenseQA, ARC); or `question`, `choices` as a list of texts and `answer` as an index (MMLU). Router training
-    rows bring `prompt` and `cot` too, which are used as they are. Labels are letters A to J or digits 1 to 9.
+    (CommonsenseQA, ARC); or `question`, `choices` as a list of texts and `answer` as an index (MMLU); or `question`,
+    `options` as a list of texts and `answer` as a letter (MMLU-Pro). Router training rows bring `prompt` and `cot` too,
+    which are used as they are. Labels are letters A to J or digits 1 to 9.
 
     Args:
         template: the prompt of records that bring none; `{question}` and `{choices}` (one a line) are filled in.
+            With an `instruction`, of all records; `{instruction}` says where it stands.
 
-    The source (`path`, `test_path`, `dataset` and what belongs to it) and `name`: see `RecordTask`.
+    The source (`path`, `test_path`, `dataset` and what belongs to it), `name`, `instruction`, `chat` and its settings:
+    see `RecordTask`.
 
     Raises:
-        ValueError, OSError: as `RecordTask`; a template without `{question}` or `{choices}`.
+        ValueError, OSError: as `RecordTask`; a template without `{question}` or `{choices}`, or that has
+            `{instruction}` where none is given, or lacks it.
     """
 
     template: str = MULTIPLE_CHOICE_TEMPLATE
 
     def __post_init__(self) -> None:
         check_template(self.template, "question", "choices")
+        prompt_template(self.template, MULTIPLE_CHOICE_TEMPLATE, INSTRUCTED_CHOICE, self.instruction)
         super().__post_init__()
 
     def problem(self, row: Row) -> Problem:
-        return multiple_choice_problem(row, self.template)
+        return multiple_choice_problem(row, self.template, self.instruction)
 
     def is_correct(self, example: Example, response: str) -> bool:
         """The label the response decides for is the example's."""
@@ -77,16 +84,22 @@ class Choices:
         return "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, self.texts, strict=True))
 
 
-def multiple_choice_problem(row: Row, template: str = MULTIPLE_CHOICE_TEMPLATE) -> Problem:
+def multiple_choice_problem(
+    row: Row, template: str = MULTIPLE_CHOICE_TEMPLATE, instruction: str | None = None
+) -> Problem:
     """The problem of a record in any of the forms of `MultipleChoiceTask`.
 
     Raises:
         ValueError: a field is missing or empty, the answer is none of the choices, or the reference names another.
     """
     choices = read_choices(row)
-    prompt = text(row, "prompt") if "prompt" in row else ""
+    prompt, key = text(row, "prompt") if "prompt" in row else "", ""
     if not prompt:
         prompt = fill(template, question=text(row, "question"), choices=str(choices))
+    if instruction is not None:
+        key = prompt
+        values = {"question": text(row, "question"), "choices": str(choices), "instruction": instruction}
+        prompt = fill(prompt_template(template, MULTIPLE_CHOICE_TEMPLATE, INSTRUCTED_CHOICE, instruction), **values)
     if "cot" in row:
         reference = text(row, "cot")
     else:
@@ -97,7 +110,7 @@ def multiple_choice_problem(row: Row, template: str = MULTIPLE_CHOICE_TEMPLATE) 
             f"the answer is {choices.answer!r} but the reference that ends in {reference[-40:]!r} names {named!r}; "
             "correct it or delete the record"
         )
-    return Problem(prompt, reference, choices.answer)
+    return Problem(prompt, reference, choices.answer, key)
 
 
 def read_choices(row: Row) -> Choices:
@@ -106,7 +119,7 @@ def read_choices(row: Row) -> Choices:
     Raises:
         ValueError: `choices` or the answer is missing or malformed.
     """
-    choices = row.get("choices")
+    choices = row.get("choices", row.get("options"))
     if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
         for key in ("label", "text"):
             if not isinstance(choices[key], list | tuple):
@@ -127,6 +140,8 @@ def read_choices(row: Row) -> Choices:
         if not 0 <= index < len(texts):
             raise ValueError(f"an answerless example: there is no choice {index} among {len(texts)}")
         return Choices(labels, texts, labels[index])
+    if "answerKey" not in row and "options" in row and isinstance(index, str):
+        return Choices(labels, texts, index.strip().upper())
     if "answerKey" not in row:
         raise ValueError(f"no answerKey (a label) and no answer (an index) among the fields {', '.join(row)}")
     return Choices(labels, texts, str(row["answerKey"] or "").strip().upper())

@@ -10,9 +10,9 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from envs.tasks.task import Example, Split, Task, check_split
+from envs.tasks.task import Chat, Example, Split, Task, check_split
 
 Row = Mapping[str, object]
 # A record that must be held out goes by the CRC of its prompt, modulo ten: equal prompts share a split, and a record
@@ -22,11 +22,18 @@ _VALIDATION_BUCKET, _TEST_BUCKET = 8, 9
 
 
 class Problem(NamedTuple):
-    """A record in the form every task understands; the fields are those of `Example`."""
+    """A record in the form every task understands.
+
+    Attributes:
+        prompt, reference, answer: those of `Example`.
+        key: what a split is chosen by where the source has none, if it is not the prompt: the prompt as the record or
+            the template has it, where an instruction makes another one of it.
+    """
 
     prompt: str
-    reference: str
+    reference: str | None
     answer: str
+    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,15 @@ class RecordTask(Task):
         validation_split: what `dataset` calls the validation split; None where it has none.
         test_split: what `dataset` calls the test split. It must have labels; None where it has none.
         name: what results call the task. Where empty, the stem of `path` or the last part of `dataset`.
+        longest_prompt: the longest prompt, in characters, the chat's other words not counted; any where None.
+        on_long_prompt: what becomes of longer ones: `skip`, and a warning counts them, or `truncate`, their last
+            characters.
+        instruction: what is asked for, behind the problem, in place of what the prompts of the records or the template
+            say; of records that bring prompts too. Splits do not depend on it.
+        chat: put prompts as the user's turn of a chat, by the chat template of the models' tokenizer, for models that
+            were tuned to follow instructions; references are then the assistant's turn.
+        system: the system's turn of the chat; what the template says where None.
+        chat_options: what the template reads besides, such as `{"enable_thinking": False}`.
 
     Raises:
         ValueError: settings that contradict each other; a record that is malformed, lacks a field or has no answer,
@@ -66,6 +82,12 @@ class RecordTask(Task):
     validation_split: str | None = None
     test_split: str | None = "test"
     name: str = ""
+    longest_prompt: int | None = None
+    on_long_prompt: Literal["skip", "truncate"] = "skip"
+    instruction: str | None = None
+    chat: bool = False
+    system: str | None = None
+    chat_options: dict[str, Any] = field(default_factory=dict, hash=False)
     _examples: Mapping[Split, tuple[Example, ...]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,13 +97,25 @@ class RecordTask(Task):
         for setting, source in needs.items():
             if getattr(self, setting) is not None and getattr(self, source) is None:
                 raise ValueError(f"{setting}={getattr(self, setting)!r} goes with {source}, which is not given")
+        if not self.chat and (self.system is not None or self.chat_options):
+            raise ValueError("system and chat_options go with chat=true; say so, or leave them out")
+        if self.instruction is not None and not self.instruction.strip():
+            raise ValueError("instruction is empty; say what is asked for, or leave it out (null)")
+        if self.longest_prompt is not None and self.longest_prompt < 1:
+            raise ValueError(f"longest_prompt must be at least 1, is {self.longest_prompt}")
+        if self.on_long_prompt not in ("skip", "truncate"):
+            raise ValueError(f"unknown on_long_prompt {self.on_long_prompt!r}; choose one of skip, truncate")
+        chat = Chat(self.system, tuple(self.chat_options.items())) if self.chat else None
         if not self.name:
             source = Path(self.path).stem if self.path is not None else str(self.dataset).rstrip("/").split("/")[-1]
             object.__setattr__(self, "name", source)
 
         splits = _divide(self._problems("train") or [], self._problems("validation"), self._problems("test"), self.name)
         examples = {
-            split: tuple(Example(f"{self.name}/{split}/{index}", *problem) for index, problem in enumerate(problems))
+            split: tuple(
+                Example(f"{self.name}/{split}/{index}", one.prompt, one.reference, one.answer, chat)
+                for index, one in enumerate(problems)
+            )
             for split, problems in splits.items()
         }
         object.__setattr__(self, "_examples", examples)
@@ -111,12 +145,32 @@ class RecordTask(Task):
         rows = self._rows(split)
         if rows is None:
             return None
-        problems = []
+        problems, long = [], 0
         for place, row in rows:
             try:
-                problems.append(self.problem(row))
+                problem = self.problem(row)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
+            if self.longest_prompt is not None and len(problem.prompt) > self.longest_prompt:
+                if self.on_long_prompt == "skip":
+                    long += 1
+                    continue
+                key = problem.key or problem.prompt
+                problem = problem._replace(prompt=problem.prompt[-self.longest_prompt :], key=key)
+            problems.append(problem)
+        if long:
+            if not problems:
+                raise ValueError(
+                    f"{self.name}: all {long} prompts of the {split} split are longer than longest_prompt="
+                    f"{self.longest_prompt} characters; raise it, or say on_long_prompt=truncate"
+                )
+            logging.getLogger(__name__).warning(
+                "%s: left out %d %s records whose prompts are longer than %d characters",
+                self.name,
+                long,
+                split,
+                self.longest_prompt,
+            )
         if not problems:
             raise ValueError(f"{self.name}: the source of the {split} split holds no records; give one that does")
         return problems
@@ -200,7 +254,7 @@ def _divide(
                 contradictory += first_source == source and first_answer != problem.answer
                 continue
             kept[problem.prompt] = source, problem.answer
-            bucket = zlib.crc32(problem.prompt.encode()) % _BUCKETS
+            bucket = zlib.crc32((problem.key or problem.prompt).encode()) % _BUCKETS
             splits[held_out.get(bucket, "train") if source == "train" else source].append(problem)
 
     log = logging.getLogger(__name__)
@@ -246,3 +300,19 @@ def check_template(template: str, *placeholders: str) -> None:
 def fill(template: str, **values: str) -> str:
     r"""`template` with each `{name}` replaced by its value. Other braces stay: prompts contain `\boxed{}`."""
     return re.sub("|".join(rf"\{{{name}\}}" for name in values), lambda match: values[match[0][1:-1]], template)
+
+
+def prompt_template(template: str, default: str, instructed: str, instruction: str | None) -> str:
+    """What prompts are made of: `template`; with an instruction `instructed`, where a task leaves it at its `default`.
+
+    Raises:
+        ValueError: a template that lacks `{instruction}` where one is given, or has it where none is.
+    """
+    if instruction is None:
+        if "{instruction}" in template:
+            raise ValueError(f"the template {template!r} asks for an instruction; give one, or take it out")
+        return template
+    if template == default:
+        return instructed
+    check_template(template, "instruction")
+    return template

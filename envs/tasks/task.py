@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -12,6 +13,32 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 EXAMPLES_PER_SEED = 1_000_000
 """How far apart learners of two seeds begin in a task without end."""
+NOT_OPTIONS = ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "tokenize")
+"""What the template of a chat is called with, and no setting of a task."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a prompt is put to models that were tuned on chats: by the template of their tokenizer.
+
+    Args:
+        system: the system's turn, before the user's; None leaves it to the template.
+        options: names and values that the template reads, such as `enable_thinking`.
+
+    Raises:
+        ValueError: an option that is no plain value, or one that decoding decides.
+    """
+
+    system: str | None = None
+    options: tuple[tuple[str, str | bool | int | float | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in self.options:
+            if name in NOT_OPTIONS or not isinstance(value, str | bool | int | float | None):
+                raise ValueError(
+                    f"chat_options has {name}={value!r}; an option is a text, a number, true or false that the chat "
+                    f"template reads, and none of {', '.join(NOT_OPTIONS)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -21,21 +48,42 @@ class Example:
     Attributes:
         id: unique within its task, stable across runs.
         prompt: the text both models read first.
-        reference: a solution the task judges right, without the end-of-sequence token.
+        reference: a solution the task judges right, without the end-of-sequence token; None where only the answer is
+            known, which is enough to judge by.
         answer: the final answer alone.
+        chat: how the prompt is put, as the user's turn of a chat; None where models read it as it is.
     """
 
     id: str
     prompt: str
-    reference: str
+    reference: str | None
     answer: str
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         for field in ("prompt", "reference", "answer"):
-            if not getattr(self, field).strip():
+            value = getattr(self, field)
+            if not (field == "reference" and value is None) and not value.strip():
                 raise ValueError(
                     f"example {self.id!r} has an empty {field}; drop it or complete it in the task's source"
                 )
+
+    def known_reference(self) -> str:
+        """The reference; ValueError where there is none."""
+        if self.reference is None:
+            raise ValueError(
+                f"example {self.id} has an answer and no reference solution: train an agent that learns from outcomes, "
+                "or give its task records with solutions"
+            )
+        return self.reference
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any]) -> Example:
+        """The example of which `dataclasses.asdict` made `kept`, by way of JSON or not."""
+        chat = kept.get("chat")
+        if chat is not None:
+            chat = Chat(chat["system"], tuple((name, value) for name, value in chat["options"]))
+        return cls(**{**kept, "chat": chat})
 
 
 class Task(ABC):

@@ -41,7 +41,7 @@ def packed_batches(
                     prompt, response = _bare_equation(LEVELS["default"].largest, rng, task.operations)
                 else:
                     example = task.example("train", index)
-                    prompt, response = example.prompt, example.reference
+                    prompt, response = example.prompt, example.known_reference()
                     index += 1
                 head = tokenizer.encode(prompt)
                 body = [*tokenizer.encode(response), tokenizer.eos_token_id]

@@ -36,7 +36,7 @@ def plain_preferences(pool: ModelPool, task: Task, examples: list[Example], max_
 
     labels: list[list[int]] = []
     for example in examples:
-        prompt, reference = pool.encode(example.prompt).tolist(), pool.encode_response(example.reference).tolist()
+        prompt, reference = pool.encode_prompt(example).tolist(), pool.encode_reference(example).tolist()
         labels.append([])
         for position, target in enumerate(reference):
             prefix = prompt + reference[:position]

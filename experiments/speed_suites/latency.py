@@ -168,7 +168,7 @@ def ways(
         max_new_tokens: the longest response.
     """
     one, replayed = Scheduling(rows=1), ForcedPolicy(as_large(policy, large))
-    prompts = [len(pool.encode(example.prompt)) for example in examples]
+    prompts = [len(pool.encode_prompt(example)) for example in examples]
     settings = {"max_new_tokens": max_new_tokens, "scheduling": one}
     decided = {
         LLM: decode_alone(pool.models[-1], task, examples, pool=pool, **settings),  # type: ignore[arg-type]
@@ -288,7 +288,7 @@ def latency_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     pool, task = embedded_pool(), ArithmeticTask()
     new = config.latency_new_tokens
     examples = task.examples("validation", config.latency_problems, start=config.latency_start)
-    capacity = max(len(pool.encode(example.prompt)) for example in examples) + new
+    capacity = max(len(pool.encode_prompt(example)) for example in examples) + new
     policy: Policy = Uncertainty("entropy")
     if config.latency_policy is not None:
         policy = load_policy(Path(config.latency_policy), pool)

@@ -111,7 +111,7 @@ class Recorder:
     def _write(self, path: Path, episodes: Sequence[Episode], head: Head) -> None:
         decided = head.policy_fingerprint is not None
         records = [
-            traced(number, episode, self.pool.encode(episode.example.prompt), decided)
+            traced(number, episode, self.pool.encode_prompt(episode.example), decided)
             for number, episode in enumerate(episodes)
         ]
         write_trace(path.with_suffix(SUFFIX), Trace(head, records))

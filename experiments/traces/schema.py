@@ -112,5 +112,7 @@ def arrow_schema() -> pa.Schema:
 
 def example_hash(example: Example) -> str:
     """A digest of all that an example says, the same in every process; 32 hexadecimal digits."""
-    said = json.dumps([example.id, example.prompt, example.reference, example.answer])
-    return hashlib.sha256(said.encode()).hexdigest()[:32]
+    said: list[object] = [example.id, example.prompt, example.reference, example.answer]
+    if example.chat is not None:
+        said += [example.chat.system, example.chat.options]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]

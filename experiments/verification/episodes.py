@@ -76,7 +76,7 @@ def episode_faults(head: Head, episode: TracedEpisode, example: Example, pool: M
         yield f"it answers {episode.example}, the problem of its number is {example.id}"
     if episode.example_hash != example_hash(example):
         yield f"the problem {example.id} is not the one that was answered: its hash is {example_hash(example)}"
-    if pool is not None and episode.prompt.tolist() != pool.encode(example.prompt).tolist():
+    if pool is not None and episode.prompt.tolist() != pool.encode_prompt(example).tolist():
         yield "its prompt ids are not those of the problem"
     length = len(episode.response)
     misshapen = [*_misshapen(head, episode, length, pool)]
@@ -95,7 +95,7 @@ def episode_faults(head: Head, episode: TracedEpisode, example: Example, pool: M
 def readable(head: Head, episode: TracedEpisode, example: Example, pool: ModelPool) -> bool:
     """Whether models can read an episode: it has the shapes that it should, and the prompt of its problem."""
     misshapen = [*_misshapen(head, episode, len(episode.response), pool)]
-    return not misshapen and episode.prompt.tolist() == pool.encode(example.prompt).tolist()
+    return not misshapen and episode.prompt.tolist() == pool.encode_prompt(example).tolist()
 
 
 def verdict_faults(episode: TracedEpisode, example: Example, task: Task) -> Iterator[str]:
