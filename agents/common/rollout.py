@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 
 from agents.common.episode_queue import EpisodeQueue
-from agents.common.policy import Policy, as_tensor, check_scores
+from agents.common.policy import DRAFTED, Policy, as_tensor, check_scores
 from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.checked_session import CheckedSession
+from envs.decoding.checking import CheckingDecoder
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import Observation, TakenBack
 from envs.decoding.sampling import Sampling
@@ -229,8 +230,11 @@ def _queue(
 
 
 def look(session: Decoder, rows: IntArray, sees: Sequence[str]) -> Observation:
-    """What a policy that `sees` so much, of VIEWS, may see of rows, (n,); see `Decoder.observe`."""
+    """What a policy that `sees` so much, of VIEWS and DRAFTED, may see of rows, (n,); see `Decoder.observe`."""
     observation = session.observe(rows)
+    if DRAFTED in sees:
+        assert isinstance(session, CheckingDecoder), "drafts are those of a policy with a judge"
+        return session.look_back(rows, observation)
     if "llm" in sees:
         states = session.read_prompts(rows, len(session.pool) - 1).to(observation.hidden.device)
         observation = replace(observation, llm_prompt_states=states)
