@@ -51,21 +51,23 @@ class TeacherSession(Session):
                 of the rest, (n,); the whole where None.
         """
         rows = self._checked(rows)
-        kept = np.array([self._shared(*row) for row in zip(rows, prompts, responses, strict=True)], dtype=np.int64)
+        kept = np.array(
+            [self._shared(*row) for row in zip(rows.tolist(), prompts, responses, strict=True)], dtype=np.int64
+        )
         if unread is not None:
             # what was read of a row that stands there already is read
             at_end = self._lengths[rows] - self._prompt_lengths[rows] <= np.minimum(kept, unread)
             kept = np.where(kept < 0, kept, np.minimum(kept, unread) - at_end)
         anew, again = np.flatnonzero(kept < 0), np.flatnonzero(kept >= 0)
         if len(anew):
-            self.start(rows[anew], [prompts[i] for i in anew], responses=[responses[i] for i in anew])
+            self.start(rows[anew], [prompts[i] for i in anew.tolist()], responses=[responses[i] for i in anew.tolist()])
         if len(again):
             resumed = rows[again]
             self.rewind(resumed, self._prompt_lengths[resumed] + kept[again])
-            longer = again[[len(responses[i]) > kept[i] for i in again]]
+            longer = again[[len(responses[i]) > kept[i] for i in again.tolist()]]
             if len(longer):
-                self.extend(rows[longer], [responses[i][kept[i] :] for i in longer])
-            for row in resumed:
+                self.extend(rows[longer], [responses[i][int(kept[i]) :] for i in longer.tolist()])
+            for row in resumed.tolist():
                 self._writers[row, self._prompt_lengths[row] : self._lengths[row]] = 0
             self._since_llm[resumed] = self._lengths[resumed] - self._prompt_lengths[resumed]
 
