@@ -62,6 +62,7 @@ PRINTED = {
     "docs/costs.md": "python -m experiments.speed suite=latency",
     "docs/evaluation.md": "tests/test_intervals.py",
     "docs/guides/traces.md": "python -m experiments.verify",
+    "docs/guides/large_pairs.md": "python -m pytest -m '' tests/test_large_pairs.py",
     "docs/studies/citer_settings.md": "python -m experiments.train experiment=citer_settings",
     "docs/studies/whole_queries.md": "python -m experiments.queries",
 }
