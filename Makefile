@@ -38,7 +38,7 @@ soak-inputs: $(STAMP) ## try 10,000 drawn inputs
 	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m fuzz
 
 soak-kills: $(STAMP) ## kill programs 200 times
-	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_interruptions.py
+	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_interruptions.py tests/test_launchers.py
 
 soak-kinds: $(STAMP) ## run the tests on each kind of CPU, with 1 and 2 threads
 	set -e; for kind in default avx2 native; do for threads in 1 2; do \

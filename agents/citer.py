@@ -22,7 +22,7 @@ from agents.preferences.collector import PreferenceCollector
 from agents.preferences.composition import CaseTwoSample, composition, right_by_kind, token_kinds
 from agents.preferences.labels import DROPPED, Labels, shares
 from agents.preferences.llm_references import Answers, llm_references
-from agents.preferences.store import COLUMNS, Columns, PreferenceStore, shard_ranges
+from agents.preferences.store import COLUMNS, Columns, PreferenceStore, Share, shard_ranges
 from agents.router.dataset import LabelledTokens
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router
@@ -138,6 +138,10 @@ class Citer(Learner[RouterPolicy]):
         track({"run": "round 1", "tokens": len(columns["case"]), **more, **_made_of(columns, kinds)})
         return store
 
+    def collect_share(self, pool: ModelPool, task: Task, seed: int, folder: Path, share: Share) -> PreferenceStore:
+        """Make one share of what `collect` makes, beside other processes; the bytes are the same."""
+        return CiterRounds(self, pool, task, seed).collect(folder, None, share=share)
+
     def _labels(self, columns: Columns) -> npt.NDArray[np.int8]:
         """The labels of all tokens, by example and position, int8, (n,)."""
         labels = self.labels.of(columns)
@@ -214,7 +218,7 @@ class CiterRounds:
             )
         return self._collector
 
-    def _answer(self, folder: Path) -> None:
+    def _answer(self, folder: Path, share: Share | None = None) -> None:
         """Let the LLM write the references where that is asked for, or read those it wrote for round 1 in `folder`."""
         settings = self.settings
         if settings.references == "llm" and self._answers is None:
@@ -226,6 +230,8 @@ class CiterRounds:
                 settings.max_new_tokens,
                 settings.scheduling,
                 skip_too_long=settings.on_too_long == "skip",
+                parts=self.parts,
+                own=None if share is None else share.of(len(self.parts)),
             )
 
     def kinds(self, columns: Columns) -> npt.NDArray[np.str_]:
@@ -302,7 +308,12 @@ class CiterRounds:
         return store
 
     def collect(
-        self, folder: Path, policy: RouterPolicy | None, first: PreferenceStore | None = None, number: int = 1
+        self,
+        folder: Path,
+        policy: RouterPolicy | None,
+        first: PreferenceStore | None = None,
+        number: int = 1,
+        share: Share | None = None,
     ) -> PreferenceStore:
         """Make the shards of a round that are not there yet.
 
@@ -311,10 +322,11 @@ class CiterRounds:
             policy: the router that finishes rollouts.
             first: the store of round 1, whose rollouts a later round redoes.
             number: of the round.
+            share: make these shards alone, beside other processes; all where None.
         """
         store = PreferenceStore(folder, self.manifest(policy, number), len(self.parts))
         if first is None:
-            self._answer(folder)
+            self._answer(folder, share)
 
         def make(shard: int) -> tuple[Columns, dict[str, Any]]:
             columns = self._make(shard, first, policy)
@@ -323,7 +335,7 @@ class CiterRounds:
             skipped = [self.examples[e].id for e in self.parts[shard] if not self.collector.fits[e]]
             return columns, {"skipped": skipped}
 
-        store.complete(self.parts, make, f"preferences, round {number}")
+        store.complete(self.parts, make, f"preferences, round {number}", share)
         return store
 
     def _make(self, shard: int, first: PreferenceStore | None, policy: Policy | None) -> Columns:

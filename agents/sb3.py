@@ -1,7 +1,8 @@
 """Routers trained by Stable-Baselines3 (Raffin et al., JMLR 2021) and sb3-contrib on the routing environments.
 
 An episode is a response, an action the model that writes its next token, the return the verdict less the price of the
-LLM's tokens. Losses are those of the algorithms' papers, as the libraries have them. What differs is said at the
+LLM's tokens. On the checked tree an action drafts a token, or calls the LLM, which takes back what the judge does not
+let stand. Losses are those of the algorithms' papers, as the libraries have them. What differs is said at the
 settings: inputs standardised before training, a discount of 1, many rows, exploration row by row, no bootstrap at the
 length limit; DQN and QR-DQN learn from returns of 32 steps, which are not corrected for what exploration did in them.
 """
@@ -25,7 +26,9 @@ from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
 from agents.rl.cost_weights import CostWeights
 from agents.rl.sb3_policy import Sb3Policy
 from envs.costs import ALL_COSTS
-from envs.decoding.observation import Features, check_features
+from envs.decoding.judges import Gap, Judge
+from envs.decoding.judges import described as judge_description
+from envs.decoding.observation import DRAFTS, CheckedFeatures, check_checked_features, check_features
 from envs.environments.rewards import OutcomeReward
 from envs.models.pool import ModelPool, models_manifest
 from envs.progress import ProgressBar
@@ -70,6 +73,17 @@ def tree_environment(settings: EnvSettings) -> VectorEnv:
     )
 
 
+def checked_tree_environment(settings: EnvSettings) -> VectorEnv:
+    """The same where drafts are checked."""
+    from envs.environments.checked_routing import CheckedRoutingVectorEnv
+    from envs.prefix_tree.tree import PrefixTree
+
+    others = {name: value for name, value in settings.arguments.items() if name not in ("pool", "path")}
+    path = settings.arguments.get("path")
+    tree = PrefixTree(settings.arguments["pool"], settings.task, others["max_new_tokens"], path=path)
+    return CheckedRoutingVectorEnv(settings.rows, tree=tree, reward=OutcomeReward(settings.cost_weight), **others)
+
+
 def token_environment(settings: EnvSettings) -> VectorEnv:
     """Every token is decoded."""
     from envs.environments.token_routing import RoutingVectorEnv
@@ -94,7 +108,8 @@ def shortcut_environment(settings: EnvSettings) -> VectorEnv:
 
 
 ENVIRONMENTS: dict[str, Callable[[EnvSettings], VectorEnv]] = {
-    "tree": tree_environment, "token": token_environment, "shortcut": shortcut_environment
+    "tree": tree_environment, "checked_tree": checked_tree_environment, "token": token_environment,
+    "shortcut": shortcut_environment,
 }  # fmt: skip
 
 
@@ -105,14 +120,18 @@ class StableBaselines(Learner[Sb3Policy]):
     Args:
         algorithm: `ppo` (Schulman et al. 2017), `a2c` (Mnih et al. 2016), `dqn` (Mnih et al. 2015), `qrdqn` (Dabney et
             al. 2018) or `recurrent_ppo` (PPO with an LSTM).
-        environment: `tree` (every visited transition is remembered), `token` (every token is decoded) or `shortcut`
-            (reference solutions, teacher-forced).
+        environment: `tree` (every visited transition is remembered), `checked_tree` (the same, and a call of the LLM
+            checks what was drafted), `token` (every token is decoded) or `shortcut` (reference solutions,
+            teacher-forced).
         steps: tokens routed in training, all rows together; a few more where a rollout does not divide them.
         num_envs: rows.
         examples: training problems.
         cost_weight: the price of one LLM token, in right answers.
-        cost: the cost model behind the reward, one of `envs.costs.ALL_COSTS`.
-        features: what the router sees, one of `envs.decoding.observation.FEATURES`.
+        cost: the cost model behind the reward, one of `envs.costs.ALL_COSTS`. Where drafts are checked `bytes` counts
+            every pass; `llm_tokens` would leave out calls that let a drafted end stand, and drafts taken back.
+        features: what the router sees, one of `envs.decoding.observation.FEATURES`; on the checked tree also
+            `hidden_logits_history_drafts`.
+        judge: which drafted tokens stand; of the checked tree alone.
         max_new_tokens: the longest response.
         net_arch: units of the hidden layers.
         lr: learning rate.
@@ -145,13 +164,14 @@ class StableBaselines(Learner[Sb3Policy]):
     """
 
     algorithm: Literal["ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"] = "ppo"
-    environment: Literal["tree", "token", "shortcut"] = "tree"
+    environment: Literal["tree", "checked_tree", "token", "shortcut"] = "tree"
     steps: int = 1_000_000
     num_envs: int = 256
     examples: int = 2000
     cost_weight: float = 0.03
     cost: str = "llm_tokens"
-    features: Features = "hidden_logits"
+    features: CheckedFeatures = "hidden_logits"
+    judge: Judge = field(default_factory=Gap)
     max_new_tokens: int = 128
     net_arch: Sequence[int] = field(default_factory=lambda: [64, 64])
     lr: float = 1e-3
@@ -174,7 +194,10 @@ class StableBaselines(Learner[Sb3Policy]):
         ):
             if value not in known:
                 raise ValueError(f"unknown {key} {value!r}; choose one of {', '.join(known)}")
-        check_features(self.features)
+        if self.checks and check_checked_features(self.features) == DRAFTS:
+            raise ValueError(f"features {DRAFTS} say nothing of the next token; choose hidden_logits_history_drafts")
+        if not self.checks:
+            check_features(self.features)
         for key in ("steps", "num_envs", "examples", "max_new_tokens", "threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, is {getattr(self, key)}")
@@ -195,6 +218,11 @@ class StableBaselines(Learner[Sb3Policy]):
             check_arguments(given, algorithm.kind, "arguments")
             check_arguments(given.get("policy_kwargs") or {}, algorithm.network, "arguments.policy_kwargs")
 
+    @property
+    def checks(self) -> bool:
+        """Whether drafts are checked."""
+        return self.environment == "checked_tree"
+
     def train(self, run: TrainingRun) -> Sb3Policy:
         checkpoints = Checkpoints(run.file("checkpoints"), self.about(run))
         trained = checkpoints.trained(Sb3Policy, run.pool)
@@ -204,7 +232,8 @@ class StableBaselines(Learner[Sb3Policy]):
         environment = self.make(run.pool, run.task, run.seed, checkpoints.newest())
 
         def policy_of(learner: BaseAlgorithm) -> Sb3Policy:
-            return Sb3Policy.of(learner, self.algorithm, run.pool, self.features, self.conditioned)
+            judge = self.judge if self.checks else None
+            return Sb3Policy.of(learner, self.algorithm, run.pool, self.features, self.conditioned, judge)
 
         choosing = None
         if problems:
@@ -224,11 +253,15 @@ class StableBaselines(Learner[Sb3Policy]):
     def about(self, run: TrainingRun) -> dict[str, Any]:
         """What makes the policy of a run."""
         start = run.task.training_start(run.seed)
+        settings = asdict(self)
+        del settings["judge"]  # runs without one are known by the settings of before there were judges
+        if self.checks:
+            settings["judge"] = judge_description(self.judge)
         return {
             "models": models_manifest(run.pool),
             "task": {"name": run.task.name, "start": start, "examples": self.examples},
             "seed": run.seed,
-            "settings": described(asdict(self)),
+            "settings": described(settings),
         }
 
     def make(self, pool: ModelPool, task: Task, seed: int, checkpoint: Path | None = None) -> VectorEnv:
@@ -241,7 +274,13 @@ class StableBaselines(Learner[Sb3Policy]):
             "max_new_tokens": self.max_new_tokens,
             "features": self.features,
         }
-        if self.environment == "tree" and checkpoint is not None and (checkpoint / TREE_FILE).is_file():
+        if self.checks:
+            arguments["judge"] = self.judge
+        if (
+            self.environment in ("tree", "checked_tree")
+            and checkpoint is not None
+            and (checkpoint / TREE_FILE).is_file()
+        ):
             arguments["path"] = checkpoint / TREE_FILE
         problems = FirstExamples(task, self.examples, start=task.training_start(seed))
         weight = self.cost_weight if self.conditioned is None else 0.0

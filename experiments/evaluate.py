@@ -9,15 +9,18 @@
 The run's folder receives `index.html`, the page to look at, and what it is made of: `config.yaml`, `results.jsonl` (a
 row per policy and threshold), `summary.json`, `table.md`, `curve.png`, `transcripts.json`, and in `runs/` the outcome
 of every example at every threshold. Started again in the same folder (`hydra.run.dir=...`), an evaluation goes on after
-the last threshold that is done.
+the last threshold that is done. Several processes share the problems of one evaluation, as `shards=N shard=k`: see
+docs/guides/clusters.md.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.common.continuing import EVALUATING
 from experiments.common.help import CONF
@@ -26,7 +29,10 @@ from experiments.common.program import Begin, program
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from agents.common.policy import Policy
+    from agents.common.policy import Learner, Policy
+    from envs.models.pool import ModelPool
+    from envs.tasks.task import Task
+    from experiments.common.tracking import Jsonl, Tracker, Wandb
     from experiments.evaluation.settings import EvaluationSettings
 
 AGENTS = "agent@agents."
@@ -112,7 +118,6 @@ def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> No
     from agents.common.saving import load_policy
     from experiments.common.config import build, build_settings, import_modules
     from experiments.common.tracking import labelled
-    from experiments.evaluation.runner import evaluate
     from experiments.evaluation.settings import EvaluationSettings
 
     import_modules(config.imports)
@@ -121,18 +126,86 @@ def evaluate_as_configured(config: DictConfig, folder: Path, begin: Begin) -> No
     agents = {name: checked_agent(build(config.agents, name)) for name in config.agents}
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     policies: dict[str, Policy] = {name: load_policy(Path(path), pool) for name, path in config.saved.items()}
+    if config.shard is not None or config.shards > 1:
+        in_shards(config, folder, begin, settings, agents, task, pool, tracking, policies)
+        return
     begin()
     with tracking.open(folder, OmegaConf.to_container(config, resolve=True), "evaluate") as track:
         for name, agent in agents.items():
             own = labelled(track, agent=name)
             policies[name] = policy_from(agent, pool, task, config.seed, own, folder / "agents" / name)
-        if config.first is not None:
-            policies = {config.first: policies[config.first], **policies}
-        summary = evaluate(
-            pool, task, policies, settings, folder, track=track, trained=list(config.saved), seed=config.seed
-        )
-        if summary is not None:
-            track.summary({"policies": summary["policies"]}, {"curve": folder / "curve.png"})
+        finish(config, folder, settings, task, pool, track, policies)
+
+
+def finish(
+    config: DictConfig,
+    folder: Path,
+    settings: EvaluationSettings,
+    task: Task,
+    pool: ModelPool,
+    track: Tracker,
+    policies: dict[str, Policy],
+    first: int = 0,
+) -> None:
+    """Evaluate policies, and show what came out; the problems are numbered from `first` on."""
+    from experiments.evaluation.runner import evaluate
+
+    if config.first is not None:
+        policies = {config.first: policies[config.first], **policies}
+    summary = evaluate(
+        pool, task, policies, settings, folder, track=track, trained=list(config.saved), seed=config.seed, first=first
+    )
+    if summary is not None:
+        track.summary({"policies": summary["policies"]}, {"curve": folder / "curve.png"})
+
+
+def in_shards(
+    config: DictConfig,
+    folder: Path,
+    begin: Begin,
+    settings: EvaluationSettings,
+    agents: Mapping[str, Policy | Learner[Policy]],
+    task: Task,
+    pool: ModelPool,
+    tracking: Jsonl | Wandb,
+    policies: dict[str, Policy],
+) -> None:
+    """Answer the problems of one shard; whoever has done the last puts all together."""
+    from omegaconf import OmegaConf
+
+    from agents.common.policy import policy_from
+    from experiments.common.locks import one_at_a_time
+    from experiments.common.multirun import SHARDS, missing_shards_said
+    from experiments.common.run_folder import run_folder
+    from experiments.common.tracking import Jsonl as Rows
+    from experiments.evaluation import shards
+
+    shards.check(settings, config.shards, agents)
+    policies |= {name: policy_from(agent, pool, task, config.seed) for name, agent in agents.items()}
+    whole = folder if config.shard is None else folder.parent.parent
+    places = [whole / SHARDS / f"{number}-of-{config.shards}" for number in range(config.shards)]
+    if config.shard is not None:
+        begin()
+        part = shards.of_shard(settings, config.shard, config.shards, folder)
+        with Rows().open(folder, {}, "evaluate") as track:
+            finish(config, folder, part, task, pool, track, policies, part.start - settings.start)
+        print(f"shard {config.shard} of {config.shards} is done, in {folder}")
+    missing = [number for number, place in enumerate(places) if not shards.is_done(place)]
+    if missing and config.shard is None:
+        raise ValueError(missing_shards_said("evaluate", config, whole, missing))
+    if missing:
+        return
+    alone: DictConfig = OmegaConf.merge(config, {"shard": None})  # type: ignore[assignment]
+    settings = replace(settings, shared=None)
+    with one_at_a_time(whole / "runs"):  # two may be done at once
+        if config.shard is not None and (whole / "summary.json").is_file():
+            return
+        with nullcontext(begin) if config.shard is None else run_folder(alone, whole, EVALUATING) as ready:
+            ready()
+            shards.put_together(places, settings, whole)
+            plain: Any = OmegaConf.to_container(alone, resolve=True)
+            with tracking.open(whole, plain, "evaluate") as track:
+                finish(alone, whole, settings, task, pool, track, policies)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ CONTINUING = Continuing(
         "workers",
         "live",
         "timings",
+        "timed",
         "bootstrap",
         "target",
         "picture",
@@ -72,7 +73,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
             keep(run)
     make_all(runs, config.workers, keep)
     timings = store.folder / "seconds.json" if store else folder / "timings.json"
-    seconds = measure_seconds(runs, config.seeds[0], config.timings, timings)
+    seconds = measure_seconds(runs, config.seeds[0], config.timings, timings, config.timed)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
     training = training_of(runs)
     how = HowMade(

@@ -39,8 +39,11 @@ class ReportAfterMultirun(Callback):
         from experiments.evaluation.merge import report
 
         folder, settings = Path(config.hydra.sweep.dir), config.evaluation
-        with only_writer(folder):
-            report(folder, self.first, settings.cost, self.samples, columns=settings.columns)
+        try:
+            with only_writer(folder):
+                report(folder, self.first, settings.cost, self.samples, columns=settings.columns)
+        except (ValueError, OSError) as error:  # which Hydra would make a warning of
+            print(f"no report is written: {error}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -95,7 +95,9 @@ def answers(pool, task, policy, scheduling=None):
     return decode(pool, task, examples, policy, 0.5, max_new_tokens=44, scheduling=scheduling or Scheduling())
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in AGENTS]
+)
 def test_every_agent_fits_and_decodes(name, pool, easy, tmp_path):
     task = easy
     rows = []
@@ -115,18 +117,10 @@ def test_every_agent_fits_and_decodes(name, pool, easy, tmp_path):
         for one in trace.episodes:
             np.testing.assert_array_equal(one.ledger[:, :SECONDS], walk(trace.head, one).entries[:, :SECONDS])
     assert all(json.dumps(row) for row in rows)
-    if name not in VARIANTS:
-        assert same(episodes, answers(pool, task, policy_from(agent(name), pool, task, seed=3)))
+    assert same(episodes, answers(pool, task, policy_from(agent(name), pool, task, seed=3)))
     if hasattr(policy, "save"):
         policy.save(tmp_path / "policy")
         assert same(episodes, answers(pool, task, load_policy(tmp_path / "policy", pool)))
-
-
-@pytest.mark.slow  # the fast tests fit one agent of each class and algorithm twice
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_fitted_twice_decodes_the_same(name, pool, easy):
-    first, second = (answers(pool, easy, policy_from(agent(name), pool, easy, seed=3)) for _ in range(2))
-    assert same(first, second)
 
 
 @pytest.mark.parametrize("program", ["train", "evaluate"])

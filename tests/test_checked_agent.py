@@ -12,16 +12,18 @@ import torch
 from agents.checking.checked import Checked, CheckedPolicy, judged_states, until_refused
 from agents.checking.speculative import RelaxedAcceptance, Speculative
 from agents.common.policy import Policy
-from agents.common.rollout import Scheduling, decode
+from agents.common.rollout import Scheduling, decode, look
 from agents.common.saving import load_policy
 from agents.router.network import RouterNetwork
 from agents.router.training import RouterTraining
+from envs.arrays import UNKNOWN
 from envs.costs import PASSES
 from envs.decoding.checked_session import CheckedSession
 from envs.decoding.decoder import since_at_each
 from envs.decoding.judges import FirstDisagreement, Gap, TopK
 from envs.decoding.observation import feature_width
 from envs.models.pool import ModelPool, models_manifest
+from envs.prefix_tree.checked_tree_session import CheckedTreeSession
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
@@ -54,10 +56,11 @@ def trained(pool, easy, tmp_path_factory):
     return Checked(**QUICK).fit(pool, easy, track=rows.append, folder=folder), folder, rows
 
 
-def untrained(pool, judge=None, end_weight=1.0, seed=0):
+def untrained(pool, judge=None, end_weight=1.0, seed=0, looks_ahead=True):
     torch.manual_seed(seed)
     network = RouterNetwork(feature_width(FEATURES, pool.slm.width), units=[8]).eval().requires_grad_(False)
-    return CheckedPolicy(network, models_manifest(pool), judge=judge or Gap(), end_weight=end_weight)
+    settings = {"judge": judge or Gap(), "end_weight": end_weight, "looks_ahead": looks_ahead}
+    return CheckedPolicy(network, models_manifest(pool), **settings)
 
 
 class Coin(Policy):
@@ -113,7 +116,7 @@ def test_states_and_verdicts_are_those_of_reading_each_prefix_by_itself(kin, jud
 
 
 @pytest.mark.parametrize("end_weight", [0.0, 1.0, 3.0])
-def test_the_score_is_the_probability_that_the_draft_and_the_next_token_stand(kin, end_weight):
+def test_looking_ahead_the_score_is_the_probability_that_the_draft_and_the_next_token_stand(kin, end_weight):
     policy = untrained(kin, Gap(0.5), end_weight)
     session = CheckedSession(kin, 3, MAX_NEW, judge=policy.judge)
     rows = np.arange(3)
@@ -140,6 +143,42 @@ def test_the_score_is_the_probability_that_the_draft_and_the_next_token_stand(ki
     assert not policy._standing
 
 
+@pytest.mark.parametrize("kind", ["live", "tree"])
+def test_the_score_is_the_probability_that_the_draft_stands_by_the_states_it_was_written_by(kin, kind):
+    policy, end_weight = untrained(kin, Gap(0.5), 3.0, looks_ahead=False), 3.0
+    assert not policy.observes
+    examples, rows = Letters().examples("test", 3), np.arange(3)
+    ahead = CheckedSession(kin, 3, MAX_NEW, judge=policy.judge)
+    late = CheckedSession(kin, 3, MAX_NEW, judge=policy.judge)
+    if kind == "tree":
+        late = CheckedTreeSession(PrefixTree(kin, Letters(), MAX_NEW, memory=2**24), 3, judge=policy.judge)
+    for session, observed in ((ahead, True), (late, False)):
+        session.start(rows, [kin.encode(one.prompt) for one in examples], observed=observed)
+    sums, next_one, ends = np.zeros(3), np.zeros(3), 0
+    saved = len(rows)  # the prompts are read with the first draft
+    while len(rows):
+        seen, drafts = ahead.observe(rows), late.drafts(rows)
+        sums[rows] = np.where(drafts.counts > 0, sums[rows] + next_one[rows], 0.0)
+        next_one[rows] = torch.nn.functional.logsigmoid(policy.network(seen.vector(FEATURES))).numpy()
+        expected = np.exp(np.where(drafts.ended, end_weight, 1.0) * sums[rows])
+        shown = look(late, rows, policy.sees)
+        np.testing.assert_allclose(policy.score(shown).numpy(), expected, rtol=1e-4)
+        called = (drafts.counts >= 4) | drafts.ended
+        step, same = (session.step(rows, called.astype(np.int64)) for session in (late, ahead))
+        assert step.tokens.tolist() == same.tokens.tolist()
+        gone = step.terminated | step.truncated
+        ends += drafts.ended.sum()
+        # what the LLM wrote the SLM reads in the pass that drafts the next token; an end it does not read either way
+        going_on = ~np.isin(step.tokens, kin.end_tokens)
+        saved += (called & (step.tokens != UNKNOWN) & going_on).sum() - (~called & ~going_on).sum()
+        policy.forget(shown.host_episodes[gone])
+        rows = rows[~gone]
+    assert ends
+    assert saved > 0
+    assert ahead.ledger[:, 0, PASSES].sum() - late.ledger[:, 0, PASSES].sum() == saved
+    assert not policy._standing
+
+
 def test_a_policy_that_comes_late_says_so(kin):
     session = CheckedSession(kin, 1, MAX_NEW)
     session.start(array(0), [kin.encode("abc?")])
@@ -148,8 +187,9 @@ def test_a_policy_that_comes_late_says_so(kin):
         untrained(kin).score(session.observe(array(0)))
 
 
-def test_rows_and_the_tree_change_nothing_about_the_answers(kin):
-    policy, task = untrained(kin, Gap(0.5)), Letters()
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_rows_and_the_tree_change_nothing_about_the_answers(kin, looks_ahead):
+    policy, task = untrained(kin, Gap(0.5), looks_ahead=looks_ahead), Letters()
     examples = task.examples("test", 12)
     threshold = 0.2
     answers = [
@@ -178,12 +218,14 @@ class Digits(Letters):
         )
 
 
-def test_it_learns_to_call_where_the_llm_takes_back_and_nowhere_else(make_tokenizer):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_it_learns_to_call_where_the_llm_takes_back_and_nowhere_else(make_tokenizer, ahead):
     tokenizer, task = make_tokenizer(), Digits()
     pool = ModelPool([successors("slm", tokenizer, END), successors("llm", tokenizer, END, t12=20)])
     training = RouterTraining(epochs=30, units=[16], batch_size=64, lr=1e-2)
     # of a script the logits say nothing: each token is as sure as any
-    learner = Checked(30, 1, end_weight=1.0, features="hidden", max_new_tokens=MAX_NEW, training=training)
+    settings = {"end_weight": 1.0, "features": "hidden", "max_new_tokens": MAX_NEW, "training": training}
+    learner = Checked(30, 1, looks_ahead=ahead, **settings)
     policy = learner.fit(pool, task)
     for episode in decode(pool, task, task.examples("test", 10), policy, 0.5, MAX_NEW):
         # behind token 12 the LLM goes on with 20, and the SLM would with 13
@@ -191,7 +233,8 @@ def test_it_learns_to_call_where_the_llm_takes_back_and_nowhere_else(make_tokeni
         assert [token for token, writer in zip(episode.tokens, episode.writers, strict=True) if writer] == [20]
         assert episode.tokens[-1] == END
         assert episode.ledger[1, PASSES] == 1
-        assert not episode.taken_back
+        # looking ahead the LLM is called before it, else behind it
+        assert [back.tokens.tolist() for back in episode.taken_back] == ([] if ahead else [[13]])
 
 
 def test_training_repeats_reports_and_goes_on(pool, easy, trained, tmp_path, monkeypatch):
@@ -222,10 +265,23 @@ def test_a_saved_policy_decides_as_before(pool, easy, trained, tmp_path):
     assert (found.judge, found.end_weight, found.fingerprint) == (Gap(1.5), 2.5, policy.fingerprint)
     assert replace(policy, end_weight=2.0).fingerprint != policy.fingerprint
     assert replace(policy, judge=Gap(2.0)).fingerprint != policy.fingerprint
+    assert replace(policy, looks_ahead=True).fingerprint != policy.fingerprint
     examples = easy.examples("validation", 6)
     first, second = (decode(pool, easy, examples, one, 0.6, 44) for one in (policy, found))
     assert [one.tokens.tolist() for one in first] == [one.tokens.tolist() for one in second]
     assert [one.scores.tolist() for one in first] == [one.scores.tolist() for one in second]
+
+
+def test_what_was_saved_before_there_was_a_choice_looks_ahead(pool, trained, tmp_path):
+    policy = replace(trained[0], looks_ahead=True)
+    policy.save(tmp_path)
+    settings = json.loads((tmp_path / "policy.json").read_text())
+    del settings["looks_ahead"]
+    (tmp_path / "policy.json").write_text(json.dumps(settings))
+    found = load_policy(tmp_path, pool)
+    assert found.looks_ahead
+    assert found.observes
+    assert found.fingerprint == policy.fingerprint
 
 
 def test_relaxed_acceptance_is_speculative_decoding_but_for_its_judge(kin):

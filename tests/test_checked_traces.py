@@ -16,8 +16,9 @@ from experiments.traces.trace import read_trace, write_trace
 from experiments.verification.evaluation import Verification
 
 SETTINGS = EvaluationSettings(
-    examples=5, threshold_examples=4, llm_shares=(0.1, 0.4), oracle_budget=0, draft_tokens=4, transcripts=5, bootstrap=5
-)
+    examples=5, threshold_examples=4, llm_shares=(0.1, 0.4), oracle_budget=0, draft_tokens=4, transcripts=5,
+    bootstrap=5, max_new_tokens=96, refine=0,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

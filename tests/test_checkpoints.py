@@ -40,6 +40,8 @@ LEARNERS = {
         "max_new_tokens": 128,
     },
 }
+# on-policy, with a replay buffer, with states of its own
+FAST = ("ppo", "dqn", "recurrent_ppo")
 SELECTION = Selection(evaluations=3, examples=4, llm_shares=(0.1, 0.4))
 TAPO = Tapo(
     start="scratch",
@@ -182,7 +184,9 @@ def test_where_nothing_is_to_be_kept_nothing_is():
 # -- trainings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize(
+    "learner", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS]
+)
 def test_an_agent_that_was_broken_off_ends_with_the_same_bits(learner, pool, task, tmp_path, monkeypatch):
     agent, whole = tiny(learner), []
     undisturbed = agent.fit(pool, task, seed=3, track=whole.append, folder=tmp_path / "whole")

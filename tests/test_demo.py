@@ -41,7 +41,7 @@ def test_every_run_of_the_demo_composes_and_measures_as_always(tmp_path):
     assert [run.agent for run in demo.runs] == ["citer", "citer_slm", "citer_agreement", "random", "entropy"]
     for run in demo.runs:
         config = run.config()
-        assert config.evaluation.examples == 300
+        assert config.evaluation.examples == config.models.rows == 300  # none waits for a row
         assert list(config.evaluation.llm_shares) == [0.03, 0.06, 0.1, 0.15, 0.22, 0.4]
         assert config.evaluation.bootstrap == demo.bootstrap == 1000
         given = config.agent.get("preferences")

@@ -36,6 +36,10 @@ QUICK = [
 ]  # fmt: skip
 
 
+SUITES = ("decode", "env", "collect", "rl", "latency")
+SLOW_SUITES = ("env", "collect", "latency")
+
+
 def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
@@ -373,7 +377,10 @@ def test_the_old_name_of_speed_still_runs_and_says_so(tmp_path):
     assert done.stderr.splitlines()[0] == "python -m experiments.benchmark is called python -m experiments.speed now"
 
 
-@pytest.mark.parametrize("suite", ["decode", "env", "collect", "rl", "latency"])
+@pytest.mark.parametrize(
+    "suite",
+    [pytest.param(suite, marks=pytest.mark.slow) if suite in SLOW_SUITES else suite for suite in SUITES],
+)
 def test_benchmarks_print_their_report_last(suite, tmp_path, start):
     tiny = "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, mlp_size: 32}"
     sizes = [f"slm={tiny}", f"llm={tiny}", "vocab_size=64", "prompt_tokens=8", "new_tokens=8", "rate_tokens=4"]

@@ -139,7 +139,7 @@ def test_a_forked_process_has_workers_of_its_own(pool: GradingPool) -> None:
 
 
 @pytest.mark.parametrize("end", ["pass", "os._exit(0)", "os.kill(os.getpid(), 9)", "raise SystemExit(3)"])
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_worker_outlives_its_process(end: str, busy: bool) -> None:
     code = f"""
         import os, sys, threading, time

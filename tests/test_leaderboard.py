@@ -122,7 +122,7 @@ def test_rows_are_ranked_by_cost_and_ties_by_the_paired_ratio():
     intervals = {"c": [1.0, 1.0], "a": [0.99, 1.3], "b": [1.01, 1.3], "d": [None, None]}
     policies = {name: {"against_c": {"ratio_at_0.95": {"interval": pair}}} for name, pair in intervals.items()}
     said = {name: standing({"cheapest": "c", "policies": policies}, name) for name in policies}
-    unclear = "not told from the cheapest"
+    unclear = "not significantly costlier"
     assert said == {"c": "cheapest", "a": unclear, "b": "", "d": unclear}
 
 

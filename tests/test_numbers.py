@@ -61,8 +61,10 @@ PRINTED = {
     "docs/agents/query_routing.md": "python -m experiments.train experiment=benchmark agent=mlp agent.sees=[slm,text]",
     "docs/costs.md": "python -m experiments.speed suite=latency",
     "docs/evaluation.md": "tests/test_intervals.py",
+    "docs/guides/clusters.md": "python plan.py",
     "docs/guides/traces.md": "python -m experiments.verify",
     "docs/guides/large_pairs.md": "python -m pytest -m '' tests/test_large_pairs.py",
+    "docs/studies/checking.md": "print(compare(",
     "docs/studies/citer_settings.md": "python -m experiments.train experiment=citer_settings",
     "docs/studies/whole_queries.md": "python -m experiments.queries",
 }

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents.common.policy import Policy, decision_profile
 from agents.common.rollout import Scheduling, decode
 from agents.common.saving import load_policy
+from agents.common.selection import Selection
 from agents.rl.algorithms import ALGORITHMS, DEFAULTS, value_probability
 from agents.rl.cost_weights import GRID, CostWeights
 from agents.rl.inputs import Standardised, input_statistics
@@ -24,6 +25,7 @@ from agents.rl.sb3_policy import Sb3Policy
 from agents.rl.vec_env import VectorEnvBridge
 from agents.sb3 import ENVIRONMENTS, StableBaselines, train
 from envs.costs import PASSES, Flops, MemoryTraffic
+from envs.decoding.judges import Gap
 from envs.decoding.observation import Observation
 from envs.environments.vector import row_seeds
 from envs.tasks.arithmetic import ArithmeticTask
@@ -285,6 +287,29 @@ def test_what_a_cut_response_would_have_earned_is_estimated_if_asked(algorithm):
     # 1 + 1/2 + 1/4 + ...; else the mean of 1 + 1/2 and of 1
     assert worth[True] == pytest.approx(2, abs=0.15)
     assert worth[False] == pytest.approx(1.25, abs=0.15)
+
+
+@pytest.mark.parametrize(("algorithm", "conditioned"), [("ppo", CostWeights()), ("dqn", None)])
+def test_when_to_call_is_learned_where_drafts_are_checked(algorithm, conditioned, pool, tmp_path):
+    task, rows = ArithmeticTask("easy"), []
+    chosen = {"environment": "checked_tree", "features": "hidden_logits_history_drafts", "cost": "bytes"}
+    measured = Selection(evaluations=1, examples=4, start=0, llm_shares=[0.1])
+    learner = small(
+        algorithm, steps=320, num_envs=8, examples=8, max_new_tokens=44, conditioned=conditioned, selection=measured,
+        judge=Gap(1.5), arguments={"batch_size": 32}, **chosen,
+    )  # fmt: skip
+    policy = learner.fit(pool, task, track=rows.append)
+    assert policy.judge == Gap(1.5)
+    assert all(row["validation_cost"] > 0 for row in rows if "validation_cost" in row)
+    assert any("validation_cost" in row for row in rows)
+    policy.save(tmp_path)
+    found = load_policy(tmp_path, pool)
+    assert (found.judge, found.fingerprint) == (Gap(1.5), policy.fingerprint)
+    examples = task.examples("validation", 3)
+    first, second = (decode(pool, task, examples, one, 0.6, 44) for one in (policy, found))
+    assert [one.tokens.tolist() for one in first] == [one.tokens.tolist() for one in second]
+    drafted = decode(pool, task, examples, found, 0.0, 44)
+    assert [len(one.scores) - len(one.tokens) for one in drafted] == [1, 1, 1]  # ends are decided on
 
 
 @pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])

@@ -79,6 +79,14 @@ def test_what_pyenv_keeps_off_the_path_is_taken(checkout, path, tmp_path):
     assert setup(checkout, path, PYENV_ROOT=str(tmp_path / "pyenv")).stdout.startswith("chosen: python3 ")
 
 
+def test_a_user_without_a_home_is_set_up(checkout, path):
+    add_python(path, "python3.12", "3.12")
+    script = f"unset HOME; exec /bin/sh {checkout}/.ci/setup"
+    found = setup(checkout, path, "/bin/sh", "-c", script)
+    assert found.stdout.startswith(f"chosen: python3.12 {checkout}/.ci/environment.py")
+    assert not found.stderr
+
+
 def test_without_a_python_that_serves_one_line_says_which_are_there(checkout, path):
     refused = setup(checkout, path)
     assert refused.returncode == 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,8 @@ from tests.drafting import MAX_NEW, Letters, Plain, array, kin_of, successors
 
 FAMILIES = ["llama", "qwen2", "gpt2"]
 DRAFTS = [1, 3, 16, 200]
+SOME = {("llama", 1), ("llama", 200), ("qwen2", 3), ("gpt2", 16)}
+"""Each family and each length of drafts once or twice; the slow tests try all."""
 COUNTED = [column for column in range(COLUMNS) if column != SECONDS]
 
 
@@ -52,8 +55,13 @@ def assert_sound(episode, llm):
 # -- the tokens -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draft_tokens", DRAFTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "draft_tokens"),
+    [
+        pytest.param(*case, marks=[] if case in SOME else pytest.mark.slow)
+        for case in itertools.product(FAMILIES, DRAFTS)
+    ],
+)
 def test_the_tokens_are_those_the_llm_writes_alone(pools, kin, family, draft_tokens):
     task, drafted, by_llm = Letters(), 0, 0
     for pool in (pools[family], kin[family]):

@@ -16,7 +16,7 @@ from envs.decoding.session import Session
 from envs.models.language_model import LanguageModel
 from envs.models.pool import ModelPool
 
-THREADS = 6
+THREADS, EACH = 4, 2
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def shared_pool(request, pools, monkeypatch):
 def episode(pool, number):
     """Tokens, hidden states and logits of two rows that a random policy decodes."""
     rng = np.random.default_rng(number)
-    session, rows = Session(pool, 2, 24), np.arange(2)
+    session, rows = Session(pool, 2, 16), np.arange(2)
     session.start(rows, [rng.integers(2, 96, rng.integers(3, 20)) for _ in rows])
     states, flying = [], rows
     while len(flying):
@@ -58,12 +58,12 @@ def episode(pool, number):
 
 
 def test_threads_decode_what_one_thread_decodes(shared_pool):
-    expected = [episode(shared_pool, number) for number in range(THREADS * 3)]
+    expected = [episode(shared_pool, number) for number in range(THREADS * EACH)]
     begin = threading.Barrier(THREADS)
 
     def decode(thread):
         begin.wait()
-        return [episode(shared_pool, 3 * thread + number) for number in range(3)]
+        return [episode(shared_pool, EACH * thread + number) for number in range(EACH)]
 
     with ThreadPoolExecutor(THREADS) as threads:
         decoded = [result for part in threads.map(decode, range(THREADS)) for result in part]
@@ -75,8 +75,8 @@ def test_threads_decode_what_one_thread_decodes(shared_pool):
 
 def test_threads_decode_with_the_embedded_pair(pool, task):
     def answer(number):
-        session, row = Session(pool, 1, 40), np.array([0])
-        session.start(row, [pool.encode(task.examples("test", 12)[number].prompt)])
+        session, row = Session(pool, 1, 24), np.array([0])
+        session.start(row, [pool.encode(task.example("test", number).prompt)])
         states, ended = [], False
         while not ended:
             states.append(session.observe(row).hidden)
@@ -84,9 +84,9 @@ def test_threads_decode_with_the_embedded_pair(pool, task):
             ended = step.terminated[0] or step.truncated[0]
         return session.response(0).tolist(), torch.cat(states)
 
-    expected = [answer(number) for number in range(12)]
+    expected = [answer(number) for number in range(8)]
     with ThreadPoolExecutor(THREADS) as threads:
-        decoded = list(threads.map(answer, range(12)))
+        decoded = list(threads.map(answer, range(8)))
     for (tokens, hidden), (wanted, wanted_hidden) in zip(decoded, expected, strict=True):
         assert tokens == wanted
         assert torch.equal(hidden, wanted_hidden)

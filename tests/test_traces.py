@@ -140,6 +140,7 @@ def test_the_hash_of_a_problem_tells_every_part_of_it():
 
 def test_an_evaluation_writes_a_trace_beside_every_piece_unless_told_not_to(pool, task, tmp_path):
     few = {"examples": 2, "threshold_examples": 2, "llm_shares": (0.3,), "oracle_budget": 2, "draft_tokens": 4}
+    few |= {"refine": 0}
     shared = tmp_path / "shared"
     settings = EvaluationSettings(**few, shared=shared)
     Evaluation(pool, task, settings, tmp_path / "one").run({"entropy": Uncertainty()})

@@ -1,8 +1,8 @@
-"""Checking by risk: the LLM is called before a draft of the SLM is too likely not to stand.
+"""Checking by risk: the LLM is called where a draft of the SLM is too likely not to stand.
 
 A router learns whether the judge would take back the SLM's next token, and so the probability that it stands. The
 product over what was drafted since the last call is the probability that all of that stands, and it is compared with a
-threshold before each token. Labels are what the LLM thinks of the SLM's tokens on training problems: no search, no
+threshold behind each token. Labels are what the LLM thinks of the SLM's tokens on training problems: no search, no
 rollouts, and two passes over each answer. The answers are the policy's own, round after round, as in DAgger (Ross et
 al., AISTATS 2011, algorithm 3.1) with the judge as the expert; in the first round the SLM's entropies decide.
 """
@@ -10,9 +10,9 @@ al., AISTATS 2011, algorithm 3.1) with the judge as the expert; in the first rou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from agents.checking.entropy import CheckedEntropy
 from agents.checking.span import ONE, Span, Tokens, described_span, drafts_of, span_of
-from agents.common.policy import Learner, Observation, Policy, TrainingRun, as_tensor
+from agents.common.policy import DRAFTED, Learner, Observation, Policy, TrainingRun, as_tensor
 from agents.common.rollout import Episode, Scheduling, decode
 from agents.common.saving import saved_as
 from agents.router.dataset import LabelledTokens
@@ -44,22 +44,25 @@ from envs.tasks.task import Example
 class CheckedPolicy(RouterPolicy):
     """Calls the LLM by the probability that all stands that was drafted since the last call.
 
-    The network gives the probability that the SLM's next token stands. The score is the product of these over the
-    tokens drafted since the last call and the one that would be drafted next: exp(-sum of -log(1 - risk)). At a drafted
-    end the product is over what was drafted, to the power of `end_weight`: what is let go there nobody checks later.
+    The network gives the probability that a token of the SLM stands, by the state that it is drafted by. The score is
+    the product of these over the tokens drafted since the last call: exp(-sum of -log(1 - risk)). At a drafted end it
+    is raised to the power of `end_weight`: what is let go there nobody checks later.
+
+    The SLM has not read the last token then. So a call costs no pass of it: it reads that token with the LLM's.
 
     Attributes:
         judge: which drafted tokens stand; the network was trained for it.
         end_weight: of the sum at a drafted end.
         span: how long the LLM writes once it is called.
+        looks_ahead: the product is also over the token that would be drafted next, so that the SLM reads every token as
+            it is written. Policies that were saved before there was this setting do.
     """
-
-    observes: ClassVar[bool] = True
 
     features: str = "hidden_logits_history"
     judge: Judge = field(default_factory=Gap, kw_only=True)
     end_weight: float = field(default=1.0, kw_only=True)
     span: Span = field(default_factory=Tokens, kw_only=True)
+    looks_ahead: bool = field(default=False, kw_only=True)
     # by episode: log-probabilities that the first 1, 2, ... tokens since the last call all stand
     _standing: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -70,23 +73,33 @@ class CheckedPolicy(RouterPolicy):
             ValueError: the policy was not asked at each token of a draft.
         """
         drafts = drafts_of(observation)
+        asked, before = ~drafts.ended, drafts.counts
+        if not self.looks_ahead:
+            # the state is that of a token ago
+            asked, before = drafts.counts > 0, np.maximum(drafts.counts - 1, 0)
+            places, since = (np.maximum(n - 1, 0) for n in (observation.host_positions, observation.host_since_llm))
+            observation = replace(observation, host_positions=places, host_since_llm=since)
         logits = self.network(observation.vector(self.features))
-        own = np.where(drafts.ended, 0.0, torch.nn.functional.logsigmoid(logits.double()).cpu().numpy())
-        total = self._before(observation.host_episodes, drafts.counts) + own
-        for episode, count, ended, value in zip(
-            observation.host_episodes.tolist(),
-            drafts.counts.tolist(),
-            drafts.ended.tolist(),
-            total.tolist(),
-            strict=True,
+        own = np.where(asked, torch.nn.functional.logsigmoid(logits.double()).cpu().numpy(), 0.0)
+        total = self._before(observation.host_episodes, before) + own
+        for episode, count, known, value in zip(
+            observation.host_episodes.tolist(), before.tolist(), asked.tolist(), total.tolist(), strict=True
         ):
-            if not ended:
+            if known:
                 self._standing[episode][count:] = [value]
         scores = np.exp(np.where(drafts.ended, self.end_weight, 1.0) * total)
         return as_tensor(self.span.hold(scores, drafts))
 
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.looks_ahead
+
+    @property
+    def sees(self) -> Sequence[str]:
+        return ("slm",) if self.looks_ahead else ("slm", DRAFTED)
+
     def _before(self, episodes: IntArray, counts: IntArray) -> FloatArray:
-        """Log-probabilities that all drafted tokens stand, (n,), as far as the network was asked before."""
+        """Log-probabilities that the first `counts` drafted tokens stand, (n,): the network was asked before."""
         found = []
         for episode, count in zip(episodes.tolist(), counts.tolist(), strict=True):
             known = self._standing.setdefault(episode, [])
@@ -104,11 +117,12 @@ class CheckedPolicy(RouterPolicy):
 
     def about(self) -> str:
         span = "" if self.span == ONE else f" {self.span}"  # what was saved before there were spans keeps its name
-        return f"{super().about()} {described(self.judge)} {self.end_weight}{span}"
+        behind = "" if self.looks_ahead else " behind"  # so does what was saved before there were others
+        return f"{super().about()} {described(self.judge)} {self.end_weight}{span}{behind}"
 
     def settings(self) -> dict[str, Any]:
         own = {"judge": described(self.judge), "end_weight": self.end_weight, "span": described_span(self.span)}
-        return {**super().settings(), **own}
+        return {**super().settings(), **own, "looks_ahead": self.looks_ahead}
 
     @classmethod
     def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
@@ -120,6 +134,7 @@ class CheckedPolicy(RouterPolicy):
             judge=judge_of(settings["judge"]),
             end_weight=settings["end_weight"],
             span=span_of(settings["span"]) if "span" in settings else ONE,
+            looks_ahead=settings.get("looks_ahead", True),
         )
 
 
@@ -222,6 +237,7 @@ class Checked(Learner[CheckedPolicy]):
         judge: which drafted tokens stand.
         end_weight: of the sum of -log(1 - risk) at a drafted end, which the threshold is compared with too.
         span: how long the LLM writes once it is called.
+        looks_ahead: whether the risk of the token that would be drafted next counts too, see `CheckedPolicy`.
         features: what the network sees, one of `envs.decoding.observation.FEATURES`.
         max_new_tokens: the longest response.
         training: how the network is trained.
@@ -237,6 +253,7 @@ class Checked(Learner[CheckedPolicy]):
     judge: Judge = field(default_factory=Gap)
     end_weight: float = 16.0
     span: Span = field(default_factory=Tokens)
+    looks_ahead: bool = False
     features: Literal["hidden", "hidden_logits", "hidden_logits_history"] = "hidden_logits_history"
     max_new_tokens: int = 128
     training: RouterTraining = field(default_factory=RouterTraining)
@@ -309,6 +326,7 @@ class Checked(Learner[CheckedPolicy]):
             judge=self.judge,
             end_weight=self.end_weight,
             span=self.span,
+            looks_ahead=self.looks_ahead,
         )
 
 

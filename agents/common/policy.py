@@ -26,6 +26,8 @@ Track = Callable[[Mapping[str, Any]], None]
 """Where a learner reports what it measures: a row of named numbers."""
 VIEWS = ("slm", "llm", "text")
 """What a policy can see: what an `Observation` always holds; the LLM's state behind the prompt; the prompt's text."""
+DRAFTED = "drafted"
+"""What a policy with a judge that does not observe can see besides: the SLM's states that drafts were written by."""
 Scores = Tensor | npt.NDArray[np.floating[Any]]
 """What a policy may score with: a tensor on any device, or an array."""
 
@@ -70,7 +72,11 @@ class Policy(ABC):
 
     @property
     def sees(self) -> Sequence[str]:
-        """What its observations hold, of VIEWS. For `llm` the LLM reads every prompt, which is part of the cost."""
+        """What its observations hold, of VIEWS. For `llm` the LLM reads every prompt, which is part of the cost.
+
+        A policy with a judge that does not observe may see DRAFTED: in the place of the SLM's state behind the last
+        token that by which the SLM drafted this token, which costs nothing; of no meaning where nothing is drafted.
+        """
         return ("slm",)
 
     @property

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 
 from agents.common.episode_queue import EpisodeQueue
-from agents.common.policy import Policy, as_tensor, check_scores
+from agents.common.policy import DRAFTED, Policy, as_tensor, check_scores
 from envs.arrays import NO_ACTION, FloatArray, IntArray
 from envs.costs import COLUMNS, PASSES, SECONDS
 from envs.decoding.checked_session import CheckedSession
+from envs.decoding.checking import CheckingDecoder
 from envs.decoding.decoder import Decoder
 from envs.decoding.observation import Observation, TakenBack
 from envs.decoding.sampling import Sampling
@@ -96,13 +97,14 @@ def decode(
     seed: int = 0,
     label: str | None = None,
     tree: PrefixTree | None = None,
+    first: int = 0,
 ) -> list[Episode]:
     """Answer every example, the policy choosing the writer of each token.
 
     Args:
         pool: the models; the last one is the LLM.
         task: judges the answers.
-        examples: what to answer; their positions number the episodes.
+        examples: what to answer; their positions number the episodes, from `first` on.
         policy: scores decisions.
         threshold: the SLM writes where the score is at least this.
         max_new_tokens: the longest response.
@@ -111,6 +113,7 @@ def decode(
         seed: of sampled decoding.
         label: of the progress bar; none is shown without.
         tree: a replay tree of this pool and task to walk instead of decoding; nothing is timed then.
+        first: the number of the first example, where others are answered elsewhere.
 
     Returns:
         Episodes in the order of `examples`.
@@ -123,7 +126,7 @@ def decode(
     if tree is not None:
         check_tree(tree, pool, task, max_new_tokens, sampling)
     session = decoder_for(policy, pool, rows, max_new_tokens, sampling, tree)
-    queue = _queue(session, examples, sampling, seed, partial(session.start, observed=policy.observes))
+    queue = _queue(session, examples, sampling, seed, partial(session.start, observed=policy.observes), first)
     record = DecisionRecord(rows, max_new_tokens)
     episodes: list[Episode | None] = [None] * len(examples)
     with ProgressBar(total=len(examples), desc=label, disable=label is None, leave=False, mininterval=0.5) as progress:
@@ -209,22 +212,29 @@ def _queue(
     sampling: Sampling | None,
     seed: int,
     begin: Callable[..., object],
+    first: int = 0,
 ) -> EpisodeQueue:
-    """A queue of examples, whose prompts fit, for all rows of a session; `begin` is its `start`."""
+    """A queue of examples, whose prompts fit, for all rows of a session; `begin` is its `start`.
+
+    Episodes are numbered from `first` on.
+    """
     prompts = [session.pool.encode_prompt(example) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
         session.check_fit(f"example {example.id}", prompt)
 
     def start(rows: IntArray, numbers: IntArray) -> None:
-        generators = None if sampling is None else [np.random.default_rng([seed, int(n)]) for n in numbers]
-        begin(rows, [prompts[n] for n in numbers], numbers, generators)
+        generators = None if sampling is None else [np.random.default_rng([seed, first + int(n)]) for n in numbers]
+        begin(rows, [prompts[n] for n in numbers], first + numbers, generators)
 
     return EpisodeQueue(np.arange(session.rows), len(examples), start)
 
 
 def look(session: Decoder, rows: IntArray, sees: Sequence[str]) -> Observation:
-    """What a policy that `sees` so much, of VIEWS, may see of rows, (n,); see `Decoder.observe`."""
+    """What a policy that `sees` so much, of VIEWS and DRAFTED, may see of rows, (n,); see `Decoder.observe`."""
     observation = session.observe(rows)
+    if DRAFTED in sees:
+        assert isinstance(session, CheckingDecoder), "drafts are those of a policy with a judge"
+        return session.look_back(rows, observation)
     if "llm" in sees:
         states = session.read_prompts(rows, len(session.pool) - 1).to(observation.hidden.device)
         observation = replace(observation, llm_prompt_states=states)

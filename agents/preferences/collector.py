@@ -71,7 +71,7 @@ class PreferenceCollector:
         self.walked: BoolArray = self.fits.copy()
         if responses is not None:
             self.walked &= [response is not None for response in responses]
-        if not self.walked.any():
+        if not self.fits.any():  # a share of the examples may have no response that is walked
             raise ValueError(f"none of the {len(examples)} examples fits; raise max_new_tokens or capacity")
 
     def collect(self, chosen: Sequence[int], labels: Rollouts, policy: Policy, threshold: float) -> Columns:

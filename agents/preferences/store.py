@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,27 @@ Columns = dict[str, npt.NDArray[Any]]
 def shard_ranges(examples: int, size: int) -> list[range]:
     """The numbers of `examples` examples in shards of `size`, the last one perhaps smaller."""
     return [range(first, min(first + size, examples)) for first in range(0, examples, size)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes makes of a store: every `count`-th shard, from `number` on.
+
+    Args:
+        number: of the process, from 0.
+        count: of processes.
+    """
+
+    number: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise ValueError(f"share {self.number} of {self.count}: they are numbered from 0")
+
+    def of(self, shards: int) -> range:
+        """The shards that it makes."""
+        return range(self.number, shards, self.count)
 
 
 class PreferenceStore:
@@ -83,7 +105,11 @@ class PreferenceStore:
         return [shard for shard in range(self.shards) if not self.path(shard, "json").is_file()]
 
     def complete(
-        self, parts: Sequence[range], make: Callable[[int], tuple[Columns, Mapping[str, Any]]], label: str
+        self,
+        parts: Sequence[range],
+        make: Callable[[int], tuple[Columns, Mapping[str, Any]]],
+        label: str,
+        share: Share | None = None,
     ) -> None:
         """Make the shards that are not there yet, and those that are damaged.
 
@@ -91,12 +117,14 @@ class PreferenceStore:
             parts: the examples of each shard.
             make: makes a shard's columns, and the note to keep beside it.
             label: of the progress bar.
+            share: make these alone, beside other processes; all where None.
         """
-        for shard in self.check(discard=True):
+        own = (share or Share()).of(self.shards)
+        for shard in self.check(discard=True, among=own):
             ProgressBar.write(f"{self.path(shard)} is damaged; making it again")
-        missing = self.missing()
-        with ProgressBar(total=sum(len(part) for part in parts), desc=label, leave=False) as progress:
-            progress.update(sum(len(part) for shard, part in enumerate(parts) if shard not in missing))
+        missing = [shard for shard in self.missing() if shard in own]
+        with ProgressBar(total=sum(len(parts[shard]) for shard in own), desc=label, leave=False) as progress:
+            progress.update(sum(len(parts[shard]) for shard in own if shard not in missing))
             for shard in missing:
                 self.write(shard, *make(shard))
                 progress.update(len(parts[shard]))
@@ -139,10 +167,15 @@ class PreferenceStore:
                 ) from error
             raise
 
-    def check(self, discard: bool = False) -> list[int]:
-        """Shards whose content is not what was written; with `discard` they are removed, to be made again."""
+    def check(self, discard: bool = False, among: Sequence[int] | None = None) -> list[int]:
+        """Shards whose content is not what was written; with `discard` they are removed, to be made again.
+
+        Args:
+            discard: remove them.
+            among: which are looked at; all where None.
+        """
         bad = []
-        for shard in range(self.shards):
+        for shard in range(self.shards) if among is None else among:
             if not self.path(shard, "json").is_file():
                 continue
             path, note = self.path(shard), self.note(shard)

@@ -16,6 +16,7 @@ from agents.common.saving import SavedPolicy, saved_as
 from agents.rl.algorithms import algorithm_named
 from agents.rl.cost_weights import GRID, CostWeights
 from envs.arrays import IntArray
+from envs.decoding.judges import Judge, described, judge_of
 from envs.decoding.observation import Observation, feature_width
 from envs.environments.episodes import HIDDEN_BOUND
 from envs.models.pool import ModelPool, models_manifest
@@ -45,6 +46,7 @@ class Sb3Policy(SavedPolicy):
         standardised: whether the network standardises what it sees, by statistics that are part of its weights.
         conditioned: the weights it was trained with; None where there was one.
         weight: the cost weight it decides for; None for the mean over the grid.
+        judge: which drafted tokens stand; None where it was trained to route tokens, of which none is checked.
     """
 
     network: Any
@@ -55,6 +57,7 @@ class Sb3Policy(SavedPolicy):
     standardised: bool = True
     conditioned: CostWeights | None = None
     weight: float | None = None
+    judge: Judge | None = None
     # state of the recurrent part by episode, each (2, layers, weights, hidden)
     _states: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -74,7 +77,8 @@ class Sb3Policy(SavedPolicy):
         return sum(parameter.numel() for module in head for parameter in module.parameters())
 
     def about(self) -> str:
-        return f"{self.algorithm} {self.features} {self.conditioned} {self.weight}"
+        judge = "" if self.judge is None else f" {described(self.judge)}"  # others keep the name of before
+        return f"{self.algorithm} {self.features} {self.conditioned} {self.weight}{judge}"
 
     @property
     def inputs_per_decision(self) -> int:
@@ -141,6 +145,7 @@ class Sb3Policy(SavedPolicy):
             "standardised": self.standardised,
             "conditioned": None if self.conditioned is None else [self.conditioned.low, self.conditioned.high],
             "weight": self.weight,
+            **({} if self.judge is None else {"judge": described(self.judge)}),
         }
 
     @classmethod
@@ -167,6 +172,7 @@ class Sb3Policy(SavedPolicy):
             standardised=settings["standardised"],
             conditioned=conditioned,
             weight=settings["weight"],
+            judge=judge_of(settings["judge"]) if "judge" in settings else None,
         )
 
     @classmethod
@@ -213,6 +219,7 @@ class Sb3Policy(SavedPolicy):
         pool: ModelPool,
         features: str,
         conditioned: CostWeights | None = None,
+        judge: Judge | None = None,
     ) -> Sb3Policy:
         """The policy of an algorithm of Stable-Baselines3, with a copy of its network: `trained` can go on learning."""
         from agents.rl.inputs import Standardised
@@ -236,7 +243,9 @@ class Sb3Policy(SavedPolicy):
         )
         network.load_state_dict(trained.policy.state_dict())
         network.to(trained.device)
-        return cls(network, algorithm, models_manifest(pool), features, arguments, standardised, conditioned)
+        return cls(
+            network, algorithm, models_manifest(pool), features, arguments, standardised, conditioned, judge=judge
+        )
 
 
 def empty_network(

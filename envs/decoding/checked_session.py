@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,11 @@ class CheckedSession(CheckingDecoder, TeacherSession):
         positions, drafts = self._lengths[rows] - self._prompt_lengths[rows], self.drafts(rows)
         return Observation(hidden, logits, positions, self._episodes[rows], self._since_llm[rows], drafts=drafts)
 
+    def look_back(self, rows: IntArray, observation: Observation) -> Observation:
+        """See `CheckingDecoder`."""
+        index = torch.from_numpy(rows).to(self._hidden.device)
+        return replace(observation, hidden=self._hidden[index], logits=self._logits[index])
+
     def extend(self, rows: IntArray, chunks: Sequence[IntArray], model: int = 0) -> None:
         """Refused: what is given is no draft.
 
@@ -124,12 +130,11 @@ class CheckedSession(CheckingDecoder, TeacherSession):
     def _call(self, rows: IntArray, models: IntArray) -> Called:
         self._catch_up(rows)
         tokens, kept = np.full(len(rows), UNKNOWN), np.zeros_like(rows)
-        gone: list[IntArray] = [np.zeros(0, dtype=np.int64)] * len(rows)
+        gone: dict[int, IntArray] = {}
         for model in np.unique(models).tolist():
             some = np.flatnonzero(models == model)
             tokens[some], kept[some], back = self._call_one(rows[some], model)
-            for i, of_row in zip(some, back, strict=True):
-                gone[i] = of_row
+            gone |= {int(some[i]): tokens_of for i, tokens_of in back.items()}
         full = self._lengths[rows] - self._prompt_lengths[rows] >= self._limits[rows]
         # as in a routed step: what a learner bootstraps from is read
         self._catch_up(rows[full & (tokens != UNKNOWN)])

@@ -18,7 +18,7 @@ from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, WRITTEN
 from envs.decoding.decoder import Decoder
 from envs.decoding.judges import Judge, Opinions
-from envs.decoding.observation import Checks, Drafts, Step, TakenBack
+from envs.decoding.observation import Checks, Drafts, Observation, Step, TakenBack
 
 NO_END, END, FULL = 0, 1, 2
 """What the last drafted token is: no end, an end-of-sequence token, or the last one that there is room for."""
@@ -32,12 +32,12 @@ class Called(NamedTuple):
     Attributes:
         tokens: that the models wrote, (n,); UNKNOWN where a drafted end stands.
         kept: how many drafted tokens stand, (n,).
-        taken_back: the others, (n,) arrays.
+        taken_back: the others, by the place of the row among the n.
     """
 
     tokens: IntArray
     kept: IntArray
-    taken_back: Sequence[IntArray]
+    taken_back: Mapping[int, IntArray]
 
 
 class CheckingDecoder(Decoder):
@@ -117,18 +117,19 @@ class CheckingDecoder(Decoder):
             before, alone = self.ledger[called], self._since_llm[called] == 0
             tokens[some], kept[some], gone = self._call(called, actions[some])
             ledger[some] = self.ledger[called] - before
-            for i, place, back in zip(some.tolist(), (begun + kept[some]).tolist(), gone, strict=True):
-                if len(back):
-                    taken_back[i] = TakenBack(place, 0, back)
-                    self._taken_back[rows[i]].append(taken_back[i])
-                    self._gone[rows[i]] += len(back)
+            for i in gone:
+                taken_back[some[i]] = back = TakenBack(int(begun[i] + kept[some[i]]), 0, gone[i])
+                self._taken_back[called[i]].append(back)
+                self._gone[called[i]] += len(back.tokens)
             stands = tokens[some] == UNKNOWN
             terminated[some] = np.where(stands, ends[some] == END, np.isin(tokens[some], self.pool.end_tokens))
             full = self._lengths[called] - self._prompt_lengths[called] >= self._longest(called)
             truncated[some] = ~terminated[some] & full
             self._active[called] = ~(terminated | truncated)[some]
             self._runs[called] = np.where(alone, self._runs[called], 0) + ~stands
-            self._corrected[called] = np.where(alone, self._corrected[called], [len(back) > 0 for back in gone])
+            corrected = np.zeros(len(called), dtype=bool)
+            corrected[list(gone)] = True
+            self._corrected[called] = np.where(alone, self._corrected[called], corrected)
             self._forget_drafts(called)
         return Step(tokens, slm_tokens, terminated, truncated, ledger, Checks(kept, taken_back))
 
@@ -193,13 +194,22 @@ class CheckingDecoder(Decoder):
             text = self._token_texts[token] = self.pool.decode(np.array([token]))
         return text
 
-    def _cut(self, rows: IntArray, lengths: IntArray) -> list[IntArray]:
-        """Forget tokens of rows beyond `lengths`, (n,), which were not written then; what they were."""
+    def _cut(self, rows: IntArray, lengths: IntArray) -> dict[int, IntArray]:
+        """Forget tokens of rows beyond `lengths`, (n,), which were not written then; what they were, by place in n."""
         whole = self._lengths[rows]
-        gone = [self._tokens[row, a:b].copy() for row, a, b in zip(rows, lengths, whole, strict=True)]
+        cut = np.flatnonzero(lengths < whole).tolist()
+        gone = {i: self._tokens[rows[i], lengths[i] : whole[i]].copy() for i in cut}
         self.ledger[rows, 0, WRITTEN] -= whole - lengths
         self._lengths[rows] = lengths
         return gone
+
+    @abstractmethod
+    def look_back(self, rows: IntArray, observation: Observation) -> Observation:
+        """What was seen of unobserved rows, (n,), with the SLM's states that their last tokens were drafted by.
+
+        The pass that drafted a token has made its state, so that nobody reads anything for it. Where nothing is drafted
+        the state has no meaning.
+        """
 
     @abstractmethod
     def _draft(self, rows: IntArray) -> Step:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.arrays import BoolArray, FloatArray, IntArray
+from envs.arrays import UNKNOWN, BoolArray, FloatArray, IntArray
 from envs.costs import COLUMNS, WRITTEN, pass_entry
 from envs.decoding.judges import opinions
 from envs.decoding.session import Session
@@ -33,6 +33,53 @@ def _final_states(states: Tensor, logits: Tensor) -> Tensor:
 
 class TeacherSession(Session):
     """A `Session` for teacher forcing; see there for its arguments."""
+
+    def resume(
+        self,
+        rows: IntArray,
+        prompts: Sequence[IntArray],
+        responses: Sequence[IntArray],
+        unread: IntArray | None = None,
+    ) -> None:
+        """`start` with responses that are given; what models have read of the same beginnings, they do not read again.
+
+        Args:
+            rows: distinct rows, (n,).
+            prompts: n arrays of token ids.
+            responses: n arrays of token ids.
+            unread: how much of each response may have been read at most by models that will be asked what they think
+                of the rest, (n,); the whole where None.
+        """
+        rows = self._checked(rows)
+        kept = np.array([self._shared(*row) for row in zip(rows, prompts, responses, strict=True)], dtype=np.int64)
+        if unread is not None:
+            # what was read of a row that stands there already is read
+            at_end = self._lengths[rows] - self._prompt_lengths[rows] <= np.minimum(kept, unread)
+            kept = np.where(kept < 0, kept, np.minimum(kept, unread) - at_end)
+        anew, again = np.flatnonzero(kept < 0), np.flatnonzero(kept >= 0)
+        if len(anew):
+            self.start(rows[anew], [prompts[i] for i in anew], responses=[responses[i] for i in anew])
+        if len(again):
+            resumed = rows[again]
+            self.rewind(resumed, self._prompt_lengths[resumed] + kept[again])
+            longer = again[[len(responses[i]) > kept[i] for i in again]]
+            if len(longer):
+                self.extend(rows[longer], [responses[i][kept[i] :] for i in longer])
+            for row in resumed:
+                self._writers[row, self._prompt_lengths[row] : self._lengths[row]] = 0
+            self._since_llm[resumed] = self._lengths[resumed] - self._prompt_lengths[resumed]
+
+    def _shared(self, row: int, prompt: IntArray, response: IntArray) -> int:
+        """Tokens of a response that a row begins with too, where it has the prompt and can go on; UNKNOWN elsewhere."""
+        begun, whole = int(self._prompt_lengths[row]), int(self._lengths[row])
+        same_prompt = begun == len(prompt) and np.array_equal(self._tokens[row, :begun], prompt)
+        if not same_prompt or not self._followed[row] or len(response) >= self._limits[row]:
+            return UNKNOWN
+        held = min(whole - begun, len(response))
+        differ = np.flatnonzero(self._tokens[row, begun : begun + held] != response[:held])
+        shared = int(differ[0]) if len(differ) else held
+        # a row that is out of flight goes on from before its end alone
+        return shared if self._active[row] or shared < whole - begun else UNKNOWN
 
     def extend(self, rows: IntArray, chunks: Sequence[IntArray], model: int = 0) -> None:
         """Append given tokens to the responses (teacher forcing), as if a model had written them.

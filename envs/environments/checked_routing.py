@@ -15,6 +15,7 @@ from envs.environments.render import Checked
 from envs.environments.settings import RoutingSettings
 from envs.environments.token_routing import RoutingEnv, RoutingEpisodes, RoutingVectorEnv
 from envs.prefix_tree.checked_tree_session import CheckedTreeSession
+from envs.prefix_tree.tree import PrefixTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +150,8 @@ class CheckedRoutingVectorEnv(RoutingVectorEnv):
 
     episodes: CheckedEpisodes
     episodes_kind = CheckedEpisodes
+
+    @property
+    def tree(self) -> PrefixTree | None:
+        """The tree that is walked; None where all is decoded."""
+        return self.episodes.settings.tree

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from envs.arrays import UNKNOWN, IntArray
@@ -44,6 +49,13 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         seen.host_positions[:] = self.tree.depths[self._nodes[rows]]
         return seen
 
+    def look_back(self, rows: IntArray, observation: Observation) -> Observation:
+        """See `CheckingDecoder`."""
+        nodes = self._nodes[rows]
+        nodes = np.where(self._since_llm[rows] > 0, self.tree.parents[nodes], nodes)
+        seen = observation_at(self.tree, nodes, observation.host_since_llm, observation.host_episodes)
+        return replace(observation, hidden=seen.hidden, kept_logit_features=seen.kept_logit_features)
+
     def _read_nodes(self, rows: IntArray) -> IntArray:
         """The nodes of what the SLM reads of rows, (n,): of a drafted end of sequence the one before it."""
         nodes = self._nodes[rows]
@@ -55,12 +67,15 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         # the first logit features: entropy, and the log-probability of the token that is drafted
         known = self.tree.features(self._nodes[rows])[:, width : width + 2].astype(np.float64)
         step = TreeSession.step(self, rows, np.zeros_like(rows))
+        self._note(rows)
         return self._enter_drafts(rows, known[:, 0], -known[:, 1], step, step.tokens.copy())
 
     def _call(self, rows: IntArray, models: IntArray) -> Called:
         tree, nodes, counts, whole = self.tree, self._nodes[rows], self._since_llm[rows], self._lengths[rows]
         # the nodes each drafted token was written at, draft after draft, and where its first one stands among them
-        places, starts = self._drafted_at(nodes, counts), np.cumsum(counts) - counts
+        starts, begun = np.cumsum(counts) - counts, whole - self._prompt_lengths[rows] - counts
+        depths = np.arange(counts.sum()) + np.repeat(begun - starts, counts)
+        places = self._paths[np.repeat(rows, counts), depths].astype(np.int64)
         readers = np.repeat(models - 1, counts)
         unread = np.unique(np.repeat(np.arange(len(rows)), counts)[tree.opinions[places, readers, 0] == UNKNOWN])
         for model in np.unique(models[unread]).tolist():
@@ -89,6 +104,7 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
             nexts = self.explorer.step(writing, at[some], by)
             tokens[some] = tree.tokens[at[some], by]
             self._nodes[writing] = nexts
+            self._note(writing)
             self._enter(writing, tokens[some], by)
             self.ledger[writing, by, WRITTEN] += 1
             going_on = some[self._followed[writing] & ~np.isin(tokens[some], self.pool.end_tokens)]
@@ -97,17 +113,31 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         self._read[rows] = read
         return Called(tokens, kept, gone)
 
-    def _drafted_at(self, nodes: IntArray, counts: IntArray) -> IntArray:
-        """The nodes at which the last `counts` tokens before `nodes` were written, (sum of counts,), row after row."""
-        rows = np.arange(len(nodes))
-        ends, longest = np.cumsum(counts), int(counts.max(initial=0))
-        places: IntArray = np.empty(int(counts.sum()), dtype=np.int64)
-        nodes = nodes.copy()
-        for back in range(1, longest + 1):
-            rows = rows[counts[rows] >= back]
-            nodes[rows] = self.tree.parents[nodes[rows]]
-            places[ends[rows] - back] = nodes[rows]
-        return places
+    def restore(
+        self,
+        rows: IntArray,
+        state: Mapping[str, npt.NDArray[Any]],
+        generators: Sequence[np.random.Generator] | None = None,
+    ) -> None:
+        """Let `rows`, (n,), stand where others stood, walking there again; see `Decoder.restore`."""
+        super().restore(rows, state, generators)
+        for row in np.asarray(rows)[self._prompt_lengths[rows] > 0]:
+            path = self.nodes(row)
+            self._paths[row, : len(path)] = path
+
+    def _open_books(self) -> None:
+        super()._open_books()
+        # the node behind each number of tokens of a response; behind those that are written: of what was taken back
+        self._paths = np.zeros((self.rows, self.max_new_tokens + 1), dtype=np.int32)
+
+    def _begin(self, rows: IntArray, prompts: Sequence[IntArray], episodes: IntArray | None) -> None:
+        super()._begin(rows, prompts, episodes)
+        self._paths[rows, 0] = self._nodes[rows]
+
+    def _note(self, rows: IntArray) -> None:
+        """Note the nodes that rows, (n,), have come to."""
+        nodes = self._nodes[rows]
+        self._paths[rows, self.tree.depths[nodes]] = nodes
 
     def _slm_would_write(self, rows: IntArray) -> IntArray:
         return np.asarray(self.tree.tokens[self._read_nodes(rows), 0], dtype=np.int64)

@@ -109,33 +109,41 @@ class TreeExpander:
         todo = [i for i, unknown in enumerate(unknown_at) if unknown.any()]
         if not todo:
             return
-        # from the prompt on: of tokens it has read already, a model does not tell again what it would write after them
-        self._start(rows[todo], nodes[todo].tolist())
+        # of tokens it has read already, a model does not tell again what it would write after them
+        first = np.array([int(unknown_at[i].argmax()) for i in todo])
+        self._start(rows[todo], nodes[todo].tolist(), unread=first)
         self._at[rows[todo]] = nodes[todo]
+        unread = [paths[i][begun:] for i, begun in zip(todo, first, strict=True)]
         if opinions:
-            drafts = [tree.tokens[paths[i], 0].astype(np.int64) for i in todo]
+            drafts = [tree.tokens[path, 0].astype(np.int64) for path in unread]
             last = np.zeros(len(todo), dtype=bool)
             choices, thought = self.session.read_with_opinions(rows[todo], model, last, drafts)
-            tree.learn_opinions(np.concatenate([paths[i] for i in todo]), model, thought.float().cpu().numpy())
+            tree.learn_opinions(np.concatenate(unread), model, thought.float().cpu().numpy())
         else:
             choices = self.session.read_along(rows[todo], model)
-        for i, tokens in zip(todo, choices, strict=True):
-            unknown = np.flatnonzero(tree.tokens[paths[i], model] == UNKNOWN)
-            along = tokens[len(tokens) - len(paths[i]) :]
-            tree.learn_tokens(paths[i][unknown], np.full(len(unknown), model), along[unknown])
+        for path, tokens in zip(unread, choices, strict=True):
+            unknown = np.flatnonzero(tree.tokens[path, model] == UNKNOWN)
+            along = tokens[len(tokens) - len(path) :]
+            tree.learn_tokens(path[unknown], np.full(len(unknown), model), along[unknown])
 
     def forget(self, rows: IntArray) -> None:
         """Let live rows, (n,), stand nowhere: what comes next in them is read from the prompt on."""
         self._at[rows] = UNKNOWN
 
-    def _start(self, rows: IntArray, nodes: Sequence[int], tokens: Sequence[int] | None = None) -> None:
-        """Let live rows stand at nodes, or behind further tokens there."""
+    def _start(
+        self,
+        rows: IntArray,
+        nodes: Sequence[int],
+        tokens: Sequence[int] | None = None,
+        unread: IntArray | None = None,
+    ) -> None:
+        """Let live rows stand at nodes, or behind further tokens there; see `TeacherSession.resume`."""
         tree = self.tree
         responses = [tree.written(tree.path(int(node))) for node in nodes]
         if tokens is not None:
             responses = [np.append(response, token) for response, token in zip(responses, tokens, strict=True)]
         prompts = [tree.prompt(node) for node in nodes]
-        self.session.start(rows, prompts, responses=responses)
+        self.session.resume(rows, prompts, responses, unread)
 
     def _expand(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> None:
         """Add what is behind distinct pairs of node and action, (n,) each.

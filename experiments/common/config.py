@@ -144,12 +144,18 @@ def build_settings(config: DictConfig, settings: type[Settings]) -> Settings:
     return built
 
 
-def prepare(config: DictConfig) -> None:
-    """What every run begins with: its threads, and the seed of libraries."""
+def prepare(config: DictConfig, side_by_side: bool = False) -> None:
+    """What every run begins with: its threads, and the seed of libraries.
+
+    Args:
+        config: of the run.
+        side_by_side: other runs share this machine's cores, so that one thread is enough where none are asked for.
+    """
     import torch
 
-    if config.get("threads"):
-        torch.set_num_threads(config.threads)
+    threads = config.get("threads") or (1 if side_by_side else None)
+    if threads:
+        torch.set_num_threads(threads)
     # libraries that draw from the global generators repeat too; our own code is given generators
     torch.manual_seed(config.get("seed", 0))
     np.random.seed(config.get("seed", 0))  # noqa: NPY002

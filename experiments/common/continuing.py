@@ -113,7 +113,7 @@ _REPORTED = (
     "oracle",
     "oracle_budget",
 )
-EVALUATING = Continuing(may_differ=_REPORTED)
+EVALUATING = Continuing(may_differ=(*_REPORTED, "shards", "shard"))
 """How an evaluation is reported may change, how its answers share passes, and where states and baselines are kept; what
 was measured stays, which the manifests of its pieces look after."""
 TRAINING = Continuing(

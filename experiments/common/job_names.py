@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 LONGEST = 100
 """Characters a name has at most."""
-NAMED = ("agent", "seed")
-"""What a name holds in words of its own."""
+NAMED = ("agent", "seed", "shard")
+"""What a name holds in words of its own, and what is no part of it: the shards of a run share its folder."""
 # what stands in a path, and unquoted on Hydra's command line too; "-" parts what a name is made of, and is inside of
 # numbers alone
 _PLAIN = re.compile(r"[\w.]+|[+-]?[\d.]+(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)

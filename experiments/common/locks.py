@@ -53,6 +53,22 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def writer_of(folder: Path) -> str | None:
+    """Who writes in a folder now, in words; None where nobody does, or the folder is not there."""
+    place = folder / LOCK
+    if not place.is_file():
+        return None
+    lock = _lock(place)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return _holder(place)
+    except OSError:  # no locks here, or no right to
+        return None
+    lock.release()
+    return None
+
+
 @contextmanager
 def one_at_a_time(shared: Path) -> Iterator[None]:
     """Hold a file or folder that several runs share; waits while another run does.

@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,40 +60,104 @@ def _run_by_hydra(
 ) -> None:
     """Compose what the command line asks for, and run it, or show it."""
     import hydra
-    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
 
+    from experiments.common import multirun
     from experiments.common.config import register_schemas
 
+    # Hydra makes the callback that fills it
+    plan = multirun.plan = multirun.Plan(progress)
+    register_schemas()
+    try:
+        hydra.main(version_base=None, config_path=str(CONF), config_name=name)(
+            _job(name, run, continuing, progress, sys.argv[1:])
+        )()
+    except HydraException:
+        plan.forget()
+        raise
+    except Exception as error:  # a launcher that has lost a job says so in its own way
+        if all(job.state == "waiting" for job in plan.jobs):
+            raise
+        first = f"{error}".strip().partition("\n")[0]
+        print(f"{type(error).__name__}: {first}", file=sys.stderr)
+    if lost := plan.unfinished():
+        print(
+            f"{len(lost)} of {len(plan.names)} jobs are not done. The same command goes on with them: "
+            f"{progress.command}\nor each by itself:\n" + "\n".join(lost),
+            file=sys.stderr,
+        )
+        raise SystemExit(REFUSED)
+
+
+def _job(
+    name: str,
+    run: Callable[[DictConfig, Path, Begin], Any],
+    continuing: Continuing,
+    progress: Progress,
+    arguments: Sequence[str],
+) -> Callable[[DictConfig], Any]:
+    """What Hydra calls with a configuration, in this process or in one that a launcher has started elsewhere."""
+
     def job(config: DictConfig) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+
         from experiments.common.config import prepare
+        from experiments.common.multirun import Recorded, shard_folder
         from experiments.common.run_folder import run_folder
 
         about = HydraConfig.get()
-        folder = Path(about.runtime.output_dir)
+        if os.getcwd() != about.runtime.cwd:
+            os.chdir(about.runtime.cwd)  # relative paths are meant from where the program was started
         many = about.mode is not None and about.mode.name == "MULTIRUN"
+        side_by_side = many and not about.launcher._target_.endswith(".BasicLauncher")
+        folder, log = Path(about.runtime.output_dir), logging.getLogger(name)
         key, place = ("hydra.sweep.dir", Path(about.sweep.dir)) if many else ("hydra.run.dir", folder)
-        progress.folder, progress.command = folder, command_to_go_on(name, sys.argv[1:], key, place)
-        log = logging.getLogger(name)
+        progress.folder, progress.command = folder, command_to_go_on(name, arguments, key, place)
         log.info("in %s", near(folder))
 
-        def refuse(error: Exception) -> SystemExit:
-            log.error("%s", in_words(error, folder))
-            return SystemExit(REFUSED)
-
-        try:
+        def work(folder: Path) -> Any:
             with run_folder(config, folder, continuing, f"{name}.log") as begin:
-                prepare(config)
+                prepare(config, side_by_side)
                 try:
                     return run(config, folder, begin)
                 except USERS_ERRORS as error:  # here the log is open
-                    raise refuse(error) from error
+                    log.error("%s", in_words(error, folder))
+                    raise RefusedError(in_words(error, folder)) from error
+                except Exception:
+                    if many:
+                        log.exception("this job failed")
+                    raise
+
+        record = Recorded(about, name, folder)
+        try:
+            own = shard_folder(config, folder)
+            record = Recorded(about, name, own)
+            record("begun")
+            result = work(own)
+        except RefusedError as error:
+            said = f"{error}"
         except USERS_ERRORS as error:
-            raise refuse(error) from error
+            said = in_words(error, folder)
+            log.error("%s", said)
+        except Exception as error:
+            if not many:
+                raise
+            said = f"{type(error).__name__}: {error}"
+        else:
+            record("done")
+            return None if many else result
+        if not many:
+            raise SystemExit(REFUSED)
+        record("failed", said)  # the others go on, and what became of this one is said in the end
+        return None
 
     # Hydra takes the program's name, `hydra.job.name`, from it
     job.__module__ = f"experiments.{name}"
-    register_schemas()
-    hydra.main(version_base=None, config_path=str(CONF), config_name=name)(job)()
+    return job
+
+
+class RefusedError(Exception):
+    """What is wrong with a run, which its log says already."""
 
 
 @contextmanager
@@ -113,6 +177,11 @@ def one_line() -> Iterator[None]:
 
         if not isinstance(error, (HydraException, OSError)):
             raise
+        from experiments.common.multirun import missing_extra
+
+        if extra := missing_extra(error):
+            print(extra, file=sys.stderr)
+            raise SystemExit(1) from error
         cause = error.__cause__
         said = f"{error}{way_out(error)}" if isinstance(error, OSError) else f"{error}"
         print(said, *([cause] if isinstance(cause, OmegaConfBaseException) else []), sep="\n", file=sys.stderr)

@@ -113,12 +113,16 @@ def command_to_go_on(program: str, arguments: Sequence[str], key: str, folder: P
         key: of Hydra's setting for the folder.
         folder: of the run, or of the multirun.
     """
-    place = f"{near(folder)}"
-    if not all(letter.isalnum() or letter in "/._-" for letter in place):
-        quoted = place.replace("\\", "\\\\").replace("'", "\\'")
-        place = f"'{quoted}'"  # for Hydra; the shell's quotes come around it
     kept = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") != key]
-    return shlex.join(["python", "-m", f"experiments.{program}", *kept, f"{key}={place}"])
+    return shlex.join(["python", "-m", f"experiments.{program}", *kept, f"{key}={quoted(near(folder))}"])
+
+
+def quoted(folder: Path) -> str:
+    """A folder as Hydra's command line takes it; the shell's quotes come around it."""
+    place = f"{folder}"
+    if all(letter.isalnum() or letter in "/._-" for letter in place):
+        return place
+    return "'" + place.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def near(folder: Path) -> Path:

@@ -26,6 +26,7 @@ class ExampleDecoder:
         max_new_tokens: the longest answer.
         scheduling: how rows share passes.
         tree: a replay tree to decode through; nothing is timed then.
+        first: the number of the first example, where others are answered elsewhere.
     """
 
     pool: ModelPool
@@ -34,6 +35,7 @@ class ExampleDecoder:
     max_new_tokens: int = 128
     scheduling: Scheduling = field(default_factory=Scheduling)
     tree: PrefixTree | None = None
+    first: int = 0
 
     @property
     def timed(self) -> bool:
@@ -42,7 +44,7 @@ class ExampleDecoder:
 
     def on(self, examples: Sequence[Example]) -> ExampleDecoder:
         """The same for other examples."""
-        return replace(self, examples=examples)
+        return replace(self, examples=examples, first=0)
 
     def decode(self, policy: Policy, threshold: float, label: str | None = None) -> list[Episode]:
         """Answer every example; `label` names the progress bar, none is shown where None."""
@@ -56,6 +58,7 @@ class ExampleDecoder:
             self.scheduling,
             label=label,
             tree=self.tree,
+            first=self.first,
         )
 
     def llm_only(self, label: str | None = None) -> list[Episode]:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from experiments.common.continuing import SETTINGS
+from experiments.common.multirun import JOBS, SHARDS, jobs_of
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import EXHAUSTED
 
@@ -124,8 +125,9 @@ def run_folder(runs: Path) -> Path:
 
 
 def kept_below(folder: Path) -> list[KeptEvaluation]:
-    """All evaluations below a folder, by path."""
-    return [KeptEvaluation.read(path) for path in sorted(folder.glob(f"**/runs/{MANIFEST}"))]
+    """All evaluations below a folder, by path; shards are parts of one."""
+    found = sorted(folder.glob(f"**/runs/{MANIFEST}"))
+    return [KeptEvaluation.read(path) for path in found if path.parents[2].name != SHARDS]
 
 
 def not_evaluated_yet(folder: Path) -> list[Path]:
@@ -137,6 +139,22 @@ def not_evaluated_yet(folder: Path) -> list[Path]:
         for path in configs
         if _yaml(path).get("evaluate") is True and not (path.parent / "evaluation" / "runs" / MANIFEST).is_file()
     ]
+
+
+def lost_jobs(folder: Path) -> list[str]:
+    """In words, the jobs of multiruns at or below a folder that have left nothing: each a hole in what is compared."""
+    lost = []
+    for records in sorted(folder.glob(f"**/{JOBS}")):
+        multirun = records.parent
+        for job in jobs_of(multirun):
+            if job.program not in ("train", "evaluate"):
+                continue
+            place = multirun / job.folder if job.folder is not None else None
+            if place is None:
+                lost.append(f"{multirun}: {' '.join(job.overrides)}")
+            elif not (place / SETTINGS).is_file():
+                lost.append(f"{place}: {job.said or 'was lost on the way'}\n    {job.command(multirun, place)}")
+    return lost
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

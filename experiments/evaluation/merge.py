@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from envs.storage import write_text
+from experiments.common.multirun import JOBS
 from experiments.evaluation.answers import Answered, Answers
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.kept import KeptEvaluation, kept_below, not_evaluated_yet, told_apart
+from experiments.evaluation.kept import KeptEvaluation, kept_below, lost_jobs, not_evaluated_yet, told_apart
 from experiments.evaluation.operating_points import Tried
 from experiments.evaluation.report import RESULTS, write_report
 from experiments.evaluation.summary import Front, Results, summarize
@@ -70,10 +71,12 @@ def _finished(folder: Path, partial: bool) -> list[KeptEvaluation]:
     """The evaluations below `folder`, all of one experiment."""
     evaluations = kept_below(folder)
     missing = {one.runs.parent: path for one in evaluations if (path := one.missing())}
-    waiting = not_evaluated_yet(folder)
+    waiting, lost = not_evaluated_yet(folder), lost_jobs(folder)
     if partial:
         for place in (*missing, *waiting):
             print(f"{place} is not finished and left out")
+        for job in lost:
+            print(f"{job.splitlines()[0]} is not there and left out")
         evaluations = [one for one in evaluations if one.runs.parent not in missing]
     elif missing:
         raise ValueError(
@@ -85,6 +88,13 @@ def _finished(folder: Path, partial: bool) -> list[KeptEvaluation]:
         raise ValueError(
             f"not evaluated yet: {', '.join(map(str, waiting))}; start the multirun again with its hydra.sweep.dir, or "
             "report on what is finished with --partial"
+        )
+    if lost and not partial:
+        lines = "\n".join(f"  {job}" for job in lost)
+        raise ValueError(
+            f"{len(lost)} jobs are not there, so that means would be over holes:\n{lines}\nstart the multirun again, "
+            f"which makes these alone; or report on what is there with --partial; or, where one is wanted no more, "
+            f"delete its record in {JOBS}/"
         )
     for one in evaluations[1:]:
         _check_same_experiment(evaluations[0], one)

@@ -60,6 +60,7 @@ class Evaluation:
         folder: receives `results.jsonl` and, in `runs/`, every piece when it is made, which is not made again where it
             is there; nothing is kept where None.
         track: receives the rows of `results.jsonl`.
+        first: the number of the first problem, where other processes answer those before it.
 
     Raises:
         ValueError: the task has fewer problems.
@@ -72,9 +73,10 @@ class Evaluation:
         settings: EvaluationSettings | None = None,
         folder: Path | None = None,
         track: Track = untracked,
+        first: int = 0,
     ) -> None:
         self.pool, self.task, self.settings = pool, task, settings or EvaluationSettings()
-        self.folder, self.track = folder, track
+        self.folder, self.track, self.first = folder, track, first
         self._quantiles: Mapping[str, Sequence[float]] = {}
         self.examples: Sequence[Example] = task.examples(
             self.settings.split, self.settings.examples, start=self.settings.start
@@ -103,7 +105,13 @@ class Evaluation:
     def decoder(self) -> ExampleDecoder:
         """Answers the problems."""
         return ExampleDecoder(
-            self.pool, self.task, self.examples, self.settings.max_new_tokens, self.settings.scheduling, self.tree
+            self.pool,
+            self.task,
+            self.examples,
+            self.settings.max_new_tokens,
+            self.settings.scheduling,
+            self.tree,
+            self.first,
         )
 
     @cached_property
@@ -350,6 +358,7 @@ def evaluate(
     trained: Sequence[str] = (),
     seed: int = 0,
     trainings: Sequence[Training] = (),
+    first: int = 0,
 ) -> dict[str, Any] | None:
     """Run every stage, and write everything into `folder`; what is there already is not made again.
 
@@ -365,13 +374,14 @@ def evaluate(
         trained: names of the policies that learned anything.
         seed: that they were trained with; the bootstrap draws from it too.
         trainings: whose learning curves the page shows.
+        first: the number of the first problem, where other processes answer those before it.
 
     Returns:
         The contents of `summary.json`; None where settings ask for no report.
     """
     settings.shown(list(policies))  # refuses before anything is decoded
     with nullcontext() if settings.tree is None else one_at_a_time(settings.tree):
-        evaluation = Evaluation(pool, task, settings, folder, track)
+        evaluation = Evaluation(pool, task, settings, folder, track, first)
         results = evaluation.run(policies, trained, seed)
         shown = evaluation.transcripts(policies, results) if settings.transcripts else {}
         write_text(folder / TRANSCRIPTS, json.dumps(shown, indent=1) + "\n")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.common.policy import VIEWS, Policy, as_tensor, check_scores
+from agents.common.policy import DRAFTED, VIEWS, Policy, as_tensor, check_scores
 from envs.arrays import FloatArray, IntArray
 from envs.decoding.observation import Observation
 from experiments.evaluation.decoder import ExampleDecoder
@@ -31,7 +31,7 @@ class ScoreRecorder(Policy):
     @property
     def sees(self) -> Sequence[str]:
         seen = {view for policy in self.policies.values() for view in policy.sees}
-        return [view for view in VIEWS if view in seen]
+        return [view for view in (*VIEWS, DRAFTED) if view in seen]
 
     def score(self, observation: Observation) -> Tensor:
         first = torch.from_numpy(observation.host_positions == 0)

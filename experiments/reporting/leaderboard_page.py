@@ -125,8 +125,8 @@ passes, over those of LLM-only decoding (first seed, all in turn; none where val
 "Hull" is the least cost of 90, 95 and 99 % of the LLM's accuracy on these problems themselves: in memory traffic with
 intervals, by which at 95 % both tables are sorted, and at 95 % as LLM tokens, floating-point operations and dollars, at
 a price in proportion to parameters. AIQ is the mean accuracy from the SLM's cost to the LLM's. "Hull: over
-{summary["first"]}'s" is the paired ratio of memory traffic at 95 %. The last column says which rows cannot be told from
-the cheapest: those whose paired ratio to it may be 1.
+{summary["first"]}'s" is the paired ratio of memory traffic at 95 %. The last column says which rows are not
+significantly costlier than the cheapest: those whose paired ratio to it may be 1.
 
 A policy's curve is the upper concave hull of its thresholds, the SLM alone and LLM-only decoding: who answers each
 query with one of two of these, drawn at random, has any point between them. Thresholds are set on validation problems.
@@ -285,12 +285,12 @@ def _baseline_row(summary: Summary, name: str) -> list[str]:
 
 
 def standing(summary: Summary, name: str) -> str:
-    """Whether a row is the cheapest, or cannot be told from it: their paired ratio may be 1."""
+    """Whether a row is the cheapest, or costs no more, as far as the interval says: their paired ratio may be 1."""
     cheapest = summary["cheapest"]
     if name == cheapest:
         return "cheapest"
     low, high = summary["policies"][name][f"against_{cheapest}"][f"ratio_at_{LEVEL}"]["interval"]
-    return "not told from the cheapest" if low is None or high is None or low <= 1 <= high else ""
+    return "not significantly costlier" if low is None or high is None or low <= 1 <= high else ""
 
 
 def headlines(summary: Summary) -> str:

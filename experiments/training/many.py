@@ -102,10 +102,10 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
             raise ValueError(f"there is no agent {name!r}; there are {', '.join(known)}, or classes, as mine.Impatient")
     if config.first not in names:
         raise ValueError(f"first is {config.first!r}, the agents are {', '.join(names)}; choose one of them")
-    if not config.seeds or min(config.seeds) < 0 or config.workers < 1 or config.timings < 1:
+    if not config.seeds or min(config.seeds) < 0 or config.workers < 1 or config.timings < 1 or config.timed < 0:
         raise ValueError(
             f"name at least one seed, 0 or more (seeds: {list(config.seeds)}), and at least one of workers "
-            f"({config.workers}) and timings ({config.timings})"
+            f"({config.workers}) and timings ({config.timings}); timed ({config.timed}) is 0 or more"
         )
     names.sort(key=lambda name: (name != config.first, name not in config.departures, name))
     shared = folder / "shared"

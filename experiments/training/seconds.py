@@ -29,7 +29,9 @@ TIMED = 128
 LLM_ONLY = "llm only"
 
 
-def measure_seconds(runs: Sequence[Run], seed: int, repeats: int, path: Path) -> dict[str, float | None]:
+def measure_seconds(
+    runs: Sequence[Run], seed: int, repeats: int, path: Path, problems: int = TIMED
+) -> dict[str, float | None]:
     """Seconds of forward passes and decisions at the operating point for 95 %, over those of LLM-only decoding.
 
     All take turns in this process, LLM-only decoding among them; medians are compared.
@@ -39,19 +41,22 @@ def measure_seconds(runs: Sequence[Run], seed: int, repeats: int, path: Path) ->
         seed: of those that are measured.
         repeats: turns that each takes.
         path: a JSON file of such ratios. They are those of one sitting: where one agent's is missing, all are measured.
+        problems: that are decoded in a turn, at most; 0: nothing is measured.
 
     Returns:
-        The ratio of each agent; None where validation chooses none of its thresholds.
+        The ratio of each agent; None where validation chooses none of its thresholds, or nothing is measured.
     """
     kept: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
     timed = [run for run in runs if run.seed == seed]
     if all(run.agent in kept for run in timed):
         return {run.agent: kept[run.agent] for run in timed}
+    if not problems:
+        return {run.agent: None for run in timed}
     thresholds = {run: chosen_threshold(run) for run in timed}
     ratios: dict[str, float | None] = {run.agent: None for run in timed}
     measured = {run: threshold for run, threshold in thresholds.items() if threshold is not None}
     if measured:
-        ratios |= _seconds_over_llm_only(measured, repeats)
+        ratios |= _seconds_over_llm_only(measured, repeats, problems)
     write_text(path, json.dumps(ratios, indent=1) + "\n")
     return ratios
 
@@ -66,13 +71,13 @@ def chosen_threshold(run: Run, level: float = 0.95) -> float | None:
     return None if number is None else kept.thresholds[run.agent][number]
 
 
-def _seconds_over_llm_only(thresholds: Mapping[Run, float], repeats: int) -> dict[str, float]:
+def _seconds_over_llm_only(thresholds: Mapping[Run, float], repeats: int, problems: int) -> dict[str, float]:
     """The ratio of each run's agent, used at its threshold."""
     config = OmegaConf.load(next(iter(thresholds)).folder / "config.yaml")
     assert isinstance(config, DictConfig)
     task, pool = build(config, "task"), build(config, "models")
     settings = build_settings(config.evaluation, EvaluationSettings)
-    examples = task.examples(settings.split, min(TIMED, settings.examples), start=settings.start)
+    examples = task.examples(settings.split, min(problems, settings.examples), start=settings.start)
     decoder = ExampleDecoder(pool, task, examples, settings.max_new_tokens)
 
     def seconds(episodes: Sequence[Episode], policy: Policy | None = None) -> float:
