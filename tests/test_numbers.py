@@ -63,6 +63,7 @@ PRINTED = {
     "docs/evaluation.md": "tests/test_intervals.py",
     "docs/guides/clusters.md": "python plan.py",
     "docs/guides/traces.md": "python -m experiments.verify",
+    "docs/guides/large_pairs.md": "python -m pytest -m '' tests/test_large_pairs.py",
     "docs/studies/checking.md": "print(compare(",
     "docs/studies/citer_settings.md": "python -m experiments.train experiment=citer_settings",
     "docs/studies/whole_queries.md": "python -m experiments.queries",

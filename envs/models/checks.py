@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -90,6 +90,31 @@ def check_fits(place: str, size: int, rows: int, capacity: int) -> None:
         raise ValueError(
             f"{place}: {gigabytes(size)} are needed, {gigabytes(free)} are free; lower rows ({rows}), "
             f"lower capacity ({capacity}), or choose a smaller dtype or model"
+        )
+
+
+def check_places(needed: Mapping[str, int], rows: int, capacity: int) -> None:
+    """Refuse what does not fit each place, in bytes; what a device map spreads takes what others leave of all cards.
+
+    Raises:
+        ValueError: it does not fit; the error names the place.
+    """
+    cards = {place: size for place, size in needed.items() if place.startswith("cuda")}
+    spread = {place: size for place, size in needed.items() if place not in cards and place not in ("cpu", "mps")}
+    for place, size in needed.items():
+        if place not in spread:
+            check_fits(place, size, rows, capacity)
+    count = torch.cuda.device_count()
+    if not spread or not count:
+        return  # a device map without accelerators goes to the memory of the machine, and its disk
+    free = sum(int(torch.cuda.mem_get_info(torch.device("cuda", card))[0]) for card in range(count))
+    free -= sum(cards.values())
+    size = sum(spread.values())
+    if size > free:
+        raise ValueError(
+            f"device_map={', '.join(spread)}: {gigabytes(size)} are needed, {gigabytes(max(free, 0))} are free on "
+            f"{count} CUDA devices beside the other models; take more devices, lower rows ({rows}), lower capacity "
+            f"({capacity}), or choose a smaller dtype or model"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from envs.models.checks import (
     caps_scores,
     check_attention,
-    check_fits,
+    check_places,
     check_same_vocabulary,
     gigabytes,
     head_size,
@@ -385,8 +385,7 @@ def _plan_memory(sources: Sequence[_Source], rows: int, capacity: int, verbose: 
         )
     if verbose:
         print("\n".join(lines))
-    for place, size in needed.items():
-        check_fits(place, size, rows, capacity)
+    check_places(needed, rows, capacity)
 
 
 @cache
