@@ -70,5 +70,7 @@ def test_what_was_read_is_not_read_again(tiny_pool):
     assert [cache.lengths[0] for cache in session._caches] == [len(PROMPTS[0]) + 2] * 2
     session.resume(row, PROMPTS[:1], [np.array([4, 5, 4, 7])], unread=np.array([1]))
     assert session._caches[1].lengths[0] == len(PROMPTS[0])
+    session.resume(row, PROMPTS[:1], [response], afresh=np.array([True]))
+    assert [cache.lengths[0] for cache in session._caches] == [0, 0]
     session.resume(row, PROMPTS[1:], [response])
     assert [cache.lengths[0] for cache in session._caches] == [0, 0]

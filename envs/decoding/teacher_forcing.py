@@ -40,6 +40,7 @@ class TeacherSession(Session):
         prompts: Sequence[IntArray],
         responses: Sequence[IntArray],
         unread: IntArray | None = None,
+        afresh: BoolArray | None = None,
     ) -> None:
         """`start` with responses that are given; what models have read of the same beginnings, they do not read again.
 
@@ -49,11 +50,14 @@ class TeacherSession(Session):
             responses: n arrays of token ids.
             unread: how much of each response may have been read at most by models that will be asked what they think
                 of the rest, (n,); the whole where None.
+            afresh: rows that go on from nothing they have read, (n,); none where None.
         """
         rows = self._checked(rows)
         kept = np.array(
             [self._shared(*row) for row in zip(rows.tolist(), prompts, responses, strict=True)], dtype=np.int64
         )
+        if afresh is not None:
+            kept[afresh] = UNKNOWN
         if unread is not None:
             # what was read of a row that stands there already is read
             at_end = self._lengths[rows] - self._prompt_lengths[rows] <= np.minimum(kept, unread)

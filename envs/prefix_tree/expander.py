@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from envs.arrays import UNKNOWN, IntArray
+from envs.arrays import UNKNOWN, BoolArray, IntArray
 from envs.decoding.observation import LOGIT_FEATURES, all_features
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, PrefixTree
@@ -27,6 +27,7 @@ class TreeExpander:
         self._capacity = capacity
         self._session: TeacherSession | None = None
         self._at: IntArray = np.full(rows, UNKNOWN)  # the node each live row stands at
+        self._anew: BoolArray = np.zeros(rows, dtype=bool)  # rows that go on from nothing they have read
         self._evictions = tree.evictions
 
     @property
@@ -128,7 +129,7 @@ class TreeExpander:
 
     def forget(self, rows: IntArray) -> None:
         """Let live rows, (n,), stand nowhere: what comes next in them is read from the prompt on."""
-        self._at[rows] = UNKNOWN
+        self._at[rows], self._anew[rows] = UNKNOWN, True
 
     def _start(
         self,
@@ -143,7 +144,9 @@ class TreeExpander:
         if tokens is not None:
             responses = [np.append(response, token) for response, token in zip(responses, tokens, strict=True)]
         prompts = [tree.prompt(node) for node in nodes]
-        self.session.resume(rows, prompts, responses, unread)
+        anew = self._anew[rows]
+        self._anew[rows] = False
+        self.session.resume(rows, prompts, responses, unread, anew)
 
     def _expand(self, rows: IntArray, nodes: IntArray, actions: IntArray) -> None:
         """Add what is behind distinct pairs of node and action, (n,) each.
