@@ -34,7 +34,7 @@ PLUGINS = {"joblib": "hydra-joblib-launcher", "ray": "hydra-ray-launcher", "slur
 SMALL = ["threads=1", "agent.examples=20", "agent.shard_examples=3", "agent.scheduling.rows=24"]
 STUDY = [
     "experiment=citer_vs_citer_s", "threads=1", "agent=citer,citer_s", "seed=0,1,2", "agent.examples=20",
-    "agent.training.epochs=2", *EVALUATED, "evaluation.examples=6", "hydra.callbacks.report.samples=20",
+    "agent.training.epochs=2", *EVALUATED, "evaluation.examples=6", "+hydra.callbacks.report.samples=20",
 ]  # fmt: skip
 LIMIT = 500.0
 """Seconds after which a start hangs."""
@@ -140,11 +140,11 @@ def at_work(folder):
 def test_a_study_of_which_three_jobs_were_killed_is_the_same_table(launcher, tmp_path):
     launching = launched_by(launcher)
     log, folder, rng = tmp_path / "log.txt", tmp_path / "cut", random.Random(19)
-    Started("train", *STUDY, f"hydra.sweep.dir={tmp_path / 'whole'}", log=log).finish()
+    Started("train", "-m", *STUDY, f"hydra.sweep.dir={tmp_path / 'whole'}", log=log).finish()
     killed, code, begun = 0, None, time.monotonic()
     while code != 0:
         assert time.monotonic() - begun < 3 * LIMIT, log.read_text()[-4000:]
-        start = Started("train", *STUDY, *launching, f"hydra.sweep.dir={folder}", log=log)
+        start = Started("train", "-m", *STUDY, *launching, f"hydra.sweep.dir={folder}", log=log)
         while killed < 3 and start.ended(rng.uniform(0.1, 2)) is None:
             if working := at_work(folder):
                 os.kill(rng.choice(working), signal.SIGKILL)

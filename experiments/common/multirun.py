@@ -178,7 +178,9 @@ class Plan:
         assert self._loader is not None
         assert self._config is not None
         assert self.folder is not None
-        config = self._loader.load_sweep_config(self._config, list(job.overrides))
+        # settings of the launcher, which Hydra takes over, are none of another one's
+        launching = [one for one in self._config.hydra.overrides.task if _key(one) == "launcher"]
+        config = self._loader.load_sweep_config(self._config, [*launching, *job.overrides])
         HydraConfig.instance().set_config(config)
         return self.folder / f"{config.hydra.sweep.subdir}"
 
