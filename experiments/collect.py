@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from agents.citer import Citer
-    from agents.preferences.store import PreferenceStore
     from envs.models.pool import ModelPool
     from envs.tasks.task import Task
     from experiments.common.tracking import Jsonl, Wandb
@@ -79,7 +78,7 @@ def join(agent: Citer, pool: ModelPool, task: Task, tracking: Jsonl | Wandb, con
 
 def finish(
     agent: Citer, pool: ModelPool, task: Task, tracking: Jsonl | Wandb, config: DictConfig, folder: Path
-) -> PreferenceStore:
+) -> None:
     """Collect what is not there, check all of it, and say what it is."""
     from omegaconf import OmegaConf
 
@@ -95,7 +94,6 @@ def finish(
         track.summary(summary, {})
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     print(f"collected {summary['tokens']} tokens in {folder / PREFERENCES}")
-    return store
 
 
 def missing_shards(preferences: Path, shards: int) -> list[int]:

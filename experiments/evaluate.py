@@ -175,7 +175,7 @@ def in_shards(
 
     from agents.common.policy import policy_from
     from experiments.common.locks import one_at_a_time
-    from experiments.common.multirun import SHARDS, missing_shards_said
+    from experiments.common.multirun import missing_shards_said, shard_folders
     from experiments.common.run_folder import run_folder
     from experiments.common.tracking import Jsonl as Rows
     from experiments.evaluation import shards
@@ -183,7 +183,7 @@ def in_shards(
     shards.check(settings, config.shards, agents)
     policies |= {name: policy_from(agent, pool, task, config.seed) for name, agent in agents.items()}
     whole = folder if config.shard is None else folder.parent.parent
-    places = [whole / SHARDS / f"{number}-of-{config.shards}" for number in range(config.shards)]
+    places = shard_folders(whole, config.shards)
     if config.shard is not None:
         begin()
         part = shards.of_shard(settings, config.shard, config.shards, folder)

@@ -263,13 +263,17 @@ def test_a_chat_is_another_problem_than_its_text():
     assert len({example_hash(example) for example in others}) == 3
 
 
-def test_room_is_measured_on_the_whole_chat(tmp_path, plain):
-    task = MultipleChoiceTask(
-        path=records(tmp_path / "c.jsonl", [CHOICE]),
-        test_path=records(tmp_path / "t.jsonl", [CHOICE | {"question": "Where is a pen?"}]),
+def why(folder):
+    return MultipleChoiceTask(
+        path=records(folder / "c.jsonl", [CHOICE]),
+        test_path=records(folder / "t.jsonl", [CHOICE | {"question": "Where is a pen?"}]),
         instruction="Why?",
         chat=True,
     )
+
+
+def test_room_is_measured_on_the_whole_chat(tmp_path, plain):
+    task = why(tmp_path)
     needed = len(plain.encode_prompt(task.example("test", 0)))
     assert PromptSource(task, "test", plain.encode_prompt, needed)
     with pytest.raises(ValueError, match="1 of 1 test examples have prompts longer"):
@@ -277,12 +281,7 @@ def test_room_is_measured_on_the_whole_chat(tmp_path, plain):
 
 
 def test_what_is_cut_of_a_chat_is_the_beginning_of_the_users_text(tmp_path, plain):
-    task = MultipleChoiceTask(
-        path=records(tmp_path / "c.jsonl", [CHOICE]),
-        test_path=records(tmp_path / "t.jsonl", [CHOICE | {"question": "Where is a pen?"}]),
-        instruction="Why?",
-        chat=True,
-    )
+    task = why(tmp_path)
     whole = plain.encode_prompt(task.example("test", 0))
     generator = np.random.default_rng(0)
     source = PromptSource(task, "test", plain.encode_prompt, len(whole) - 30, "truncate")

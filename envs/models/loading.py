@@ -211,6 +211,8 @@ class _Source:
     options: dict[str, Any]
     config: Any
     tokenizer: Any
+    conversion: Path | None = None
+    """The folder that a GGUF file is to be kept in as ordinary weights."""
 
     @property
     def name(self) -> str:
@@ -230,7 +232,7 @@ class _Source:
 
         location = spec.name
         options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-        path = Path(spec.name)
+        path, conversion = Path(spec.name), None
         if spec.name.startswith("embedded/"):
             location = str(embedded_folder(spec.name))
         elif path.suffix == ".gguf":
@@ -240,9 +242,10 @@ class _Source:
 
             if not (is_gguf_available() and is_accelerate_available()):
                 raise ValueError(f"{spec.name}: GGUF files need two packages; pip install gguf accelerate")
-            kept = conversion_of(path, Path(spec.gguf_cache), str(spec.dtype)) if spec.gguf_cache else None
-            if kept is not None and is_whole(kept):
-                location = str(kept)
+            if spec.gguf_cache:
+                conversion = conversion_of(path, Path(spec.gguf_cache), str(spec.dtype))
+            if conversion is not None and is_whole(conversion):
+                location = str(conversion)
             else:
                 location, options["gguf_file"] = str(path.parent), path.name
         elif not path.is_dir() and (path.is_absolute() or spec.name.startswith(".") or spec.name.count("/") > 1):
@@ -281,7 +284,7 @@ class _Source:
             check_attention(spec.name, config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         elif not spec.trust_remote_code:
             raise ValueError(f"{spec.name} ({config.model_type}) is not a causal language model; choose a decoder")
-        return cls(spec, location, options, config, tokenizer)
+        return cls(spec, location, options, config, tokenizer, conversion)
 
     @cached_property
     def _outline(self) -> Any:
@@ -330,10 +333,8 @@ class _Source:
         except OSError as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(f"{self.name}: its weights cannot be read ({reason}); {CONVERT}") from error
-        if self.spec.gguf_cache and "gguf_file" in self.options and self.spec.layers is None:
-            file = Path(self.spec.name)
-            kept = conversion_of(file, Path(self.spec.gguf_cache), str(self.spec.dtype))
-            keep_conversion(network, self.tokenizer, file, kept)
+        if self.conversion is not None and "gguf_file" in self.options and self.spec.layers is None:
+            keep_conversion(network, self.tokenizer, Path(self.spec.name), self.conversion)
         if not placed:
             network = network.to(self.spec.device)
         return LanguageModel(self.name, network, self.tokenizer)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from envs.arrays import UNKNOWN, IntArray
@@ -67,7 +64,6 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         # the first logit features: entropy, and the log-probability of the token that is drafted
         known = self.tree.features(self._nodes[rows])[:, width : width + 2].astype(np.float64)
         step = TreeSession.step(self, rows, np.zeros_like(rows))
-        self._note(rows)
         return self._enter_drafts(rows, known[:, 0], -known[:, 1], step, step.tokens.copy())
 
     def _call(self, rows: IntArray, models: IntArray) -> Called:
@@ -103,8 +99,7 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
             self._nodes[writing] = at[some]
             nexts = self.explorer.step(writing, at[some], by)
             tokens[some] = tree.tokens[at[some], by]
-            self._nodes[writing] = nexts
-            self._note(writing)
+            self._stand(writing, nexts)
             self._enter(writing, tokens[some], by)
             self.ledger[writing, by, WRITTEN] += 1
             going_on = some[self._followed[writing] & ~np.isin(tokens[some], self.pool.end_tokens)]
@@ -113,30 +108,13 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         self._read[rows] = read
         return Called(tokens, kept, gone)
 
-    def restore(
-        self,
-        rows: IntArray,
-        state: Mapping[str, npt.NDArray[Any]],
-        generators: Sequence[np.random.Generator] | None = None,
-    ) -> None:
-        """Let `rows`, (n,), stand where others stood, walking there again; see `Decoder.restore`."""
-        super().restore(rows, state, generators)
-        for row in np.asarray(rows)[self._prompt_lengths[rows] > 0]:
-            path = self.nodes(row)
-            self._paths[row, : len(path)] = path
-
     def _open_books(self) -> None:
         super()._open_books()
         # the node behind each number of tokens of a response; behind those that are written: of what was taken back
         self._paths = np.zeros((self.rows, self.max_new_tokens + 1), dtype=np.int32)
 
-    def _begin(self, rows: IntArray, prompts: Sequence[IntArray], episodes: IntArray | None) -> None:
-        super()._begin(rows, prompts, episodes)
-        self._paths[rows, 0] = self._nodes[rows]
-
-    def _note(self, rows: IntArray) -> None:
-        """Note the nodes that rows, (n,), have come to."""
-        nodes = self._nodes[rows]
+    def _stand(self, rows: IntArray, nodes: IntArray) -> None:
+        super()._stand(rows, nodes)
         self._paths[rows, self.tree.depths[nodes]] = nodes
 
     def _slm_would_write(self, rows: IntArray) -> IntArray:

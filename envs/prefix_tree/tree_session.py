@@ -92,7 +92,7 @@ class TreeSession(Decoder):
         self.free(rows)
         for row, prompt in zip(rows, prompts, strict=True):
             self._prompts[row], self._nodes[row] = prompt, UNKNOWN
-        self._nodes[rows] = self.explorer.roots(rows, prompts, pinned=False)
+        self._stand(rows, self.explorer.roots(rows, prompts, pinned=False))
         self._begin(rows, prompts, episodes)
         self._followed[rows] = self._observed[rows] = observed
         self._read[rows] = 0
@@ -119,7 +119,8 @@ class TreeSession(Decoder):
         self._read[rows] = read
         self.ledger[rows] += ledger
         self._enter(rows, tokens, actions)
-        self._nodes[rows], self._active[rows] = nexts, ends == GOING_ON
+        self._stand(rows, nexts)
+        self._active[rows] = ends == GOING_ON
         return Step(tokens, slm_tokens, terminated, truncated, ledger)
 
     def observe(self, rows: IntArray) -> Observation:
@@ -180,12 +181,16 @@ class TreeSession(Decoder):
         prompts = [self._tokens[row, : self._prompt_lengths[row]].copy() for row in begun]
         for row, prompt in zip(begun, prompts, strict=True):
             self._prompts[row] = prompt
-        self._nodes[begun] = self.explorer.roots(begun, prompts, pinned=False)
+        self._stand(begun, self.explorer.roots(begun, prompts, pinned=False))
         written = self._lengths[begun] - self._prompt_lengths[begun]
         for position in range(int(written.max())):
             walking = begun[written > position]
             actions = self._writers[walking, self._prompt_lengths[walking] + position].astype(np.int64)
-            self._nodes[walking] = self.explorer.step(walking, self._nodes[walking], actions)
+            self._stand(walking, self.explorer.step(walking, self._nodes[walking], actions))
+
+    def _stand(self, rows: IntArray, nodes: IntArray) -> None:
+        """Let rows stand at nodes that they have come to, (n,) both."""
+        self._nodes[rows] = nodes
 
     def correct(self, row: int, task: Task, example: Example) -> bool:
         """Whether a finished row answers `example`, judged once."""

@@ -261,7 +261,12 @@ def shard_folder(config: DictConfig, folder: Path) -> Path:
         raise ValueError(
             f"there is no shard {shard} of {shards}; they are numbered 0 to {shards - 1} (shards=N shard=k)"
         )
-    return folder / SHARDS / f"{shard}-of-{shards}"
+    return shard_folders(folder, shards)[shard]
+
+
+def shard_folders(folder: Path, shards: int) -> list[Path]:
+    """The folders that the shards of a run write in, in order."""
+    return [folder / SHARDS / f"{shard}-of-{shards}" for shard in range(shards)]
 
 
 def missing_shards_said(program: str, config: DictConfig, folder: Path, missing: Sequence[int]) -> str:

@@ -121,8 +121,9 @@ def _job(
                 try:
                     return run(config, folder, begin)
                 except USERS_ERRORS as error:  # here the log is open
-                    log.error("%s", in_words(error, folder))
-                    raise RefusedError(in_words(error, folder)) from error
+                    said = in_words(error, folder)
+                    log.error("%s", said)
+                    raise RefusedError(said) from error
                 except Exception:
                     if many:
                         log.exception("this job failed")
