@@ -9,72 +9,30 @@ acts in the router's place, it starts from a few states of each answer, and wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
 
-from agents.common.policy import Learner, TrainingRun
+from agents.common.policy import Learner, Track, TrainingRun, untracked
 from agents.common.rollout import Scheduling, decode
 from agents.oracle import Oracle, SearchResult
-from agents.router.dataset import LabelledTokens
+from agents.preferences.store import Columns, PreferenceStore, Share, shard_ranges
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router
-from envs.arrays import BoolArray, IntArray
-from envs.decoding.decoder import since_at_each
+from agents.searched_states import SearchedStates
 from envs.decoding.observation import check_features
-from envs.models.pool import models_manifest
+from envs.models.pool import ModelPool, models_manifest
 from envs.prefix_tree.tree import PrefixTree
-from envs.prefix_tree.tree_session import observation_at
+from envs.storage import check_manifest
 from envs.tasks.task import Example, Task
 
 SEARCHED_AT_ONCE = 1000
 """Problems searched between two savings of the tree."""
-
-
-@dataclass(frozen=True)
-class OracleStates:
-    """States of a tree with the oracle's choice in each.
-
-    Attributes:
-        nodes: (n,).
-        since_llm: tokens since the LLM last wrote, (n,).
-        prefers_slm: the oracle's choice, (n,).
-        examples: the number of the problem each is from, (n,).
-    """
-
-    nodes: IntArray
-    since_llm: IntArray
-    prefers_slm: BoolArray
-    examples: IntArray
-
-    @classmethod
-    def of(cls, searches: Sequence[SearchResult], problems: Sequence[int]) -> OracleStates:
-        """The states on the paths of solved searches, each of the problem of that number."""
-        solved = [(search, number) for search, number in zip(searches, problems, strict=True) if search.solved]
-        nothing: IntArray = np.zeros(0, dtype=np.int64)
-        writers = [search.writers[-(len(search.nodes) - 1) :] for search, _ in solved]
-        since = [since_at_each(search.writers)[-(len(search.nodes) - 1) :] for search, _ in solved]
-        return cls(
-            np.concatenate([nothing, *(search.nodes[:-1] for search, _ in solved)]),
-            np.concatenate([nothing, *since]),
-            np.concatenate([nothing, *writers]) == 0,
-            np.concatenate([nothing, *(np.full(len(w), n) for w, (_, n) in zip(writers, solved, strict=True))]),
-        )
-
-    def joined(self, other: OracleStates) -> OracleStates:
-        """Both together."""
-        return OracleStates(*(np.concatenate(pair) for pair in zip(self._columns(), other._columns(), strict=True)))
-
-    def _columns(self) -> tuple[IntArray, IntArray, BoolArray, IntArray]:
-        return self.nodes, self.since_llm, self.prefers_slm, self.examples
-
-    def features(self, tree: PrefixTree, features: str) -> Tensor:
-        """What a router of these `features` sees of them: float16, (n, width)."""
-        return observation_at(tree, self.nodes, self.since_llm).vector(features).half()
 
 
 @dataclass(frozen=True)
@@ -83,6 +41,8 @@ class OracleDistillation(Learner[RouterPolicy]):
 
     Args:
         examples: training problems; all of the train split where None.
+        searched: a folder written by `experiments.collect` to take the searches of the first round from.
+        shard_examples: problems of one file of such a folder.
         rounds: of searching and training; the first from the prompts, later ones from states the router came to.
         states: how many states of each of the router's answers later rounds search from.
         llm_share: the share of tokens the router gives to the LLM when later rounds let it answer.
@@ -98,6 +58,8 @@ class OracleDistillation(Learner[RouterPolicy]):
     """
 
     examples: int | None = 4000
+    searched: str | None = None
+    shard_examples: int = 256
     rounds: int = 1
     states: int = 2
     llm_share: float = 0.06
@@ -111,11 +73,10 @@ class OracleDistillation(Learner[RouterPolicy]):
 
     def __post_init__(self) -> None:
         check_features(self.features)
-        if (self.examples is not None and self.examples < 2) or self.rounds < 1 or self.states < 0:
-            raise ValueError(
-                f"examples ({self.examples}) must be at least 2, rounds ({self.rounds}) at least 1 and states "
-                f"({self.states}) at least 0"
-            )
+        if (self.examples is not None and self.examples < 2) or self.states < 0:
+            raise ValueError(f"examples ({self.examples}) must be at least 2, states ({self.states}) at least 0")
+        if self.rounds < 1 or self.shard_examples < 1:
+            raise ValueError(f"rounds ({self.rounds}) and shard_examples ({self.shard_examples}) must be at least 1")
         if not 0 < self.llm_share < 1:
             raise ValueError(f"llm_share must be in (0, 1), is {self.llm_share}")
         if self.ties not in ("entropy", "router"):
@@ -123,23 +84,26 @@ class OracleDistillation(Learner[RouterPolicy]):
 
     def train(self, run: TrainingRun) -> RouterPolicy:
         pool, task = run.pool, run.task
-        start = task.training_start(run.seed)
-        examples = task.examples("train", self.examples, start=start)
+        examples = self._problems(task, run.seed)
         # what was searched is kept when a run is interrupted; other problems of the task have another start
         kept = run.file("expert.tree")
         tree = PrefixTree(pool, task, self.max_new_tokens, self.memory, kept if kept and kept.is_file() else None)
         rng = np.random.default_rng(run.seed)
         numbers = list(range(len(examples)))
-        searches: list[SearchResult] = []
-        for begin in range(0, len(examples), SEARCHED_AT_ONCE):
-            searches += self.oracle.search(tree, examples[begin : begin + SEARCHED_AT_ONCE])
-            if kept is not None:
-                tree.save(kept)
-        labelled = OracleStates.of(searches, numbers)
-        policy = self._train_router(run, tree, labelled, searches, 1)
+        if self.searched is not None:
+            labelled = self._given(Path(self.searched), pool, task, run.seed)
+        else:
+            searches: list[SearchResult] = []
+            for begin in range(0, len(examples), SEARCHED_AT_ONCE):
+                searches += self.oracle.search(tree, examples[begin : begin + SEARCHED_AT_ONCE])
+                if kept is not None:
+                    tree.save(kept)
+            labelled = SearchedStates.of(searches, numbers, tree, self.features)
+        policy = self._train_router(run, len(tree), labelled, 1)
         for number in range(2, self.rounds + 1):
             if self.ties == "router":
-                labelled = OracleStates.of(self.oracle.search(tree, examples, likely=policy), numbers)
+                again = self.oracle.search(tree, examples, likely=policy)
+                labelled = SearchedStates.of(again, numbers, tree, self.features)
             starts, written, owners = self._visited(tree, task, examples, policy, labelled, rng)
             if starts:
                 searches = self.oracle.search(
@@ -149,11 +113,62 @@ class OracleDistillation(Learner[RouterPolicy]):
                     written=written,
                     likely=policy if self.ties == "router" else None,
                 )
-                labelled = labelled.joined(OracleStates.of(searches, owners))
+                labelled = labelled.joined(SearchedStates.of(searches, owners, tree, self.features))
                 if kept is not None:
                     tree.save(kept)
-            policy = self._train_router(run, tree, labelled, searches, number)
+            policy = self._train_router(run, len(tree), labelled, number)
         return policy
+
+    def collect(
+        self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = untracked
+    ) -> PreferenceStore:
+        """Search what the first round searches, into `folder`, going on where an earlier run was interrupted."""
+        store = self.collect_share(pool, task, seed, folder, Share())
+        track({"run": "round 1", "tokens": sum(store.rows()), **SearchedStates.kept(store).about})
+        return store
+
+    def collect_share(self, pool: ModelPool, task: Task, seed: int, folder: Path, share: Share) -> PreferenceStore:
+        """Make one share of what `collect` makes, beside other processes; the bytes are the same."""
+        examples = self._problems(task, seed)
+        parts = shard_ranges(len(examples), self.shard_examples)
+
+        def searched(shard: int) -> tuple[Columns, Mapping[str, Any]]:
+            # a tree of its own: which other problems a process searches changes no bit
+            tree, numbers = PrefixTree(pool, task, self.max_new_tokens, self.memory), parts[shard]
+            searches = self.oracle.search(tree, [examples[number] for number in numbers])
+            return SearchedStates.of(searches, numbers, tree, self.features).columns()
+
+        store = PreferenceStore(folder, self._manifest(pool, task, seed), len(parts))
+        store.complete(parts, searched, "search", share)
+        return store
+
+    def _problems(self, task: Task, seed: int) -> Sequence[Example]:
+        return task.examples("train", self.examples, start=task.training_start(seed))
+
+    def _manifest(self, pool: ModelPool, task: Task, seed: int) -> dict[str, Any]:
+        """What makes the searches of the first round."""
+        start, count = task.training_start(seed), len(self._problems(task, seed))
+        return {
+            "models": models_manifest(pool),
+            "task": {"name": task.name, "start": start, "examples": count},
+            "searched": {
+                "features": self.features,
+                "max_new_tokens": self.max_new_tokens,
+                "shard_examples": self.shard_examples,
+                "oracle": {"cost": self.oracle.cost, "budget": self.oracle.budget},
+            },
+        }
+
+    def _given(self, folder: Path, pool: ModelPool, task: Task, seed: int) -> SearchedStates:
+        """The states of searches that were collected.
+
+        Raises:
+            ValueError: other models, problems or settings made them, or files are missing or damaged.
+        """
+        store = PreferenceStore.open(folder)
+        check_manifest(folder, store.manifest, self._manifest(pool, task, seed), ["models", "task", "searched"])
+        store.require()
+        return SearchedStates.kept(store)
 
     def _visited(
         self,
@@ -161,11 +176,12 @@ class OracleDistillation(Learner[RouterPolicy]):
         task: Task,
         examples: Sequence[Example],
         policy: RouterPolicy,
-        labelled: OracleStates,
+        labelled: SearchedStates,
         rng: np.random.Generator,
     ) -> tuple[list[int], list[npt.NDArray[np.int8]], list[int]]:
         """States the router comes to: their nodes, who wrote what stands there, and of which problem."""
-        scores = policy.score(observation_at(tree, labelled.nodes, labelled.since_llm)).double().numpy()
+        with torch.no_grad():
+            scores = policy.network(labelled.features.float().to(tree.pool.slm.device)).sigmoid().double().cpu().numpy()
         threshold = float(np.quantile(scores, self.llm_share))
         episodes = decode(
             tree.pool,
@@ -188,37 +204,28 @@ class OracleDistillation(Learner[RouterPolicy]):
                 owners.append(number)
         return starts, written, owners
 
-    def _train_router(
-        self, run: TrainingRun, tree: PrefixTree, labelled: OracleStates, searches: Sequence[SearchResult], number: int
-    ) -> RouterPolicy:
-        # a forgotten state's number names another one
-        if tree.evictions:
-            raise ValueError(
-                f"the tree's memory of {self.memory} bytes does not hold the searches of {len(searches)} problems; "
-                "raise memory or lower examples"
-            )
-        name = f"round {number}"
+    def _train_router(self, run: TrainingRun, tree: int, labelled: SearchedStates, number: int) -> RouterPolicy:
+        name, about = f"round {number}", labelled.about
         run.track(
             {
                 "run": name,
-                "searches": len(searches),
-                "solved": float(np.mean([search.solved for search in searches])),
-                "ran_out_of_budget": int(sum(search.exhausted for search in searches)),
-                "answers_tried": float(np.mean([search.walks for search in searches])),
-                "states": len(labelled.nodes),
-                "llm_share": float(1 - labelled.prefers_slm.mean()) if len(labelled.nodes) else 0.0,
-                "tree": len(tree),
+                "searches": about["searches"],
+                "solved": about["solved"] / about["searches"],
+                "ran_out_of_budget": about["exhausted"],
+                "answers_tried": about["tried"] / about["searches"],
+                "states": len(labelled.features),
+                "llm_share": float(1 - labelled.prefers_slm.mean()) if len(labelled.features) else 0.0,
+                "tree": tree,
             }
         )
-        data = LabelledTokens.in_memory(labelled.features(tree, self.features), labelled.prefers_slm, labelled.examples)
         network, report = fit_router(
-            data,
+            labelled.labelled(),
             self.training,
             run.seed,
             run.track,
-            device=tree.pool.slm.device,
+            device=run.pool.slm.device,
             label=name,
             checkpoint=run.file(f"round-{number}.safetensors"),
         )
         run.track({"run": name, **report})
-        return RouterPolicy(network, models_manifest(tree.pool), self.features, report)
+        return RouterPolicy(network, models_manifest(run.pool), self.features, report)

@@ -1,7 +1,9 @@
-"""Collect the preferences of round 1, to train several agents on.
+"""Collect what an agent's first round is trained on: CITER's preferences, the searches of `agent=expert`.
 
     python -m experiments.collect agent=citer hydra.run.dir=outputs/preferences
     python -m experiments.train agent=citer agent.preferences=outputs/preferences/preferences
+    python -m experiments.collect agent=expert hydra.run.dir=outputs/searches
+    python -m experiments.train agent=expert agent.searched=outputs/searches/preferences
 
 The run's folder receives `preferences/`: Arrow shards and the manifest of what made them. Started again in the same
 folder, a run goes on after the last shard that is done. Several processes collect together, on one machine or many:
@@ -23,7 +25,7 @@ from experiments.common.program import Begin, program
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from agents.citer import Citer
+    from agents.preferences.store import Collecting
     from envs.models.pool import ModelPool
     from envs.tasks.task import Task
     from experiments.common.tracking import Jsonl, Wandb
@@ -35,15 +37,17 @@ SUMMARY, PREFERENCES = "summary.json", "preferences"
 
 @program("collect", CONTINUING)
 def main(config: DictConfig, folder: Path, begin: Begin) -> None:
-    """Collect for `config.agent`, a `Citer`."""
-    from agents.citer import Citer
-    from agents.preferences.store import Share
+    """Collect for `config.agent`."""
+    from agents.preferences.store import Collecting, Share
     from experiments.common.config import build
     from experiments.common.multirun import missing_shards_said
 
     agent = build(config, "agent")
-    if not isinstance(agent, Citer):
-        raise ValueError(f"agent {type(agent).__name__} collects no preferences; choose agent=citer or one of its kind")
+    if not isinstance(agent, Collecting):
+        raise ValueError(
+            f"agent {type(agent).__name__} collects nothing before it is trained; choose agent=citer or one of its "
+            "kind, or agent=expert"
+        )
     task, tracking, pool = build(config, "task"), build(config, "track"), build(config, "models")
     if config.shard is None:
         if config.shards > 1 and (missing := missing_shards(folder / PREFERENCES, config.shards)):
@@ -60,7 +64,9 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         join(agent, pool, task, tracking, config, whole)
 
 
-def join(agent: Citer, pool: ModelPool, task: Task, tracking: Jsonl | Wandb, config: DictConfig, folder: Path) -> None:
+def join(
+    agent: Collecting, pool: ModelPool, task: Task, tracking: Jsonl | Wandb, config: DictConfig, folder: Path
+) -> None:
     """Write what one process would have written, once, where all shards are there."""
     from omegaconf import OmegaConf
 
@@ -77,7 +83,7 @@ def join(agent: Citer, pool: ModelPool, task: Task, tracking: Jsonl | Wandb, con
 
 
 def finish(
-    agent: Citer, pool: ModelPool, task: Task, tracking: Jsonl | Wandb, config: DictConfig, folder: Path
+    agent: Collecting, pool: ModelPool, task: Task, tracking: Jsonl | Wandb, config: DictConfig, folder: Path
 ) -> None:
     """Collect what is not there, check all of it, and say what it is."""
     from omegaconf import OmegaConf

@@ -3,10 +3,10 @@
     python -m experiments.demo                                            # `make demo`
     python -m experiments.demo 'train=["experiment=demo","task=arithmetic_hard"]' hydra.run.dir=outputs/hard
 
-Each policy is a run of `experiments.train` in a folder of its own in `train/`, with a log; two are made at a time.
-Policies are evaluated through a replay tree, so that no state is decoded twice. Seconds are measured at the end, while
-nothing else runs: of each policy at the threshold to use it at, and of LLM-only decoding in turn. Started again, it
-goes on where it was.
+Each policy is a run of `experiments.train` in a folder of its own in `train/`, with a log; as many are made at a time
+as there are cores. Policies are evaluated through a replay tree, so that no state is decoded twice. Seconds are
+measured at the end, while nothing else runs: of each policy at the threshold to use it at, and of LLM-only decoding in
+turn. Started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from experiments.common.stopping import near
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONTINUING = Continuing(may_differ=("workers", "timings", "bootstrap", "about"))
+CONTINUING = Continuing(may_differ=("timings", "bootstrap", "about"))
 
 
 @program("demo", CONTINUING)

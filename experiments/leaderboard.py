@@ -4,9 +4,11 @@
     python -m experiments.leaderboard agents=[citer,mine.Impatient] seeds=[0] hydra.run.dir=outputs/mine
 
 Each agent and seed is a run of `experiments.train` in a folder of its own below the run's folder, with a log; runs
-share what no agent changes. Started again, it goes on where it was: a run that is complete is not made again. One that
-fails does not stop the others. With `results=FOLDER` each run that is done is kept there as one file, and those that
-are kept there are not made, if this code still decodes what they hold.
+share what no agent changes. Hydra's launchers make them: `launcher=joblib`, the default, in as many processes as there
+are cores (`hydra.launcher.n_jobs=2`), `launcher=basic` one after the other in this one. Started again, it goes on where
+it was: a run that is complete is not made again. One that fails does not stop the others. With `results=FOLDER` each
+run that is done is kept there as one file, and those that are kept there are not made, if this code still decodes what
+they hold.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ CONTINUING = Continuing(
         "seeds",
         "untrained",
         "first",
-        "workers",
         "live",
         "timings",
         "timed",
@@ -51,7 +52,8 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     from experiments.published.entries import entries, training_of, write_leaderboard
     from experiments.published.store import Store
     from experiments.reporting.leaderboard_page import HowMade, page, picture
-    from experiments.training.many import Run, check, make_all, runs_of
+    from experiments.training.launching import make_all
+    from experiments.training.many import Run, check, runs_of
     from experiments.training.seconds import measure_seconds
 
     runs = runs_of(config, folder)
@@ -71,7 +73,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     for run in runs:
         if run.done:
             keep(run)
-    make_all(runs, config.workers, keep)
+    make_all(runs, folder, keep)
     timings = store.folder / "seconds.json" if store else folder / "timings.json"
     seconds = measure_seconds(runs, config.seeds[0], config.timings, timings, config.timed)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
@@ -79,7 +81,6 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     how = HowMade(
         machine=machine(),
         commit=commit(),
-        workers=config.workers,
         seeds=list(config.seeds),
         training=training,
         train=list(config.train),

@@ -1,7 +1,6 @@
 """`make demo`, in a small setting: it goes on, ends in a page, and its controls are those that would collect anew."""
 
 import json
-import logging
 import time
 
 import pytest
@@ -54,7 +53,7 @@ def test_every_run_of_the_demo_composes_and_measures_as_always(tmp_path):
     [
         ("controls=[citter]", "there is no agent 'citter'"),
         ("heuristics=[citer]", "citer is named twice"),
-        ("workers=0", "workers must be at least 1"),
+        ("timings=0", "timings must be at least 1"),
         ("heuristics=random", r"heuristics is a list, such as heuristics=\[random\]"),
         (
             'train=["experiment=demo","agent.examples=50"]',
@@ -88,30 +87,11 @@ def test_controls_that_take_preferences_are_those_that_collect_them(pool, task, 
         assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-def test_controls_begin_when_the_first_is_trained_and_failures_are_named(monkeypatch, tmp_path):
-    demo, begun = demo_of(tmp_path), []
-
-    class Here:
-        """Runs at once what is submitted."""
-
-        def submit(self, call, run):
-            from concurrent.futures import Future
-
-            future = Future()
-            begun.append(run.agent)
-            future.set_result("no room" if run.agent == "entropy" else None)
-            return future
-
-    with pytest.raises(ValueError, match=r"1 runs failed.*\n  entropy \(.*log.txt\): no room"):
-        demo._make_runs(Here(), logging.getLogger("demo"))
-    assert begun == ["citer", "random", "entropy", "citer_slm", "citer_agreement"]
-    for run in demo.runs[:2]:
-        run.folder.mkdir(parents=True)
-        (run.folder / "summary.json").write_text("{}")
-    begun.clear()
-    with pytest.raises(ValueError, match="entropy"):
-        demo._make_runs(Here(), logging.getLogger("demo"))
-    assert begun == ["random", "entropy", "citer_agreement"]
+def test_controls_wait_for_the_preferences_of_the_first(tmp_path):
+    demo = demo_of(tmp_path)
+    assert [run.after for run in (demo.first, *demo.beside)] == [None] * 3
+    made_of = tmp_path / "train" / "citer"
+    assert {run.after for run in demo.controls} == {(made_of / "round-1.safetensors", made_of)}
 
 
 def overrides_of(folder):

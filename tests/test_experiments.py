@@ -354,7 +354,7 @@ def test_a_multirun_ends_in_one_report(tmp_path):
 @pytest.mark.parametrize(
     ("script", "overrides", "message"),
     [
-        ("collect", ["agent=entropy"], "Uncertainty collects no preferences"),
+        ("collect", ["agent=entropy"], "Uncertainty collects nothing before it is trained"),
         ("train", ["evaluate=true", "evaluation.cost=euros"], "euros"),
         ("evaluate", ["+saved.citer=nowhere"], "nowhere"),
         ("evaluate", ["cost=euros"], "euros"),

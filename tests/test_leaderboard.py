@@ -72,7 +72,7 @@ def test_nothing_else_opens_the_test_problems_of_the_core_table():
         ("first=nobody", "nobody"),
         ("agents=[citer,agents.heuristics.Nobody]", "Nobody cannot be imported"),
         ("seeds=[]", "seed"),
-        ("workers=0", "workers"),
+        ("timings=0", "timings"),
         ("agents=citer", r"agents is a list, such as agents=\[citer\]"),
     ],
 )

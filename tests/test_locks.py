@@ -17,7 +17,7 @@ import pytest
 from agents.common.rollout import Scheduling
 from agents.heuristics import Random
 from envs.prefix_tree.tree import PrefixTree
-from experiments.common.locks import InUseError, one_at_a_time, only_writer
+from experiments.common.locks import InUseError, one_at_a_time, one_of, only_writer
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
 
@@ -75,6 +75,14 @@ def test_who_shares_a_file_waits_for_the_other(tmp_path, caplog):
             order.append("second")
     assert order == ["first", "second"]
     assert f"waiting for process {os.getpid()}" in caplog.text
+
+
+def test_of_several_files_each_holds_one_that_no_other_does(tmp_path):
+    shared = tmp_path / "trees" / "*.tree"
+    with one_of(shared) as first, one_of(shared) as second:
+        assert [first.name, second.name] == ["0.tree", "1.tree"]
+    with one_of(shared) as again, one_of(tmp_path / "one.tree") as only:
+        assert [again.name, only.name] == ["0.tree", "one.tree"]
 
 
 def test_evaluations_that_share_a_tree_lose_no_states(pool, task, tmp_path):

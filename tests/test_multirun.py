@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from agents.citer import Citer
 from agents.common.rollout import Scheduling
+from agents.distillation import OracleDistillation
+from agents.oracle import Oracle
 from agents.preferences.store import Share
 from experiments.common.config import CONF, build, build_settings
 from experiments.common.multirun import EXTRAS, JOBS, Job, jobs_of, missing_extra, own, shard_folder
@@ -149,12 +151,16 @@ def test_shards_are_numbered_and_have_folders_of_their_own():
             shard_folder(OmegaConf.create({"shards": shards, "shard": number}), Path("run"))
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, pytest.param({"references": "llm"}, marks=pytest.mark.slow)], ids=["task", "llm"]
-)
-def test_a_collection_in_shards_is_that_of_one_process(settings, pool, tmp_path):
-    agent = Citer(examples=5, shard_examples=1, scheduling=Scheduling(rows=16), **settings)
-    task, rows = Odd(), []
+SHARDED = {
+    "citer": Citer(examples=5, shard_examples=1, scheduling=Scheduling(rows=16)),
+    "llm": Citer(examples=5, shard_examples=1, scheduling=Scheduling(rows=16), references="llm"),
+    "expert": OracleDistillation(examples=5, shard_examples=1, oracle=Oracle(budget=8), memory=2**24),
+}
+
+
+@pytest.mark.parametrize("name", ["citer", pytest.param("llm", marks=pytest.mark.slow), "expert"])
+def test_a_collection_in_shards_is_that_of_one_process(name, pool, tmp_path):
+    agent, task, rows = SHARDED[name], Odd(), []
     agent.collect(pool, task, 1, tmp_path / "whole", rows.append)
     whole = contents(tmp_path / "whole")
     for count in (1, 2, 5):

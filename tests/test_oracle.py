@@ -1,7 +1,7 @@
 """The oracle, what is distilled from it, and counterfactual advantages: against plain decoding."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,11 +11,12 @@ from agents.checking.entropy import CheckedEntropy
 from agents.common.curves import Hull
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode
-from agents.distillation import OracleDistillation, OracleStates
+from agents.distillation import OracleDistillation
 from agents.heuristics import Always, Random
 from agents.oracle import Oracle
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
+from agents.searched_states import OracleStates, SearchedStates
 from agents.tapo import Tapo, _Improvement, branch_loss
 from envs.costs import ALL_COSTS, PASSES, MemoryTraffic, response_entries
 from envs.decoding.decoder import since_at_each, since_llm
@@ -24,6 +25,7 @@ from envs.decoding.observation import feature_width
 from envs.environments.token_routing import RoutingVectorEnv
 from envs.models.pool import models_manifest
 from envs.prefix_tree.tree import TERMINATED, PrefixTree
+from envs.tasks.arithmetic import ArithmeticTask
 from experiments.evaluation.answers import Answers, sweep
 from experiments.evaluation.baselines import Baselines, measure_baselines, oracle_outcomes
 from experiments.evaluation.decoder import ExampleDecoder
@@ -333,3 +335,34 @@ def test_the_branch_loss_raises_what_pays():
 def test_every_reproducible_cost_can_be_minimised():
     for cost in ALL_COSTS:
         assert not cost.reproducible or Oracle(cost=cost.name).cost == cost.name
+
+
+def test_an_expert_learns_from_searches_that_were_collected(pool, task, tmp_path):
+    agent = OracleDistillation(examples=24, shard_examples=10, oracle=Oracle(budget=50), memory=2**26)
+    store, told = agent.collect(pool, task, 0, tmp_path / "searches"), []
+    given = replace(agent, searched=f"{tmp_path / 'searches'}")
+    collected = SearchedStates.kept(store)
+    # those of one tree of all problems, whose passes read other problems beside them
+    problems = task.examples("train", 24, start=task.training_start(0))
+    tree = PrefixTree(pool, task, memory=2**26)
+    whole = SearchedStates.of(agent.oracle.search(tree, problems), range(24), tree, agent.features)
+    assert collected.about == whole.about
+    np.testing.assert_array_equal(collected.prefers_slm, whole.prefers_slm)
+    np.testing.assert_array_equal(collected.examples, whole.examples)
+    np.testing.assert_allclose(collected.features.float(), whole.features.float(), rtol=2e-3, atol=2e-3)
+    given.fit(pool, task, track=told.append, folder=tmp_path)
+    assert not (tmp_path / "expert.tree").exists()
+    assert told[0]["states"] == len(whole.features) == sum(store.rows())
+    for change in ({"oracle": Oracle(budget=49)}, {"features": "hidden"}, {"examples": 23}):
+        with pytest.raises(ValueError, match="searches"):
+            replace(given, **change).fit(pool, task)
+    (tmp_path / "searches" / "shard-00001.json").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001.arrow of 3 shards is missing"):
+        given.fit(pool, task)
+
+
+def test_searches_that_solve_nothing_leave_files_without_rows(pool, tmp_path):
+    agent = OracleDistillation(examples=2, shard_examples=2, oracle=Oracle(budget=1), memory=2**24, max_new_tokens=1)
+    store = agent.collect(pool, ArithmeticTask(level="hard"), 0, tmp_path)
+    assert store.rows() == [0]
+    assert SearchedStates.kept(store).features.shape == (0, feature_width(agent.features, pool.slm.width))

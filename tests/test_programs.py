@@ -10,10 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from multiprocessing import active_children
 from pathlib import Path
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -25,7 +24,7 @@ from experiments.common.continuing import SETTINGS, TRAINING, Continuing
 from experiments.common.help import write_help
 from experiments.common.locks import InUseError, only_writer
 from experiments.common.program import program
-from experiments.common.stopping import Workers, command_to_go_on
+from experiments.common.stopping import command_to_go_on
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("demo", "train", "evaluate", "collect", "leaderboard", "queries", "speed", "pretrain", "verify")
@@ -234,60 +233,53 @@ def test_the_command_to_go_on_names_the_folder_once(monkeypatch, tmp_path):
     )
 
 
-def test_workers_end_with_an_interrupted_program():
-    begun = time.monotonic()
+WORKING = """
+import os, sys, time
+from joblib import Parallel, delayed
+from tqdm import tqdm
+from experiments.common.stopping import end_with, stoppable
 
-    def interrupted():
-        with Workers(2) as workers:
-            workers.submit(time.sleep, 300)
-            while not active_children():
-                time.sleep(0.01)
-            raise KeyboardInterrupt
+def job(parent):
+    end_with(parent)
+    tqdm(total=2)
+    print(os.getpid(), flush=True)
+    time.sleep(300)
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert time.monotonic() - begun < 60
-    assert not active_children()
+if __name__ == "__main__":
+    with stoppable():
+        Parallel(n_jobs=2)(delayed(job)(os.getpid()) for _ in range(2))
+"""
+"""A program with two processes that a library started."""
 
 
-def test_a_program_whose_workers_show_bars_is_stopped_in_one_line():
-    shown = "from tqdm import tqdm; import time; tqdm(total=2); print('shown', flush=True); time.sleep(300)"
-    code = (
-        "from experiments.common.stopping import Workers, stoppable\n"
-        "if __name__ == '__main__':\n"
-        f"    with stoppable(), Workers(1) as workers:\n        workers.submit(exec, {shown!r}).result()\n"
-    )
+def working():
+    """The program, and the numbers of its processes, which are at work."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
-    assert parent.stdout.readline() == "shown\n"
-    parent.terminate()
+    parent = subprocess.Popen([sys.executable, "-c", WORKING], cwd=ROOT, text=True, start_new_session=True, **pipes)
+    return parent, [int(parent.stdout.readline()) for _ in range(2)]
+
+
+def have_ended(workers):
+    """Wait until processes have; whether they did."""
+    waited = psutil.wait_procs([psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)], timeout=60)[1]
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in waited)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_whose_processes_show_bars_is_stopped_in_one_line(number):
+    parent, workers = working()
+    os.killpg(parent.pid, number) if number == signal.SIGINT else parent.terminate()
     said = [line for line in parent.communicate(timeout=60)[1].splitlines() if line and "it/s]" not in line]
-    assert parent.returncode == 143
-    assert said == ["stopped by SIGTERM before anything was done"]
+    assert parent.returncode == 128 + number
+    assert said == [f"stopped by {number.name} before anything was done"]
+    assert have_ended(workers)
 
 
-def test_workers_end_with_a_program_that_is_killed():
-    code = (
-        "import os, time\nfrom experiments.common.stopping import Workers\n"
-        "if __name__ == '__main__':\n"
-        "    with Workers(1) as workers:\n"
-        "        print(workers.submit(os.getpid).result(), flush=True)\n"
-        "        workers.submit(time.sleep, 300).result()\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    worker = int(parent.stdout.readline())
+def test_processes_end_with_a_program_that_is_killed():
+    parent, workers = working()
     parent.kill()
     parent.wait()
-    for _ in range(300):
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return
-        if Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker outlived its parent")
+    assert have_ended(workers)
 
 
 # -- what is chosen is imported, and nothing else ---------------------------------------------------------------------

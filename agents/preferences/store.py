@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,11 @@ from torch import Tensor
 
 from envs.progress import ProgressBar
 from envs.storage import check_manifest, write_text, write_whole
+
+if TYPE_CHECKING:
+    from agents.common.policy import Track
+    from envs.models.pool import ModelPool
+    from envs.tasks.task import Task
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -60,6 +65,19 @@ class Share:
     def of(self, shards: int) -> range:
         """The shards that it makes."""
         return range(self.number, shards, self.count)
+
+
+@runtime_checkable
+class Collecting(Protocol):
+    """A learner whose first round several processes can collect, before it or others are trained on it."""
+
+    def collect(self, pool: ModelPool, task: Task, seed: int, folder: Path, track: Track = ...) -> PreferenceStore:
+        """Collect all of it into `folder`, going on where an earlier run was interrupted."""
+        ...
+
+    def collect_share(self, pool: ModelPool, task: Task, seed: int, folder: Path, share: Share) -> PreferenceStore:
+        """Collect one share of it, beside other processes; the bytes are those that `collect` writes."""
+        ...
 
 
 class PreferenceStore:
@@ -243,7 +261,7 @@ class PreferenceStore:
         column = self._table(shard).column(FEATURES)
         width = column.type.list_size
         parts = [chunk.flatten().to_numpy().reshape(-1, width) for chunk in column.chunks]
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.from_numpy(np.concatenate([np.zeros((0, width), dtype=np.float16), *parts]))
 
     def _table(self, shard: int) -> Any:
         from datasets import Dataset

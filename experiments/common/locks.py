@@ -10,6 +10,7 @@ locks at all, a line says so, and nothing is locked.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -88,6 +89,33 @@ def one_at_a_time(shared: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def one_of(shared: Path) -> Iterator[Path]:
+    """Hold a file that several runs share, or one of several such files: the first that no other run holds.
+
+    Args:
+        shared: the file; where there are several, a number stands for the `*` of its name: 0, 1 and so on.
+    """
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    if "*" not in shared.name:
+        with one_at_a_time(shared):
+            yield shared
+        return
+    for number in itertools.count():
+        path = shared.with_name(shared.name.replace("*", f"{number}"))
+        place = path.with_name(f"{path.name}.lock")
+        lock = _lock(place)
+        try:
+            _acquire(lock, place, wait=False)
+        except Timeout:
+            continue
+        try:
+            yield path
+        finally:
+            lock.release()
+        return
 
 
 def _lock(place: Path) -> FileLock:

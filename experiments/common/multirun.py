@@ -298,7 +298,8 @@ def missing_extra(error: BaseException) -> str | None:
         if launcher != name and extra is not None:
             return (
                 f"Hydra's launcher {launcher!r} is not installed; it comes with an extra: pip install "
-                f"'citer-gym[{extra}]', in a checkout pip install -c constraints.txt -e '.[{extra}]'"
+                f"'citer-gym[{extra}]', in a checkout pip install -c constraints.txt -e '.[{extra}]'; launcher=basic "
+                "needs none"
             )
     return None
 

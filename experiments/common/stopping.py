@@ -8,23 +8,23 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import NoReturn
 
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 5.0
 """Seconds that a worker may take to end."""
+FOLLOWING = 0.5
+"""Seconds after which it is looked again whether a parent is there."""
 CLOSING = 10.0
 """Seconds that a program may take to close what it holds."""
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
@@ -131,30 +131,6 @@ def near(folder: Path) -> Path:
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
-class Workers(ProcessPoolExecutor):
-    """Processes that work for this one, and end with it, however it ends.
-
-    Args:
-        count: of processes.
-    """
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count, mp_context=multiprocessing.get_context("spawn"), initializer=_work_for_parent)
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """As the library's. Processes are started here: Ctrl-C at the terminal is for the one that started them."""
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return super().submit(fn, *args, **kwargs)
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            end_workers()  # its thread sees them end, and is waited for below: it takes their exit codes too
-        super().__exit__(kind, *rest)
-
-
 def end_workers(patience: float = PATIENCE) -> None:
     """End the processes that work for this one, and wait for so many seconds until they have."""
     workers = multiprocessing.active_children()
@@ -164,16 +140,22 @@ def end_workers(patience: float = PATIENCE) -> None:
         process.join(patience)
 
 
-def _work_for_parent() -> None:
-    """Called in a worker: Ctrl-C is for its parent, and it ends when that is gone."""
+def end_with(parent: int) -> None:
+    """End this process when the one that has started it is gone; Ctrl-C at the terminal is for that one.
+
+    Args:
+        parent: its number; where it is not this one's parent, nothing is done: what runs on clusters ends with them.
+    """
+    if os.getppid() != parent:
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # tqdm's own is a semaphore, of which Python says that it leaked when a signal ends the worker
+    # tqdm's own is a semaphore, of which Python says that it leaked when a signal ends the process
     tqdm.set_lock(threading.RLock())
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def follow() -> None:
-        parent.join()
+        while os.getppid() == parent:
+            time.sleep(FOLLOWING)
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    if not any(thread.name == follow.__qualname__ for thread in threading.enumerate()):
+        threading.Thread(target=follow, name=follow.__qualname__, daemon=True).start()

@@ -18,6 +18,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from envs.prefix_tree.tree import PrefixTree
 from envs.progress import ProgressBar
 from envs.storage import copy_files, keep_manifest, write_text
 from envs.tasks.task import Example, Task
-from experiments.common.locks import one_at_a_time
+from experiments.common.locks import one_at_a_time, one_of
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
@@ -329,10 +330,7 @@ class Evaluation:
         return transcripts(self.pool, episodes, [name for name in episodes if policies[name].judge is not None])
 
     def save_tree(self) -> None:
-        """Write the replay tree to `settings.tree`, if there is one; what other runs wrote there meanwhile is lost.
-
-        `evaluate` keeps them away.
-        """
+        """Write the replay tree to `settings.tree`, if there is one; `evaluate` keeps other writers away."""
         if self.tree is not None and self.settings.tree is not None:
             self.tree.save(self.settings.tree)
 
@@ -380,7 +378,8 @@ def evaluate(
         The contents of `summary.json`; None where settings ask for no report.
     """
     settings.shown(list(policies))  # refuses before anything is decoded
-    with nullcontext() if settings.tree is None else one_at_a_time(settings.tree):
+    with nullcontext() if settings.tree is None else one_of(settings.tree) as tree:
+        settings = replace(settings, tree=tree)
         evaluation = Evaluation(pool, task, settings, folder, track, first)
         results = evaluation.run(policies, trained, seed)
         shown = evaluation.transcripts(policies, results) if settings.transcripts else {}

@@ -43,7 +43,8 @@ class EvaluationSettings:
         shared: a folder for the baselines, which no policy changes, so that several evaluations measure them once;
             they are kept with the evaluation itself where None.
         tree: a file: answers are decoded through a replay tree that is kept there, so that no state is decoded twice,
-            and nothing is timed; every token is decoded where None.
+            and nothing is timed; every token is decoded where None. Runs that share a file wait for each other; with a
+            `*` in its name there are several, and a run takes one that no other is using.
         tree_memory: bytes that the tree may take.
         traces: whether a trace of every episode is written beside what is kept of it, for `experiments.verify`.
         columns: of the table that is printed: `few`, which fit most terminals, or `all`; table.md holds all.

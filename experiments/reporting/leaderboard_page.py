@@ -50,7 +50,6 @@ class HowMade:
     Attributes:
         machine: processor, cores and versions, as `experiments.common.timing.machine` gives them.
         commit: of the code.
-        workers: runs at a time.
         seeds: of training.
         training: what each agent had for it: problems, features, parameters, LLM tokens, minutes.
         train: overrides of every run.
@@ -59,7 +58,6 @@ class HowMade:
 
     machine: Mapping[str, Any]
     commit: str
-    workers: int
     seeds: Sequence[int]
     training: Mapping[str, Mapping[str, Any]]
     train: Sequence[str]
@@ -158,7 +156,7 @@ compare directions, not digits.
 ## How it was made
 
 {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, Python {machine["python"]}; commit
-`{how.commit}`; {how.workers} runs at a time, one thread each. One row:
+`{how.commit}`; each run in a process of one thread. One row:
 
 ```
 {reproduce(how)}

@@ -1,15 +1,12 @@
-"""Many training runs, a few processes at a time; what is done is not done again."""
+"""Many training runs: which there are, what they share, and how one is made."""
 
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import current_process
 from pathlib import Path
 
 import torch
@@ -19,15 +16,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from envs.progress import ProgressBar
+from envs.storage import write_text
 from experiments.common.config import CONF, imported, prepare, register_schemas
 from experiments.common.continuing import TRAINING
 from experiments.common.run_folder import run_folder
-from experiments.common.stopping import Workers
+from experiments.common.stopping import quoted
 from experiments.training.run import SUMMARY, checked, train_as_configured
 
-OWN_THREADS = torch.get_num_threads()
-"""Those that torch has chosen, or its user, before any run."""
+LOG = "log.txt"
+"""In a run's folder: what it printed."""
+FAILED = "failed.txt"
+"""In a run's folder: what went wrong when it was last made; not there while it is, nor where it is done."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Run:
         overrides: of `experiments.train`, besides these two.
         folder: of the run.
         shared: folder of what no agent changes.
-        live: decode every token; otherwise the runs of a process share one replay tree of what was decoded.
+        live: decode every token; otherwise runs share replay trees of what was decoded, each of them one at a time.
+        after: a file that it reads, and the folder of the run that makes it: it begins when the file is there.
     """
 
     agent: str
@@ -49,6 +49,7 @@ class Run:
     folder: Path
     shared: Path
     live: bool = False
+    after: tuple[Path, Path] | None = None
 
     @property
     def name(self) -> str:
@@ -60,28 +61,36 @@ class Run:
         """Whether it is complete."""
         return (self.folder / SUMMARY).is_file()
 
+    @property
+    def failed(self) -> str | None:
+        """What went wrong; None where nothing did, or nothing is known."""
+        path = self.folder / FAILED
+        return path.read_text().strip() if path.is_file() and not self.done else None
+
+    @property
+    def settings(self) -> list[str]:
+        """The overrides that `experiments.train` is called with."""
+        return [f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self._place]
+
     def config(self) -> DictConfig:
         """What `experiments.train` is called with."""
         register_schemas()
-        overrides = [f"agent={self.agent}", f"seed={self.seed}", *self.overrides, *self.place()]
         # in a program Hydra reads this folder already
         reading = GlobalHydra.instance().is_initialized()
         with nullcontext() if reading else initialize_config_dir(str(CONF), version_base=None):
-            return compose("train", overrides=overrides)
+            return compose("train", overrides=self.settings)
 
     @property
     def shared_baselines(self) -> Path:
         """The folder of what no agent changes; timed baselines are kept apart."""
         return self.shared / ("live" if self.live else "replayed")
 
-    def place(self) -> list[str]:
+    @property
+    def _place(self) -> list[str]:
         """Where the evaluation keeps what runs share; one report is made of all."""
-        shared = f"evaluation.shared={self.shared_baselines}"
-        if self.live:
-            return ["evaluation.report=false", shared]
-        # processes that wrote one file would undo each other's work
-        tree = self.shared / f"{current_process().name}.tree"
-        return ["evaluation.report=false", shared, f"evaluation.tree={tree}"]
+        shared = f"evaluation.shared={quoted(self.shared_baselines)}"
+        tree = [] if self.live else [f"evaluation.tree={quoted(self.shared / '*.tree')}"]
+        return ["evaluation.report=false", shared, *tree]
 
 
 def runs_of(config: DictConfig, folder: Path) -> list[Run]:
@@ -102,10 +111,10 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
             raise ValueError(f"there is no agent {name!r}; there are {', '.join(known)}, or classes, as mine.Impatient")
     if config.first not in names:
         raise ValueError(f"first is {config.first!r}, the agents are {', '.join(names)}; choose one of them")
-    if not config.seeds or min(config.seeds) < 0 or config.workers < 1 or config.timings < 1 or config.timed < 0:
+    if not config.seeds or min(config.seeds) < 0 or config.timings < 1 or config.timed < 0:
         raise ValueError(
-            f"name at least one seed, 0 or more (seeds: {list(config.seeds)}), and at least one of workers "
-            f"({config.workers}) and timings ({config.timings}); timed ({config.timed}) is 0 or more"
+            f"name at least one seed, 0 or more (seeds: {list(config.seeds)}), and at least one of timings "
+            f"({config.timings}); timed ({config.timed}) is 0 or more"
         )
     names.sort(key=lambda name: (name != config.first, name not in config.departures, name))
     shared = folder / "shared"
@@ -161,58 +170,30 @@ def _said(error: Exception) -> str:
     return " ".join(text.replace("Builds_", "").split())
 
 
-def make(run: Run) -> str | None:
-    """Make one run, in a process of one thread; what went wrong, or None."""
-    torch.set_num_threads(1)
+def make(run: Run) -> None:
+    """Make one run in this process, with one thread; what goes wrong is kept in its folder, see `Run.failed`."""
+    make_as_configured(run.config(), run.folder, run.agent)
+
+
+def make_as_configured(config: DictConfig, folder: Path, agent: str) -> None:
+    """Make the run of `config` in `folder`, its log in `log.txt`; what goes wrong is kept there, see `Run.failed`."""
+    threads = torch.get_num_threads()
     try:
-        config = run.config()
         with (
-            run_folder(config, run.folder, TRAINING) as begin,
-            (run.folder / "log.txt").open("w") as log,
+            run_folder(config, folder, TRAINING) as begin,
+            (folder / LOG).open("w") as log,
             redirect_stdout(log),
             redirect_stderr(log),
         ):
+            (folder / FAILED).unlink(missing_ok=True)
             try:
-                prepare(config)
-                train_as_configured(config, run.folder, run.agent, begin)
+                prepare(config, side_by_side=True)
+                train_as_configured(config, folder, agent, begin)
             except Exception:
                 logging.getLogger(__name__).exception("run failed")
                 raise
     except Exception as error:  # whatever it is, the other runs go on
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def make_all(runs: Sequence[Run], workers: int, made: Callable[[Run], None] = lambda run: None) -> None:
-    """Make the runs that are not there yet.
-
-    Args:
-        runs: all of them.
-        workers: how many at a time.
-        made: called with each that was made, in this process.
-
-    Raises:
-        ValueError: some failed; the error names them and what they said.
-    """
-    missing = [run for run in runs if not run.done]
-    failed: dict[str, str] = {}
-    # torch's own threads would wait for each other where processes share the cores
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with (
-        ProgressBar(total=len(runs), initial=len(runs) - len(missing), desc="runs", mininterval=5) as progress,
-        Workers(workers) as processes,
-    ):
-        # the first of all makes alone what all share
-        first = int(len(missing) == len(runs))
-        for part in (missing[:first], missing[first:]):
-            waiting = {processes.submit(make, run): run for run in part}
-            for future in as_completed(waiting):
-                run, error = waiting[future], future.result()
-                if error:
-                    failed[f"{run.agent} with seed {run.seed} ({run.folder / 'log.txt'})"] = error
-                else:
-                    made(run)
-                progress.update()
-    if failed:
-        lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
-        raise ValueError(f"{len(failed)} runs failed; the others are kept, and are not made again:\n{lines}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / FAILED, f"{type(error).__name__}: {error}\n")
+    finally:
+        torch.set_num_threads(threads)
