@@ -126,7 +126,8 @@ def test_a_demo_that_was_killed_goes_on_and_ends_in_a_page(tmp_path):
     killed.kill()
     assert kept
     Start("demo", overrides_of(folder), log).finish()
-    assert log.read_text().splitlines()[-1] == f"open {folder / 'index.html'}"
+    # a process that was forked for the test ends without joblib's last clearing up, which is said behind it
+    assert f"open {folder / 'index.html'}" in log.read_text().splitlines()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     page, summary = (folder / "index.html").read_text(), json.loads((folder / "summary.json").read_text())
     assert list(summary["policies"]) == ["citer", "citer_agreement", "citer_slm", "entropy", "random"]

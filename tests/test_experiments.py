@@ -422,7 +422,7 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
             "llm_only_over_generate",
         },
         "env": set(),
-        "collect": {"plain_over_ours"},
+        "collect": {"plain_over_ours", "two_processes_over_one"},
         "rl": {"shortcut_over_live", "tree_over_live"},
         "latency": {
             *(

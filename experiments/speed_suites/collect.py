@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from omegaconf import DictConfig
 
 from agents.citer import Citer
 from agents.common.rollout import Scheduling
+from agents.preferences.store import Share
 from envs.models.loading import embedded_pool
 from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
@@ -61,8 +64,46 @@ def collect_seconds(pool: ModelPool, task: Task, settings: Citer, seed: int) -> 
         return seconds, store.column("label").tolist(), float(sum(store.rows()))
 
 
+def side_by_side(config: DictConfig) -> float:
+    """How much faster two processes collect the same shards than one, one thread in each; models are loaded before."""
+    from joblib import Parallel, delayed
+
+    settings = Citer(
+        examples=config.collect_examples,
+        shard_examples=max(1, config.collect_examples // 8),
+        scheduling=Scheduling(rows=config.collect_rows),
+    )
+
+    def seconds(processes: int) -> float:
+        with tempfile.TemporaryDirectory() as folder, Parallel(n_jobs=processes, batch_size=1) as parallel:
+            few = replace(settings, examples=2, shard_examples=1)
+            parallel(delayed(_share)(few, Path(folder) / f"{number}", 0, 1) for number in range(processes))
+            begun = time.perf_counter()
+            parallel(delayed(_share)(settings, Path(folder) / "all", number, processes) for number in range(processes))
+            return time.perf_counter() - begun
+
+    threads = torch.get_num_threads()
+    medians = alternate({"one": lambda: seconds(1), "two": lambda: seconds(2)}, config.collect_repeats, "processes")
+    torch.set_num_threads(threads)  # one process is this one
+    return medians["one"] / medians["two"]
+
+
+def _share(settings: Citer, folder: Path, number: int, processes: int) -> None:
+    """Collect one share, in a process of its own."""
+    torch.set_num_threads(1)
+    settings.collect_share(_pool(), ArithmeticTask(), 0, folder, Share(number, processes))
+
+
+@cache
+def _pool() -> ModelPool:
+    """Of this process."""
+    return embedded_pool()
+
+
 def collect_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
-    """Ratio `plain_over_ours` on the same examples, and rate `reference_tokens_per_second`, on the embedded pair.
+    """Speed of collection on the embedded pair, where it can be compared as ratios on the same examples.
+
+    Ratios: `plain_over_ours`, and `two_processes_over_one`. Rate: `reference_tokens_per_second`.
 
     Raises:
         RuntimeError: the two disagree on a label.
@@ -94,4 +135,5 @@ def collect_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         return tokens / seconds
 
     rates = alternate({"rate": rate}, config.collect_repeats, "collect")
-    return {"plain_over_ours": seconds["plain"] / seconds["ours"]}, {"reference_tokens_per_second": rates["rate"]}
+    ratios = {"plain_over_ours": seconds["plain"] / seconds["ours"], "two_processes_over_one": side_by_side(config)}
+    return ratios, {"reference_tokens_per_second": rates["rate"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +153,7 @@ def _launch(runs: Sequence[Run], folder: Path) -> None:
     try:
         launcher.launch(jobs, initial_job_idx=0)
     finally:
+        _free_processes()
         here.cfg = own  # a launcher that makes runs in this process leaves the last one's
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
@@ -159,3 +161,9 @@ def _launch(runs: Sequence[Run], folder: Path) -> None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = threads
+
+
+def _free_processes() -> None:
+    """End joblib's processes, which it keeps for a while, and their models with them: seconds are measured next."""
+    if (loky := sys.modules.get("joblib.externals.loky")) is not None:
+        loky.get_reusable_executor().shutdown(kill_workers=True)
