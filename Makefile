@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 setup: ## create .venv with everything in it
 	@sh .ci/setup
 
-demo: $(STAMP) ## train CITER, compare it, and write one page: outputs/demo/index.html (two to three minutes on two cores)
+demo: $(STAMP) ## train CITER, compare it, and write one page: outputs/demo/index.html (one to two minutes on two cores)
 	$(BIN)/python -m experiments.demo
 
 test: $(STAMP) ## run the tests, except the slow ones
