@@ -240,3 +240,17 @@ def test_what_is_written_by_a_model_is_escaped(summary, monkeypatch):
     assert "<script>" not in text
     assert "wrong, the answer is &lt;u&gt;" in text
     assert Page(text).open == []
+
+
+def test_costs_on_a_logarithmic_axis_keep_their_points(summary, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("experiments.reporting.figures.place_labels", lambda axes, labels: drawn.append((axes, labels)))
+    plot_curves(summary, tmp_path / "curve.png", logarithmic=True)
+    ((axes, labels),) = drawn
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlabel().endswith("logarithmic scale")
+    low, high = axes.get_xlim()
+    assert all(low < cost < high for label in labels for cost in label.points[:, 0])
+    for policy in summary["policies"].values():  # a line goes through all it is made of, straight in accuracy over cost
+        lines = [line.get_xydata() for line in axes.get_lines()]
+        assert any({tuple(point) for point in policy["curve"]} <= {tuple(point) for point in line} for line in lines)

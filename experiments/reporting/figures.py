@@ -70,7 +70,13 @@ def _svg(draw: Callable[[IO[bytes]], object]) -> str:
     return file.getvalue().decode()
 
 
-def plot_curves(summary: Mapping[str, Any], path: Path, axis: str | None = None, alone: Sequence[str] = ALONE) -> None:
+def plot_curves(
+    summary: Mapping[str, Any],
+    path: Path,
+    axis: str | None = None,
+    alone: Sequence[str] = ALONE,
+    logarithmic: bool = False,
+) -> None:
     """Draw accuracy over relative cost, a line per policy, to a PNG file.
 
     Args:
@@ -78,8 +84,9 @@ def plot_curves(summary: Mapping[str, Any], path: Path, axis: str | None = None,
         path: of the file.
         axis: what the cost is; relative to LLM-only decoding where None.
         alone: what the two ends of all curves are called.
+        logarithmic: the axis of costs, for many policies at a small share of the LLM's cost.
     """
-    _draw_curves(summary, path, axis, alone)
+    _draw_curves(summary, path, axis, alone, logarithmic)
 
 
 def curves_svg(summary: Mapping[str, Any]) -> str:
@@ -87,7 +94,13 @@ def curves_svg(summary: Mapping[str, Any]) -> str:
     return _svg(lambda file: _draw_curves(summary, file, None, ALONE))
 
 
-def _draw_curves(summary: Mapping[str, Any], target: Path | IO[bytes], axis: str | None, alone: Sequence[str]) -> None:
+def _draw_curves(
+    summary: Mapping[str, Any],
+    target: Path | IO[bytes],
+    axis: str | None,
+    alone: Sequence[str],
+    logarithmic: bool = False,
+) -> None:
     from matplotlib import colormaps
 
     colours, named = colormaps["tab10"], named_policies(summary)
@@ -104,7 +117,7 @@ def _draw_curves(summary: Mapping[str, Any], target: Path | IO[bytes], axis: str
         for name, front in summary.get("fronts", {}).items():
             points = _to_the_end(front["curve"])
             # below the curves it is made of, which stay visible on it
-            axes.plot(*points.T, color="gold", linewidth=6, alpha=0.5, zorder=1)
+            axes.plot(*_traced(points).T, color="gold", linewidth=6, alpha=0.5, zorder=1)
             labels.append(Label(front_name(name, front), points, "darkgoldenrod"))
         for name, baseline in summary["limits"].items():
             shown = BASELINE_NAMES[name]
@@ -114,16 +127,21 @@ def _draw_curves(summary: Mapping[str, Any], target: Path | IO[bytes], axis: str
                 labels.append(_mark(axes, baseline[f"cost_{summary['cost']}"], baseline["accuracy"], "k*", shown))
         labels.append(_mark(axes, slm["cost"], slm["accuracy"], "ks", alone[0]))
         labels.append(_mark(axes, llm["cost"], llm["accuracy"], "k^", alone[1]))
-        target_line = np.array([[0.0, TARGET * llm["accuracy"]], [1.0, TARGET * llm["accuracy"]]])
+        first = slm["cost"] if logarithmic else 0.0
+        target_line = np.array([[first, TARGET * llm["accuracy"]], [1.0, TARGET * llm["accuracy"]]])
         axes.plot(*target_line.T, color="grey", linewidth=0.8, linestyle=":")
         best = "the LLM" if alone is ALONE else "the best model"
         labels.append(Label(f"{TARGET:.0%} of {best}'s accuracy".replace("%", " %"), target_line, "dimgrey"))
-        axes.set_xlabel(axis or f"cost relative to LLM-only decoding ({UNITS[summary['cost']]})")
+        scale = ", logarithmic scale" if logarithmic else ""
+        axes.set_xlabel((axis or f"cost relative to LLM-only decoding ({UNITS[summary['cost']]})") + scale)
         axes.set_ylabel(f"accuracy ({summary['examples']} {summary['split']} problems)")
         few = f": {' -> '.join(summary['pool'])}" if len(summary["pool"]) < 4 else ""
         grey = f"; in grey, not named: {len(unnamed)} more" if unnamed else ""
         axes.set_title(f"{summary['task']}{few}{grey}", fontsize="medium")
-        axes.set_xlim(0, 1.03)
+        if logarithmic:
+            _logarithmic_costs(axes, first)
+        else:
+            axes.set_xlim(0, 1.03)
         axes.set_ylim(*_accuracies(labels))
         axes.grid(alpha=0.3)
         place_labels(axes, sorted(labels, key=lambda label: len(label.points) > 1))  # a point has one place
@@ -150,6 +168,24 @@ def _to_the_end(curve: Sequence[Sequence[float]]) -> FloatArray:
     return points if points[-1, 0] >= 1 else np.concatenate([points, [[1.0, points[-1, 1]]]])
 
 
+def _logarithmic_costs(axes: Axes, first: float) -> None:
+    """Costs from `first` to that of LLM-only decoding on a logarithmic axis, on which straight lines are bent."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xlim(first * 0.85, 1.15)
+    axes.xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _traced(points: FloatArray) -> FloatArray:
+    """A line's points with more between them, (m, 2), for an axis on which it is bent."""
+    along = np.arange(len(points))
+    at = np.linspace(0, along[-1], 20 * along[-1] + 1)
+    return np.stack([np.interp(at, along, points[:, axis]) for axis in (0, 1)], axis=1)
+
+
 def _accuracies(labels: Sequence[Label]) -> tuple[float, float]:
     """The range of accuracies that is shown: down to a tenth below the lowest of what is named."""
     lowest = min(float(label.points[:, 1].min()) for label in labels)
@@ -159,7 +195,7 @@ def _accuracies(labels: Sequence[Label]) -> tuple[float, float]:
 def _draw_policy(axes: Axes, policy: Mapping[str, Any], colour: Any, banded: bool = True) -> FloatArray:
     """A curve and the band of its intervals; one that was not trained is dashed. Its points, (n, 2)."""
     measured, points = np.array(policy["curve"], dtype=float), _to_the_end(policy["curve"])
-    axes.plot(*points.T, "-" if policy["trained"] else "--", color=colour)
+    axes.plot(*_traced(points).T, "-" if policy["trained"] else "--", color=colour)
     if len(measured) < FEW_POINTS:
         axes.plot(*measured.T, ".", color=colour)
     if banded:
@@ -179,7 +215,7 @@ def _draw_baseline(axes: Axes, name: str, shown: str, curve: Sequence[Sequence[f
     """A dotted curve: the straight line between the models in grey, the oracles in black."""
     colour = "grey" if name == "line" else "black"
     points = _to_the_end(curve)
-    axes.plot(*points.T, color=colour, linestyle="-." if name == "query_oracle" else ":")
+    axes.plot(*_traced(points).T, color=colour, linestyle="-." if name == "query_oracle" else ":")
     return Label(shown, points, colour)
 
 

@@ -68,7 +68,7 @@ def picture(summary: Summary, path: Path) -> None:
     """Draw the curves of the cheapest policies and of the first one: more could not be told apart."""
     names = ranked(summary)[:DRAWN]
     shown = {name: summary["policies"][name] for name in dict.fromkeys([*names, summary["first"]])}
-    plot_curves({**summary, "policies": shown}, path)
+    plot_curves({**summary, "policies": shown}, path, logarithmic=True)
 
 
 def ranked(summary: Summary) -> list[str]:
