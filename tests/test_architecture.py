@@ -363,3 +363,11 @@ def test_a_checkout_and_its_history_stay_small():
     assert sum(path.stat().st_size for path in files if path.is_file()) <= 60e6
     history = ROOT / git("rev-parse", "--git-common-dir").strip()
     assert sum(path.stat().st_size for path in (history / "objects").rglob("*") if path.is_file()) <= 100e6
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the files lie outside a repository")
+def test_no_file_holds_what_a_merge_left():
+    marks = ["-e", "^<<<<<<< ", "-e", "^>>>>>>> "]
+    found = subprocess.run(["git", "grep", "-nI", *marks], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode in (0, 1), found.stderr
+    assert not found.stdout
