@@ -7,11 +7,12 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from envs.tasks.arithmetic import ArithmeticTask
-from envs.tasks.choice_answers import DIGITS, LETTERS, find_label
+from envs.tasks.choice_answers import DIGITS, LETTERS, find_choice, find_label
 from envs.tasks.math import MathTask
 from envs.tasks.math_answers import find_answer, same_value
 from envs.tasks.multiple_choice import MultipleChoiceTask, multiple_choice_problem
@@ -43,11 +44,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
-def test_answers_are_judged_as_a_careful_reader_would(tasks: dict[str, Task], row: dict[str, str]) -> None:
-    example = Example("table", "?", "a reference", row["gold"])
+def test_answers_are_judged_as_a_careful_reader_would(tasks: dict[str, Task], row: dict[str, Any]) -> None:
+    labels = DIGITS if row["gold"] in DIGITS else LETTERS
+    choices = dict(zip(labels, row.get("choices", ()), strict=False))
+    prompt = "\n".join(["Which?", *(f"{label}. {choice}" for label, choice in choices.items())])
+    example = Example("table", prompt, "a reference", row["gold"])
     assert tasks[row["task"]].is_correct(example, row["answer"]) == (row["verdict"] == "right"), row["remark"]
     if row["task"] == "choice":
-        label = find_label(row["answer"], DIGITS if row["gold"] in DIGITS else LETTERS)
+        label = find_choice(row["answer"], choices)
         assert (label is None) == (row["verdict"] == "none"), (label, row["remark"])
     if row["task"] == "math":
         assert (find_answer(row["answer"]) is None) == (row["verdict"] == "none"), row["remark"]

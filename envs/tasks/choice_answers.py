@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -60,6 +60,9 @@ _REJECTED = re.compile(
     (?:\s+(?!(?:but|so|sure|because|only)\b)[\w'-]+){0,2} \s*$""",
     _FLAGS,
 )
+_ARTICLE = re.compile(r"^\s*(?:(?:an?|the)\s+)?|\s+$", re.IGNORECASE)
+_ENDS = re.compile(r"[.!?][\s)'\]]*$")
+_DENIES = re.compile(r"n't\b|\b(?:not|no|never|neither|nor|cannot|unlike|except|instead|rather|but)\b", re.IGNORECASE)
 # The choice may be one of what is not: "the answer is not dry (e)".
 _ANSWER_IS_NOT = re.compile(
     r"\banswer\s+is\s+(?:should\s+not\s+|not\s+(?!(?:an?|the|in|at|either|option|choice)\b)(?:[\w'-]+\s+){1,4})$",
@@ -135,12 +138,7 @@ def find_label(response: str, labels: str = LETTERS) -> str | None:
         response: what a model wrote.
         labels: those a question may have.
     """
-    text = _TAG.sub("", response.translate(_EMPHASIS))
-    for _ in range(2):
-        text = _LATEX_TEXT.sub(r"\1", text)
-    text = re.sub(r"(?<!\w)'(\w)'(?!\w)", r"\1", text)
-    text = re.sub(r"\\[()\[\]]|(?<!\w)_+|_+(?!\w)", " ", text)
-    patterns = _patterns(labels)
+    text, patterns = _plain(response), _patterns(labels)
 
     for content in reversed(_BOX.findall(text)):
         if match := patterns.in_box.fullmatch(content):
@@ -167,6 +165,50 @@ def find_label(response: str, labels: str = LETTERS) -> str | None:
     several = len({mention.label for group in named for mention in group}) > 1
     at_end = not re.search(r"[^\s.,!)\]]", text[named[-1][-1].end :])
     return None if several and not at_end else _one(named[-1])
+
+
+def find_choice(response: str, choices: Mapping[str, str]) -> str | None:
+    """The label `response` decides for, by `find_label`, or by what the choice says where it names no label at all.
+
+    Without a label its last sentence counts, if it ends in what one choice says ("the answer is to make peace."), says
+    nothing of another one, and denies nothing.
+
+    Args:
+        response: what a model wrote.
+        choices: what each choice says, by its label.
+    """
+    labels = DIGITS if all(label in DIGITS for label in choices) else LETTERS
+    text, patterns = _plain(response), _patterns(labels)
+    if (label := find_label(response, labels)) is not None or _mentions(text, patterns):
+        return label
+    sentence = re.split(r"(?<=[.!?])\s+|\n+", text.strip())[-1]
+    if not _ENDS.search(sentence) or _DENIES.search(sentence):
+        return None
+    said = {
+        label: places[-1]
+        for label, choice in choices.items()
+        if (
+            places := list(re.finditer(rf"(?<!\w){re.escape(_ARTICLE.sub('', choice))}(?!\w)", sentence, re.IGNORECASE))
+        )
+    }
+    # "an orchestra" is no choice of its own inside "a symphony orchestra"
+    whole = [
+        label
+        for label, place in said.items()
+        if not any(other.start() <= place.start() and place.end() <= other.end() and other.span() != place.span()
+                   for other in said.values())
+    ]  # fmt: skip
+    alone = whole[0] if len(whole) == 1 else None
+    return alone if alone is not None and not re.search(r"\w", sentence[said[alone].end() :]) else None
+
+
+def _plain(response: str) -> str:
+    """A response without what only emphasises."""
+    text = _TAG.sub("", response.translate(_EMPHASIS))
+    for _ in range(2):
+        text = _LATEX_TEXT.sub(r"\1", text)
+    text = re.sub(r"(?<!\w)'(\w)'(?!\w)", r"\1", text)
+    return re.sub(r"\\[()\[\]]|(?<!\w)_+|_+(?!\w)", " ", text)
 
 
 def _mentions(text: str, patterns: _Patterns) -> list[_Mention]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envs.tasks.choice_answers import DIGITS, LETTERS, find_label
+from envs.tasks.choice_answers import DIGITS, LETTERS, find_choice, find_label
 from envs.tasks.records import Problem, RecordTask, Row, check_template, fill, prompt_template, text
 from envs.tasks.task import Example
 
@@ -15,13 +16,14 @@ MULTIPLE_CHOICE_TEMPLATE = (
     "[Explanation]. Therefore, the answer is answer (label).\n"
     "Ensure the final sentence includes the answer followed by the label in parentheses.\n\nAnswer and Reasoning:"
 )
+_CHOICE = re.compile(rf"^\s*\(?([{LETTERS}{DIGITS}])[.):]\s+(\S.*)$", re.MULTILINE)
 INSTRUCTED_CHOICE = "Question: {question}\nChoices:\n{choices}\n\n{instruction}"
 """The prompt where an instruction is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoiceTask(RecordTask):
-    """Multiple-choice questions. `find_label` says which label a response decides for.
+    """Multiple-choice questions. `find_choice` says which choice a response decides for.
 
     A record has `question`, `choices` and `answerKey`, the choices as `{"label": [...], "text": [...]}`
     (CommonsenseQA, ARC); or `question`, `choices` as a list of texts and `answer` as an index (MMLU); or `question`,
@@ -51,7 +53,10 @@ class MultipleChoiceTask(RecordTask):
         return multiple_choice_problem(row, self.template, self.instruction)
 
     def is_correct(self, example: Example, response: str) -> bool:
-        """The label the response decides for is the example's."""
+        """The label the response decides for, or the choice it ends in without one, is the example's."""
+        choices = choices_in(example.prompt)
+        if example.answer in choices:
+            return find_choice(response, choices) == example.answer
         return find_label(response, _kind(example.answer)) == example.answer
 
 
@@ -82,6 +87,16 @@ class Choices:
 
     def __str__(self) -> str:
         return "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, self.texts, strict=True))
+
+
+def choices_in(prompt: str) -> dict[str, str]:
+    """What each choice of a prompt says, by its label: the last list of lines such as "A. a river" in it."""
+    choices: dict[str, str] = {}
+    for label, said in _CHOICE.findall(prompt):
+        if label in (LETTERS[0], DIGITS[0]):
+            choices = {}
+        choices[label] = said.strip()
+    return choices
 
 
 def multiple_choice_problem(
