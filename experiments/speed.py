@@ -5,6 +5,7 @@
     python -m experiments.speed suite=collect
     python -m experiments.speed suite=rl
     python -m experiments.speed suite=latency
+    python -m experiments.speed suite=pair models=qwen25_coder models.rows=1 task=commonsense_qa_chat
 
 The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
 turn (A B A B ...) in one process, and medians are compared, since machines are noisy. Where something else took the
@@ -24,7 +25,7 @@ from experiments.common.program import Begin, program
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SUITES = ("decode", "env", "collect", "rl", "latency")
+SUITES = ("decode", "env", "collect", "rl", "latency", "pair")
 
 
 @program("speed", Continuing(anything_differs=True))

@@ -405,6 +405,9 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "latency_threshold=0.95",
         "latency_problems=2",
         "latency_repeats=1",
+        "pair_problems=2",
+        "pair_repeats=2",
+        "models.rows=1",
     ]
     code, out, err = start("speed", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     assert code == 0, out + err
@@ -433,6 +436,18 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
             *(f"routed_seconds_over_speculative{end}" for end in ("", "_low", "_high")),
             *(f"{way}_{unit}_over_llm_only" for way in ("routed", "speculative") for unit in ("bytes", "flops")),
         },
+        "pair": {
+            *(
+                f"{way}_over_llm_only{end}"
+                for way in ("bare_passes", "checked_entropy_seconds", "speculative_adaptive_seconds")
+                for end in ("", "_low", "_high")
+            ),
+            *(
+                f"{way}_{unit}_over_llm_only"
+                for way in ("checked_entropy", "speculative_adaptive")
+                for unit in ("bytes", "flops")
+            ),
+        },
     }[suite]
     assert report["ratios"].keys() == names
     assert all(value > 0 for value in [*report["ratios"].values(), *report["rates"].values()])
@@ -445,6 +460,11 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
             f"{way}_{what}"
             for way in ("llm_only", "routed", "speculative")
             for what in ("ms_per_token", "ms_per_response", "llm_ms_per_response", "tokens", "llm_tokens")
+        },
+        "pair": {
+            f"{way}_{what}"
+            for way in ("llm_only", "checked_entropy", "speculative_adaptive")
+            for what in ("ms_per_token", "tokens", "llm_tokens", "right")
         },
     }[suite]
     assert rates <= report["rates"].keys()

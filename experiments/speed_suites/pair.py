@@ -1,0 +1,125 @@
+"""Suite pair: seconds at batch 1 on a pair of your own: policies in turn with LLM-only decoding and its bare passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from transformers.cache_utils import DynamicCache
+
+from agents.common.policy import Policy, checked_agent
+from agents.common.rollout import Episode, Scheduling, decode, decode_alone
+from envs.arrays import IntArray
+from envs.models.pool import ModelPool
+from envs.tasks.task import Example
+from experiments.common.config import build
+from experiments.common.timing import Numbers, alternated
+from experiments.evaluation.answers import Answers
+from experiments.speed_suites.latency import LLM, UNITS, over
+
+BARE = "bare_passes"
+"""The passes of LLM-only decoding and nothing else, over the cache of transformers."""
+Turn = Callable[[], float]
+
+
+def policies_of(config: DictConfig) -> dict[str, Policy]:
+    """The policies to time.
+
+    Raises:
+        ValueError: one has to be trained, or has no threshold; the error says which.
+    """
+    found: dict[str, Policy] = {}
+    for name in config.agents:
+        agent = checked_agent(build(config.agents, name))
+        if not isinstance(agent, Policy):
+            raise ValueError(f"{name} is to be trained, and this suite times what is there; leave it out")
+        if name not in config.pair_thresholds:
+            raise ValueError(f"{name} has no threshold; add pair_thresholds.{name}=0.5")
+        found[name] = agent
+    return found
+
+
+def bare_passes(pool: ModelPool, example: Example, response: IntArray) -> None:
+    """Let the LLM read a prompt, and then each token of a response in a pass of its own."""
+    network, device = pool.models[-1].network, pool.models[-1].device
+    read, cache = pool.encode_prompt(example), DynamicCache(config=network.config)
+    with torch.inference_mode():
+        for tokens in (read, *response[:-1, None]):
+            ids = torch.from_numpy(np.asarray(tokens))[None].to(device)
+            network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
+
+
+def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
+    """Ratios of seconds, memory traffic and FLOPs over LLM-only decoding, and milliseconds a token.
+
+    `bare_passes_over_llm_only` is the share of LLM-only decoding's seconds that its passes take by themselves.
+
+    Raises:
+        ValueError: a policy cannot be timed.
+        RuntimeError: a policy answers otherwise the second time.
+    """
+    policies = policies_of(config)
+    task, pool = build(config, "task"), build(config, "models")
+    pool.profiles  # noqa: B018 (sizes are read once, by a pass of their own that is none of a decoding)
+    examples = task.examples(config.pair_split, config.pair_problems, start=config.pair_start)
+    new, one = config.pair_new_tokens, Scheduling(rows=1)
+    last: dict[str, Episode] = {}
+
+    def llm_only(example: Example) -> Episode:
+        return decode_alone(pool.models[-1], task, [example], new, one, pool=pool)[0]
+
+    def routed(name: str, example: Example) -> Episode:
+        return decode(
+            pool, task, [example], policies[name], config.pair_thresholds[name], max_new_tokens=new, scheduling=one
+        )[0]
+
+    def timed(name: str, answer: Callable[[Example], Episode], example: Example) -> float:
+        begun = time.perf_counter()
+        episode = answer(example)
+        taken = time.perf_counter() - begun
+        before = last.get(name)
+        if before is not None and before.example is example and not np.array_equal(before.tokens, episode.tokens):
+            raise RuntimeError(f"{name} answers {example.id} otherwise the second time")
+        last[name] = episode
+        return taken
+
+    def timed_bare(example: Example) -> float:
+        begun = time.perf_counter()
+        bare_passes(pool, example, last[LLM].tokens)
+        return time.perf_counter() - begun
+
+    answers: dict[str, Callable[[Example], Episode]] = {
+        LLM: llm_only,
+        **{name: partial(routed, name) for name in policies},
+    }
+    for answer in answers.values():
+        answer(examples[0])  # what is made once is not timed
+    seconds: dict[str, list[list[float]]] = {name: [] for name in (*answers, BARE)}
+    written: dict[str, list[Episode]] = {name: [] for name in answers}
+    for number, example in enumerate(examples):
+        turns: dict[str, Turn] = {name: partial(timed, name, answer, example) for name, answer in answers.items()}
+        turns[BARE] = partial(timed_bare, example)
+        for name, measured in alternated(turns, config.pair_repeats, f"problem {number + 1}").items():
+            seconds[name].append(measured)
+        for name in answers:
+            written[name].append(last[name])
+    taken = {name: np.array(some) for name, some in seconds.items()}
+    found = {name: Answers.of(some, pool, policies.get(name)) for name, some in written.items()}
+    ratios: Numbers = {f"{BARE}_over_llm_only{end}": v for end, v in over(taken[BARE], taken[LLM]).items()}
+    rates: Numbers = {}
+    for name, one_way in found.items():
+        rates[f"{name}_ms_per_token"] = 1e3 * float(np.median(taken[name], axis=1).sum() / one_way.tokens.sum())
+        rates[f"{name}_tokens"], rates[f"{name}_llm_tokens"] = (
+            float(one_way.tokens.sum()),
+            float(one_way.llm_tokens.sum()),
+        )
+        rates[f"{name}_right"] = float(one_way.correct.sum())
+        if name != LLM:
+            ratios |= {f"{name}_seconds_over_llm_only{end}": v for end, v in over(taken[name], taken[LLM]).items()}
+            for unit in UNITS:
+                ratios[f"{name}_{unit}_over_llm_only"] = one_way.costs[unit].sum() / found[LLM].costs[unit].sum()
+    return ratios, rates
