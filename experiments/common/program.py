@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.common.continuing import Continuing
 from experiments.common.help import CONF, wants_help, write_help
-from experiments.common.stopping import Progress, command_to_go_on, near, stoppable
+from experiments.common.stopping import Progress, command_to_go_on, end_with, near, stoppable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -97,6 +97,7 @@ def _job(
     arguments: Sequence[str],
 ) -> Callable[[DictConfig], Any]:
     """What Hydra calls with a configuration, in this process or in one that a launcher has started elsewhere."""
+    launched_by = os.getpid()
 
     def job(config: DictConfig) -> Any:
         from hydra.core.hydra_config import HydraConfig
@@ -105,6 +106,7 @@ def _job(
         from experiments.common.multirun import Recorded, shard_folder
         from experiments.common.run_folder import run_folder
 
+        end_with(launched_by)
         about = HydraConfig.get()
         if os.getcwd() != about.runtime.cwd:
             os.chdir(about.runtime.cwd)  # relative paths are meant from where the program was started
