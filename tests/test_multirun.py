@@ -19,8 +19,9 @@ from agents.common.rollout import Scheduling
 from agents.distillation import OracleDistillation
 from agents.oracle import Oracle
 from agents.preferences.store import Share
+from experiments.common import multirun as multirun_of_jobs
 from experiments.common.config import CONF, build, build_settings
-from experiments.common.multirun import EXTRAS, JOBS, Job, jobs_of, missing_extra, own, shard_folder
+from experiments.common.multirun import EXTRAS, JOBS, Job, jobs_of, missing_extra, own, shard_folder, with_launcher
 from experiments.common.program import program
 from experiments.evaluation.kept import kept_below
 from experiments.evaluation.merge import gather
@@ -51,6 +52,15 @@ def test_without_ray_its_launcher_names_the_extra_before_anything_runs(tmp_path,
     assert ended.value.code == 1
     assert "pip install 'citer-gym[ray]'" in capsys.readouterr().err
     assert not (tmp_path / "there").exists()
+
+
+def test_without_joblib_programs_that_would_take_its_launcher_take_the_basic_one(monkeypatch):
+    assert with_launcher("demo", ["--cfg", "job"]) == ["--cfg", "job"]
+    monkeypatch.setattr(multirun_of_jobs, "find_spec", lambda name: None)
+    for program_name in ("demo", "leaderboard"):
+        assert with_launcher(program_name, ["seed=1", "--cfg", "job"]) == ["launcher=basic", "seed=1", "--cfg", "job"]
+        assert with_launcher(program_name, ["launcher=joblib"]) == ["launcher=joblib"]
+    assert with_launcher("train", ["seed=1"]) == ["seed=1"]
 
 
 # -- records of jobs --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from envs.storage import write_text
 from experiments.common.continuing import ALWAYS_MAY_DIFFER
+from experiments.common.help import CONF
 from experiments.common.locks import writer_of
 from experiments.common.stopping import Progress, command_to_go_on, near, quoted
 
@@ -34,6 +36,7 @@ JOBS = "jobs"
 """In a multirun's folder: the records of its jobs."""
 SHARDS = "shards"
 """In a run's folder: the folders that its shards write in."""
+JOBLIB = "hydra_plugins.hydra_joblib_launcher"
 EXTRAS = {"joblib": "joblib", "ray": "ray", "ray_aws": "ray", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 """Hydra's launchers that are no part of Hydra, and the extra that installs each."""
 
@@ -286,6 +289,20 @@ def missing_shards_said(program: str, config: DictConfig, folder: Path, missing:
     return "\n".join(
         [f"{folder} lacks {len(lines)} of {config.shards} shards, each of which its command makes:", *lines]
     )
+
+
+def with_launcher(program: str, arguments: Sequence[str]) -> list[str]:
+    """A command line that chooses the basic launcher where its program would take joblib's, which is not installed.
+
+    Args:
+        program: its name.
+        arguments: of its command line; a launcher that they name is left as it is.
+    """
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{program}.yaml")["defaults"])
+    taken = [entry["override launcher"] for entry in defaults if "override launcher" in entry]
+    if "joblib" not in taken or any(_key(one) == "launcher" for one in arguments) or find_spec(JOBLIB) is not None:
+        return list(arguments)
+    return ["launcher=basic", *arguments]  # in front: Hydra takes no overrides after an option
 
 
 def missing_extra(error: BaseException) -> str | None:

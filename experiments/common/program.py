@@ -68,6 +68,7 @@ def _run_by_hydra(
     # Hydra makes the callback that fills it
     plan = multirun.plan = multirun.Plan(progress)
     register_schemas()
+    sys.argv[1:] = multirun.with_launcher(name, sys.argv[1:])
     try:
         hydra.main(version_base=None, config_path=str(CONF), config_name=name)(
             _job(name, run, continuing, progress, sys.argv[1:])
