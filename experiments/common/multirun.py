@@ -298,8 +298,8 @@ def with_launcher(program: str, arguments: Sequence[str]) -> list[str]:
         program: its name.
         arguments: of its command line; a launcher that they name is left as it is.
     """
-    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{program}.yaml")["defaults"])
-    taken = [entry["override launcher"] for entry in defaults if "override launcher" in entry]
+    config: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{program}.yaml"))
+    taken = [entry["override launcher"] for entry in config["defaults"] if "override launcher" in entry]
     if "joblib" not in taken or any(_key(one) == "launcher" for one in arguments) or find_spec(JOBLIB) is not None:
         return list(arguments)
     return ["launcher=basic", *arguments]  # in front: Hydra takes no overrides after an option
