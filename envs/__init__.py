@@ -14,7 +14,7 @@ from gymnasium.envs.registration import register
 
 if TYPE_CHECKING:
     from envs.costs import Dollars, Flops, LlmTokens, MemoryTraffic, Seconds
-    from envs.decoding.judges import FirstDisagreement, Gap, TopK
+    from envs.decoding.judges import FirstDisagreement, Gap, Learned, TopK
     from envs.decoding.sampling import Sampling
     from envs.decoding.session import Session
     from envs.environments.checked_routing import CheckedRoutingEnv, CheckedRoutingVectorEnv
@@ -41,6 +41,7 @@ __all__ = [
     "FirstExamples",
     "Flops",
     "Gap",
+    "Learned",
     "LlmTokens",
     "MathTask",
     "MemoryTraffic",
@@ -67,7 +68,7 @@ __all__ = [
 
 _DEFINED_IN = {
     "envs.costs": ("Dollars", "Flops", "LlmTokens", "MemoryTraffic", "Seconds"),
-    "envs.decoding.judges": ("FirstDisagreement", "Gap", "TopK"),
+    "envs.decoding.judges": ("FirstDisagreement", "Gap", "Learned", "TopK"),
     "envs.decoding.sampling": ("Sampling",),
     "envs.decoding.session": ("Session",),
     "envs.environments.checked_routing": ("CheckedRoutingEnv", "CheckedRoutingVectorEnv"),

@@ -166,8 +166,52 @@ class StepLikelihood(Judge):
         return -float(opinions[:, GAP].mean(dtype=np.float64)) if len(opinions) else 0.0
 
 
+@dataclass(frozen=True)
+class Learned(Judge):
+    """A token stands that a logistic model finds harmless; what the larger model would write itself always stands.
+
+    The probability that a disagreement is harmless is sigmoid(bias + weights[0] gap + weights[1] log(1 + rank)).
+
+    Args:
+        weights: of the gap, in nats, and of the logarithm of the rank.
+        bias: of the logistic model.
+        threshold: the least probability that stands, in (0, 1).
+
+    Raises:
+        ValueError: a setting is not finite, or out of range.
+    """
+
+    weights: tuple[float, float] = (-1.0, 0.0)
+    bias: float = 2.0
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))  # a file gives a list
+        if len(self.weights) != 2 or not all(map(math.isfinite, (*self.weights, self.bias))):
+            raise ValueError(f"weights ({self.weights}) must be two finite numbers, and bias ({self.bias}) finite")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must be in (0, 1), is {self.threshold}")
+
+    def stands(self, opinions: Opinions) -> BoolArray:
+        return np.asarray((opinions[:, RANK] == 0) | (self._above(opinions) >= 0))
+
+    def margin(self, opinions: Opinions) -> npt.NDArray[np.float32]:
+        steep = abs(self.weights[0])
+        nats = np.abs(self._above(opinions)) / steep if steep > 0 else np.full(len(opinions), np.inf)
+        # what is taken back would also stand if it were no disagreement
+        nats = np.where(self.stands(opinions), nats, np.minimum(nats, opinions[:, GAP]))
+        return np.where(opinions[:, RANK] > 0, nats, np.inf).astype(np.float32)
+
+    def _above(self, opinions: Opinions) -> npt.NDArray[np.float64]:
+        """How far log-odds are above those of the threshold, (n,)."""
+        gaps, ranks = (opinions[:, column].astype(np.float64) for column in (GAP, RANK))
+        logits = self.bias + self.weights[0] * gaps + self.weights[1] * np.log1p(ranks)
+        return np.asarray(logits - math.log(self.threshold / (1 - self.threshold)))
+
+
 JUDGES: Mapping[str, type[Judge]] = {
     "first_disagreement": FirstDisagreement, "gap": Gap, "top_k": TopK, "step_likelihood": StepLikelihood,
+    "learned": Learned,
 }  # fmt: skip
 """Judges by the names that settings and traces have for them."""
 
