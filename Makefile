@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-avx2 soak soak-inputs soak-kills soak-kinds check format bench benchmark pretrained pretrain docs docs-serve clean
+.PHONY: help setup demo test test-slow test-avx2 soak soak-inputs soak-kills soak-traces soak-kinds check format bench benchmark pretrained pretrain docs docs-serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,13 +32,16 @@ BITS := tests/test_saving.py tests/test_saved_before.py tests/test_session.py te
 test-avx2: $(STAMP) ## run the tests that promise the same bits as on a CPU with AVX2 alone, one thread
 	ATEN_CPU_CAPABILITY=avx2 CITER_THREADS=1 $(BIN)/python -m pytest $(BITS)
 
-soak: soak-inputs soak-kills soak-kinds ## full counts: inputs, kills, kinds of CPU (three hours or so on two cores)
+soak: soak-inputs soak-kills soak-traces soak-kinds ## full counts: inputs, kills, corruptions, kinds of CPU (three to four hours on two cores)
 
 soak-inputs: $(STAMP) ## try 10,000 drawn inputs
 	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m fuzz
 
 soak-kills: $(STAMP) ## kill programs 200 times
 	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_interruptions.py tests/test_launchers.py
+
+soak-traces: $(STAMP) ## verify all that ships, and corruptions of it
+	CITER_SOAK=1 $(BIN)/python -m pytest -n 0 -m slow tests/test_results.py
 
 soak-kinds: $(STAMP) ## run the tests on each kind of CPU, with 1 and 2 threads
 	set -e; for kind in default avx2 native; do for threads in 1 2; do \
