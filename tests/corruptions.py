@@ -24,8 +24,13 @@ def copied(source, target):
     return target
 
 
-def corrupt(folder, kind, rng):
-    """Change one thing of a run, drawn with `rng`; the name of the file in which it is."""
+def corrupt(folder, kind, rng, traced=None):
+    """Change one thing of a run, drawn with `rng`; the name of the file in which it is.
+
+    Where traces ship of the first `traced` problems alone, what is kept is changed of these.
+    """
+    if kind.startswith("a kept") and traced is not None:
+        return CORRUPTIONS[kind](folder, rng, traced)
     return CORRUPTIONS[kind](folder, rng)
 
 
@@ -209,25 +214,28 @@ def missing(folder, rng):
 
 
 def of_answers(change):
-    def corruption(folder, rng):
-        path = Path(rng.choice([str(path) for path in sorted(folder.glob("runs/**/*.safetensors"))]))
-        change(Answers.load(path), rng).save(path)
+    def corruption(folder, rng, traced=None):
+        paths = sorted(folder.glob("runs/**/*.safetensors"))
+        if traced is not None:
+            paths = [path for path in paths if path.with_suffix(".parquet").is_file()]
+        path = Path(rng.choice([str(path) for path in paths]))
+        change(Answers.load(path), rng, traced).save(path)
         return path.name
 
     return corruption
 
 
-def kept_cost(answers, rng):
+def kept_cost(answers, rng, traced):
     unit = rng.choice(list(answers.costs))
     cost = answers.costs[unit].copy()
-    cost[rng.integers(len(cost))] += 1e-6 * cost.max() + 1e-6
+    cost[rng.integers(traced or len(cost))] += 1e-6 * cost.max() + 1e-6
     return replace(answers, costs={**answers.costs, unit: cost})
 
 
 def kept_array(name):
-    def change(answers, rng):
+    def change(answers, rng, traced):
         array = getattr(answers, name).copy()
-        at = rng.integers(len(array))
+        at = rng.integers(traced or len(array))
         array[at] = array[at] + 1 if array.dtype == float else not array[at]
         return replace(answers, **{name: array})
 

@@ -84,7 +84,7 @@ def test_shipped_traces_are_verified_and_what_is_changed_in_them_is_found(name, 
         kind = kinds[seed % len(kinds)]
         changed = copied(tmp_path / "part", tmp_path / "changed")
         try:
-            file = corrupt(changed / "evaluation", kind, np.random.default_rng(seed))
+            file = corrupt(changed / "evaluation", kind, np.random.default_rng(seed), EPISODES)
         except (NothingToChangeError, FileNotFoundError):
             continue  # there is no refused draft, say, or no summary beside a run of many
         found = verified(changed, pool, task)
