@@ -35,8 +35,9 @@ from experiments.verification.policies import Policies
 from experiments.verification.replay import on_cpu, replayed, same_machine
 from experiments.verification.tables import check_tables
 
-NEAR = 1e-4
-"""Logits that lie no further apart than this may change places on another machine."""
+NEAR, ROUGH_NEAR = 1e-4, 0.5
+"""Logits that lie no further apart may change places in other passes, in float32 and in half precision: bfloat16 has
+eight bits, so that logits of 16 to 32 are multiples of an eighth."""
 SCORES, ROUGH_SCORES = 1e-4, 0.1
 """How far a score may differ that is computed from states of another pass, in float32 and in half precision."""
 
@@ -214,9 +215,9 @@ class Verification:
             alike = [number for number in by_episode if _alike(again[number], traced[number])]
             findings.count("responses decoded again", len(alike))
             by_episode = {number: own for number, own in by_episode.items() if number not in alike}
-        exact = repeats and on_cpu(trace.head)
+        exact, near = repeats and on_cpu(trace.head), ROUGH_NEAR if _is_half(trace) else NEAR
         for number, own in by_episode.items():
-            wrong = [one for one in own if exact or one.gap > NEAR]
+            wrong = [one for one in own if exact or one.gap > near]
             findings.near_ties += [Fault(path, number, one.what) for one in own if one not in wrong]
             if wrong:
                 findings.fault(path, number, wrong[0].what)  # what follows a wrong token is read behind it
@@ -272,8 +273,7 @@ class Verification:
         traced = {one.episode: one.scores for one in trace.episodes if one.episode in scores}
         found = dict(scores)
         far = [number for number, own in traced.items() if np.abs(found[number] - own).max() > SCORES]
-        half = any(profile.bytes_per_parameter < 4 for profile in trace.head.profiles)
-        tolerance = ROUGH_SCORES if half else SCORES
+        tolerance = ROUGH_SCORES if _is_half(trace) else SCORES
         if far and repeats:
             again, tolerance = replayed(self.pool, self.task, examples, trace, policy), SCORES
             found |= {n: again[n].scores.astype(np.float64) for n in far if len(again[n].scores) == len(traced[n])}
@@ -285,6 +285,11 @@ class Verification:
                 findings.fault(path, number, f"the score at decision {at} is {said:g}, the policy scores {computed:g}")
             findings.count("scores", len(off))
             findings.largest_score_difference = max(findings.largest_score_difference, float(off[at]))
+
+
+def _is_half(trace: Trace) -> bool:
+    """Whether one of the models computes in less than float32."""
+    return any(profile.bytes_per_parameter < 4 for profile in trace.head.profiles)
 
 
 def _alike(ours: Episode, theirs: TracedEpisode) -> bool:
