@@ -49,7 +49,7 @@ DEFINED = {
         "1 %",
     },  # costs at which accuracies are compared; what is worth a threshold
     "docs/glossary.md": {"0.5"},  # a coin
-    "docs/guides/traces.md": {"0.1"},
+    "docs/guides/traces.md": {"0.1", "0.5"},
     "docs/own/architectures.md": {"1 %"},  # the tolerance of the tests it names
     "docs/own/reward.md": {"0.01"},
     "docs/studies/benchmark.md": {"1.5"},  # parameters of the paper's SLM, in billions
@@ -64,6 +64,7 @@ PRINTED = {
     "docs/evaluation.md": "tests/test_intervals.py",
     "docs/guides/clusters.md": "python plan.py",
     "docs/guides/traces.md": "python -m experiments.verify",
+    "docs/real-pair.md": "python -m experiments.leaderboard experiment=real_pair launcher=basic first=entropy",
     "docs/guides/large_pairs.md": "python -m pytest -m '' tests/test_large_pairs.py",
     "docs/studies/checking.md": "print(compare(",
     "docs/studies/citer_settings.md": "python -m experiments.train experiment=citer_settings",
