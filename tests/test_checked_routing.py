@@ -190,7 +190,7 @@ def test_one_tree_serves_all_judges(kin, settings):
         (
             {"judge": 2.0},
             TypeError,
-            "judge must be a Judge or one of first_disagreement, gap, top_k, step_likelihood; it is 2.0",
+            "judge must be a Judge or one of first_disagreement, gap, top_k, step_likelihood, learned; it is 2.0",
         ),
         ({"features": "draft"}, ValueError, "unknown features 'draft'; choose one of hidden, .*, drafts"),
         ({"reward": ShortcutReward()}, ValueError, "ShortcutReward follows a reference .* use OutcomeReward"),

@@ -255,7 +255,12 @@ if __name__ == "__main__":
 def working():
     """The program, and the numbers of its processes, which are at work."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    parent = subprocess.Popen([sys.executable, "-c", WORKING], cwd=ROOT, text=True, start_new_session=True, **pipes)
+
+    def heed():  # what runs in the background of a shell ignores SIGINT, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, "-c", WORKING]
+    parent = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, preexec_fn=heed, **pipes)
     return parent, [int(parent.stdout.readline()) for _ in range(2)]
 
 
