@@ -56,7 +56,12 @@ def test_without_ray_its_launcher_names_the_extra_before_anything_runs(tmp_path,
 
 def test_without_joblib_programs_that_would_take_its_launcher_take_the_basic_one(monkeypatch):
     assert with_launcher("demo", ["--cfg", "job"]) == ["--cfg", "job"]
-    monkeypatch.setattr(multirun_of_jobs, "find_spec", lambda name: None)
+
+    def without_the_namespace(name):
+        if "." in name:  # as it does where the parent is no package
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(multirun_of_jobs, "find_spec", without_the_namespace)
     for program_name in ("demo", "leaderboard"):
         assert with_launcher(program_name, ["seed=1", "--cfg", "job"]) == ["launcher=basic", "seed=1", "--cfg", "job"]
         assert with_launcher(program_name, ["launcher=joblib"]) == ["launcher=joblib"]

@@ -36,7 +36,8 @@ JOBS = "jobs"
 """In a multirun's folder: the records of its jobs."""
 SHARDS = "shards"
 """In a run's folder: the folders that its shards write in."""
-JOBLIB = "hydra_plugins.hydra_joblib_launcher"
+PLUGINS = "hydra_plugins"
+"""The namespace that launchers beyond Hydra's own are in."""
 EXTRAS = {"joblib": "joblib", "ray": "ray", "ray_aws": "ray", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 """Hydra's launchers that are no part of Hydra, and the extra that installs each."""
 
@@ -298,9 +299,12 @@ def with_launcher(program: str, arguments: Sequence[str]) -> list[str]:
         program: its name.
         arguments: of its command line; a launcher that they name is left as it is.
     """
+    # without any launcher beyond Hydra's own there is no such namespace either
+    installed = find_spec(PLUGINS) is not None and find_spec(f"{PLUGINS}.hydra_joblib_launcher") is not None
+    if installed or any(_key(one) == "launcher" for one in arguments):
+        return list(arguments)
     config: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{program}.yaml"))
-    taken = [entry["override launcher"] for entry in config["defaults"] if "override launcher" in entry]
-    if "joblib" not in taken or any(_key(one) == "launcher" for one in arguments) or find_spec(JOBLIB) is not None:
+    if not any(entry.get("override launcher") == "joblib" for entry in config["defaults"] if isinstance(entry, dict)):
         return list(arguments)
     return ["launcher=basic", *arguments]  # in front: Hydra takes no overrides after an option
 
