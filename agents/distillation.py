@@ -24,7 +24,7 @@ from agents.oracle import Oracle, SearchResult
 from agents.preferences.store import Columns, PreferenceStore, Share, shard_ranges
 from agents.router.policy import RouterPolicy
 from agents.router.training import RouterTraining, fit_router
-from agents.searched_states import SearchedStates
+from agents.searched_states import SearchedStates, searches_kept
 from envs.decoding.observation import check_features
 from envs.models.pool import ModelPool, models_manifest
 from envs.prefix_tree.tree import PrefixTree
@@ -91,7 +91,7 @@ class OracleDistillation(Learner[RouterPolicy]):
         rng = np.random.default_rng(run.seed)
         numbers = list(range(len(examples)))
         if self.searched is not None:
-            labelled = self._given(Path(self.searched), pool, task, run.seed)
+            labelled = self._given(Path(self.searched), self._manifest(pool, task, run.seed, len(examples)))
         else:
             searches: list[SearchResult] = []
             for begin in range(0, len(examples), SEARCHED_AT_ONCE):
@@ -124,7 +124,7 @@ class OracleDistillation(Learner[RouterPolicy]):
     ) -> PreferenceStore:
         """Search what the first round searches, into `folder`, going on where an earlier run was interrupted."""
         store = self.collect_share(pool, task, seed, folder, Share())
-        track({"run": "round 1", "tokens": sum(store.rows()), **SearchedStates.kept(store).about})
+        track({"run": "round 1", "tokens": sum(store.rows()), **searches_kept(store)})
         return store
 
     def collect_share(self, pool: ModelPool, task: Task, seed: int, folder: Path, share: Share) -> PreferenceStore:
@@ -138,19 +138,18 @@ class OracleDistillation(Learner[RouterPolicy]):
             searches = self.oracle.search(tree, [examples[number] for number in numbers])
             return SearchedStates.of(searches, numbers, tree, self.features).columns()
 
-        store = PreferenceStore(folder, self._manifest(pool, task, seed), len(parts))
+        store = PreferenceStore(folder, self._manifest(pool, task, seed, len(examples)), len(parts))
         store.complete(parts, searched, "search", share)
         return store
 
     def _problems(self, task: Task, seed: int) -> Sequence[Example]:
         return task.examples("train", self.examples, start=task.training_start(seed))
 
-    def _manifest(self, pool: ModelPool, task: Task, seed: int) -> dict[str, Any]:
-        """What makes the searches of the first round."""
-        start, count = task.training_start(seed), len(self._problems(task, seed))
+    def _manifest(self, pool: ModelPool, task: Task, seed: int, examples: int) -> dict[str, Any]:
+        """What makes the searches of the first round, of so many problems."""
         return {
             "models": models_manifest(pool),
-            "task": {"name": task.name, "start": start, "examples": count},
+            "task": {"name": task.name, "start": task.training_start(seed), "examples": examples},
             "searched": {
                 "features": self.features,
                 "max_new_tokens": self.max_new_tokens,
@@ -159,14 +158,14 @@ class OracleDistillation(Learner[RouterPolicy]):
             },
         }
 
-    def _given(self, folder: Path, pool: ModelPool, task: Task, seed: int) -> SearchedStates:
-        """The states of searches that were collected.
+    def _given(self, folder: Path, manifest: Mapping[str, Any]) -> SearchedStates:
+        """The states of searches that were collected, as `manifest` says.
 
         Raises:
             ValueError: other models, problems or settings made them, or files are missing or damaged.
         """
         store = PreferenceStore.open(folder)
-        check_manifest(folder, store.manifest, self._manifest(pool, task, seed), ["models", "task", "searched"])
+        check_manifest(folder, store.manifest, manifest, [*manifest])
         store.require()
         return SearchedStates.kept(store)
 

@@ -91,13 +91,11 @@ class SearchedStates:
     @classmethod
     def kept(cls, store: PreferenceStore) -> SearchedStates:
         """Those that a store holds."""
-        shards = range(store.shards)
-        notes = [store.note(shard)["searches"] for shard in shards]
         return cls(
-            torch.cat([store.features(shard) for shard in shards]),
+            torch.cat([store.features(shard) for shard in range(store.shards)]),
             store.column("label") == 1,
             store.column("example").astype(np.int64),
-            {key: sum(note[key] for note in notes) for key in searches_said([])},
+            searches_kept(store),
         )
 
     def columns(self) -> tuple[Columns, dict[str, Any]]:
@@ -121,6 +119,12 @@ class SearchedStates:
     def labelled(self) -> LabelledTokens:
         """As a router is trained on them."""
         return LabelledTokens.in_memory(self.features, self.prefers_slm, self.examples)
+
+
+def searches_kept(store: PreferenceStore) -> dict[str, int]:
+    """How the searches went that a store holds, as `searches_said` has it: from its notes, no state is read."""
+    notes = [store.note(shard)["searches"] for shard in range(store.shards)]
+    return {key: sum(note[key] for note in notes) for key in searches_said([])}
 
 
 def searches_said(searches: Sequence[SearchResult]) -> dict[str, int]:

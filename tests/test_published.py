@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from experiments.common.config import CONF
 from experiments.evaluation.kept import MANIFEST, KeptEvaluation
@@ -20,7 +19,7 @@ from experiments.published.entries import training_of
 from experiments.published.run_file import RUNS, PublishedRun
 from experiments.published.store import CANARIES, Store
 from experiments.traces.trace import read_trace, write_trace
-from experiments.training.many import Run, make
+from experiments.training.many import Run, make_as_configured
 from experiments.training.run import TRAINED
 
 ROOT = CONF.parent
@@ -38,11 +37,10 @@ def run_in(folder, overrides=QUICK):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run that is complete, and results that hold it."""
-    folder, threads = tmp_path_factory.mktemp("made"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("made")
     run = run_in(folder)
-    error = make(run)
-    torch.set_num_threads(threads)
-    assert error is None, (error, (run.folder / "log.txt").read_text())
+    make_as_configured(run.config(), run.folder, run.agent)
+    assert run.done, (run.failed, (run.folder / "log.txt").read_text())
     store = Store(folder / "results" / "tiny")
     store.add(run, {"commit": "abc"}, whole_trace=True)
     return run, store

@@ -14,7 +14,7 @@ threshold of the policy says.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from agents.checking.span import drafts_of
+from agents.checking.speculative import last_probabilities, must_be_read
 from agents.common.policy import Learner, Observation, Scores, TrainingRun
 from agents.common.saving import SavedPolicy, saved_as
 from envs.arrays import BoolArray, IntArray
@@ -58,9 +59,7 @@ class AutoJudgePolicy(SavedPolicy):
 
     def score(self, observation: Observation) -> Scores:
         drafts = drafts_of(observation)
-        ends = drafts.ended | (drafts.counts >= self.draft_tokens) | (drafts.room <= 1)
-        sure = np.where(drafts.counts > 0, np.exp(-drafts.last_surprisals), 1.0)
-        return np.where(ends, 0.0, sure)
+        return np.where(must_be_read(drafts, self.draft_tokens), 0.0, last_probabilities(drafts))
 
     @property
     def parameters(self) -> int:
@@ -130,16 +129,14 @@ def _of_part(tree: PrefixTree, examples: Sequence[Example]) -> list[tuple[Opinio
     open_rows = np.flatnonzero(right)
     while len(open_rows):
         expander.read_along(open_rows, ends[open_rows], llm, opinions=True)
-        at = [_next_disagreement(tree, int(ends[row]), int(begun[row]), llm) for row in open_rows]
-        open_rows, nodes = (
-            np.array([one for one, node in zip(some, at, strict=True) if node is not None], dtype=np.int64)
-            for some in (open_rows, at)
-        )
-        if not len(open_rows):
+        nexts = {row: _next_disagreement(tree, int(ends[row]), int(begun[row]), llm) for row in open_rows.tolist()}
+        at = {row: node for row, node in nexts.items() if node is not None}
+        open_rows, nodes = np.array([*at], dtype=np.int64), np.array([*at.values()], dtype=np.int64)
+        if not at:
             break
         behind = expander.step(open_rows, nodes, np.zeros_like(open_rows))
         others = _finish(expander, open_rows, behind, llm)
-        for row, node, end in zip(open_rows.tolist(), nodes.tolist(), others.tolist(), strict=True):
+        for (row, node), end in zip(at.items(), others.tolist(), strict=True):
             harmless = tree.correct(end, examples[row])
             found.append((tree.opinions[node, llm - 1].copy(), harmless, row))
             begun[row] = tree.depths[node] + 1
@@ -186,14 +183,13 @@ def fit_judge(found: Disagreements, recall: float) -> tuple[Learned, dict[str, f
             )
     inputs = np.stack([found.opinions[:, GAP], np.log1p(found.opinions[:, RANK])], axis=1).astype(np.float64)
     model = LogisticRegression(C=1e3, max_iter=1000).fit(inputs[~held], found.harmless[~held])
-    judge = Learned(tuple(model.coef_[0].tolist()), float(model.intercept_[0]))
     probabilities = model.predict_proba(inputs)[:, 1]
     mattering = np.sort(probabilities[held & ~found.harmless])
     # the least threshold above which enough of them lie: these stand, the others are taken back
     let_stand = int(np.floor((1 - recall) * len(mattering)))
     highest = mattering[-1 - let_stand]
     threshold = float(np.clip(np.nextafter(highest, 1.0), 1e-6, 1 - 1e-6))
-    judge = replace(judge, threshold=threshold)
+    judge = Learned(tuple(model.coef_[0].tolist()), float(model.intercept_[0]), threshold)
     stands = judge.stands(found.opinions[held])
     return judge, {
         "disagreements": float(len(found.harmless)),

@@ -178,9 +178,11 @@ def find_choice(response: str, choices: Mapping[str, str]) -> str | None:
         choices: what each choice says, by its label.
     """
     labels = DIGITS if all(label in DIGITS for label in choices) else LETTERS
-    text, patterns = _plain(response), _patterns(labels)
-    if (label := find_label(response, labels)) is not None or _mentions(text, patterns):
+    if (label := find_label(response, labels)) is not None:
         return label
+    text = _plain(response)
+    if _mentions(text, _patterns(labels)):
+        return None  # several, without deciding
     sentence = re.split(r"(?<=[.!?])\s+|\n+", text.strip())[-1]
     if not _ENDS.search(sentence) or _DENIES.search(sentence):
         return None

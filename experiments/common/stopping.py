@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -140,11 +141,13 @@ def end_workers(patience: float = PATIENCE) -> None:
         process.join(patience)
 
 
+@cache
 def end_with(parent: int) -> None:
     """End this process when the one that has started it is gone; Ctrl-C at the terminal is for that one.
 
     Args:
         parent: its number; where it is not this one's parent, nothing is done: what runs on clusters ends with them.
+            A process that makes several jobs of it follows it once.
     """
     if os.getppid() != parent:
         return
@@ -157,5 +160,4 @@ def end_with(parent: int) -> None:
             time.sleep(FOLLOWING)
         os._exit(1)
 
-    if not any(thread.name == follow.__qualname__ for thread in threading.enumerate()):
-        threading.Thread(target=follow, name=follow.__qualname__, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()

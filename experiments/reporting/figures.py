@@ -108,6 +108,11 @@ def _draw_curves(
     slm, llm = summary["models"]["slm"], summary["models"]["llm"]
     with _figure(target, dpi=130, columns=1, size=(8, 5)) as (axes,):
         labels = []
+        first = slm["cost"] if logarithmic else 0.0
+        if logarithmic:
+            _logarithmic_costs(axes, first)
+        else:
+            axes.set_xlim(0, 1.03)
         for name in unnamed:
             _draw_policy(axes, summary["policies"][name], "lightgrey", banded=False)
         for position, name in enumerate(named):
@@ -117,7 +122,7 @@ def _draw_curves(
         for name, front in summary.get("fronts", {}).items():
             points = _to_the_end(front["curve"])
             # below the curves it is made of, which stay visible on it
-            axes.plot(*_traced(points).T, color="gold", linewidth=6, alpha=0.5, zorder=1)
+            _line(axes, points, color="gold", linewidth=6, alpha=0.5, zorder=1)
             labels.append(Label(front_name(name, front), points, "darkgoldenrod"))
         for name, baseline in summary["limits"].items():
             shown = BASELINE_NAMES[name]
@@ -127,7 +132,6 @@ def _draw_curves(
                 labels.append(_mark(axes, baseline[f"cost_{summary['cost']}"], baseline["accuracy"], "k*", shown))
         labels.append(_mark(axes, slm["cost"], slm["accuracy"], "ks", alone[0]))
         labels.append(_mark(axes, llm["cost"], llm["accuracy"], "k^", alone[1]))
-        first = slm["cost"] if logarithmic else 0.0
         target_line = np.array([[first, TARGET * llm["accuracy"]], [1.0, TARGET * llm["accuracy"]]])
         axes.plot(*target_line.T, color="grey", linewidth=0.8, linestyle=":")
         best = "the LLM" if alone is ALONE else "the best model"
@@ -138,10 +142,6 @@ def _draw_curves(
         few = f": {' -> '.join(summary['pool'])}" if len(summary["pool"]) < 4 else ""
         grey = f"; in grey, not named: {len(unnamed)} more" if unnamed else ""
         axes.set_title(f"{summary['task']}{few}{grey}", fontsize="medium")
-        if logarithmic:
-            _logarithmic_costs(axes, first)
-        else:
-            axes.set_xlim(0, 1.03)
         axes.set_ylim(*_accuracies(labels))
         axes.grid(alpha=0.3)
         place_labels(axes, sorted(labels, key=lambda label: len(label.points) > 1))  # a point has one place
@@ -179,11 +179,13 @@ def _logarithmic_costs(axes: Axes, first: float) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _traced(points: FloatArray) -> FloatArray:
-    """A line's points with more between them, (m, 2), for an axis on which it is bent."""
-    along = np.arange(len(points))
-    at = np.linspace(0, along[-1], 20 * along[-1] + 1)
-    return np.stack([np.interp(at, along, points[:, axis]) for axis in (0, 1)], axis=1)
+def _line(axes: Axes, points: FloatArray, **style: Any) -> None:
+    """Draw a line that is straight in accuracy over cost: on a logarithmic axis it is bent, and has more points."""
+    if axes.get_xscale() == "log":
+        along = np.arange(len(points))
+        at = np.linspace(0, along[-1], 20 * along[-1] + 1)
+        points = np.stack([np.interp(at, along, points[:, axis]) for axis in (0, 1)], axis=1)
+    axes.plot(*points.T, **style)
 
 
 def _accuracies(labels: Sequence[Label]) -> tuple[float, float]:
@@ -195,7 +197,7 @@ def _accuracies(labels: Sequence[Label]) -> tuple[float, float]:
 def _draw_policy(axes: Axes, policy: Mapping[str, Any], colour: Any, banded: bool = True) -> FloatArray:
     """A curve and the band of its intervals; one that was not trained is dashed. Its points, (n, 2)."""
     measured, points = np.array(policy["curve"], dtype=float), _to_the_end(policy["curve"])
-    axes.plot(*_traced(points).T, "-" if policy["trained"] else "--", color=colour)
+    _line(axes, points, linestyle="-" if policy["trained"] else "--", color=colour)
     if len(measured) < FEW_POINTS:
         axes.plot(*measured.T, ".", color=colour)
     if banded:
@@ -215,7 +217,7 @@ def _draw_baseline(axes: Axes, name: str, shown: str, curve: Sequence[Sequence[f
     """A dotted curve: the straight line between the models in grey, the oracles in black."""
     colour = "grey" if name == "line" else "black"
     points = _to_the_end(curve)
-    axes.plot(*_traced(points).T, color=colour, linestyle="-." if name == "query_oracle" else ":")
+    _line(axes, points, color=colour, linestyle="-." if name == "query_oracle" else ":")
     return Label(shown, points, colour)
 
 

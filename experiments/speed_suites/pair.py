@@ -23,7 +23,6 @@ from experiments.speed_suites.latency import LLM, UNITS, over
 
 BARE = "bare_passes"
 """The passes of LLM-only decoding and nothing else, over the cache of transformers."""
-Turn = Callable[[], float]
 
 
 def policies_of(config: DictConfig) -> dict[str, Policy]:
@@ -49,7 +48,7 @@ def bare_passes(pool: ModelPool, example: Example, response: IntArray) -> None:
     read, cache = pool.encode_prompt(example), DynamicCache(config=network.config)
     with torch.inference_mode():
         for tokens in (read, *response[:-1, None]):
-            ids = torch.from_numpy(np.asarray(tokens))[None].to(device)
+            ids = torch.from_numpy(tokens)[None].to(device)
             network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
 
 
@@ -101,7 +100,9 @@ def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     seconds: dict[str, list[list[float]]] = {name: [] for name in (*answers, BARE)}
     written: dict[str, list[Episode]] = {name: [] for name in answers}
     for number, example in enumerate(examples):
-        turns: dict[str, Turn] = {name: partial(timed, name, answer, example) for name, answer in answers.items()}
+        turns: dict[str, Callable[[], float]] = {
+            name: partial(timed, name, answer, example) for name, answer in answers.items()
+        }
         turns[BARE] = partial(timed_bare, example)
         for name, measured in alternated(turns, config.pair_repeats, f"problem {number + 1}").items():
             seconds[name].append(measured)
@@ -113,11 +114,12 @@ def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     rates: Numbers = {}
     for name, one_way in found.items():
         rates[f"{name}_ms_per_token"] = 1e3 * float(np.median(taken[name], axis=1).sum() / one_way.tokens.sum())
-        rates[f"{name}_tokens"], rates[f"{name}_llm_tokens"] = (
-            float(one_way.tokens.sum()),
-            float(one_way.llm_tokens.sum()),
-        )
-        rates[f"{name}_right"] = float(one_way.correct.sum())
+        for what, counts in (
+            ("tokens", one_way.tokens),
+            ("llm_tokens", one_way.llm_tokens),
+            ("right", one_way.correct),
+        ):
+            rates[f"{name}_{what}"] = float(counts.sum())
         if name != LLM:
             ratios |= {f"{name}_seconds_over_llm_only{end}": v for end, v in over(taken[name], taken[LLM]).items()}
             for unit in UNITS:

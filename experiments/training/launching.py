@@ -16,6 +16,7 @@ from hydra._internal.callbacks import Callbacks  # Hydra has no other way to its
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.core.utils import env_override
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, flag_override
 
@@ -145,22 +146,17 @@ def _launch(runs: Sequence[Run], folder: Path) -> None:
     )
     jobs = [[*run.settings, f"hydra.sweep.subdir={quoted(run.folder.absolute().relative_to(root))}"] for run in runs]
     levels = {name: logging.getLogger(name).level for name in ("hydra", "hydra_plugins")}
-    threads = os.environ.get("OMP_NUM_THREADS")
-    # torch's own threads would wait for each other where processes share the cores
-    os.environ["OMP_NUM_THREADS"] = "1"
     for name in levels:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        launcher.launch(jobs, initial_job_idx=0)
+        # torch's own threads would wait for each other where processes share the cores
+        with env_override({"OMP_NUM_THREADS": "1"}):
+            launcher.launch(jobs, initial_job_idx=0)
     finally:
         _free_processes()
         here.cfg = own  # a launcher that makes runs in this process leaves the last one's
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        if threads is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def _free_processes() -> None:

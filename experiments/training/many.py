@@ -170,13 +170,11 @@ def _said(error: Exception) -> str:
     return " ".join(text.replace("Builds_", "").split())
 
 
-def make(run: Run) -> None:
-    """Make one run in this process, with one thread; what goes wrong is kept in its folder, see `Run.failed`."""
-    make_as_configured(run.config(), run.folder, run.agent)
-
-
 def make_as_configured(config: DictConfig, folder: Path, agent: str) -> None:
-    """Make the run of `config` in `folder`, its log in `log.txt`; what goes wrong is kept there, see `Run.failed`."""
+    """Make the run of `config` in `folder`, in this process and with one thread unless `threads` says otherwise.
+
+    Its log is `log.txt` there; what goes wrong is kept there too, see `Run.failed`.
+    """
     threads = torch.get_num_threads()
     try:
         with (
