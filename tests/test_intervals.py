@@ -58,7 +58,7 @@ def simulated(seeds, sigma, count, repeats, samples=200):
         weights = resampled(count, samples, repeat)
         ours, theirs = (estimated(policy(rng, difficulty, lengths, seeds, sigma), weights) for _ in range(2))
         for name in REGULAR:
-            low, high = ours[name].interval()
+            low, high = ours[name].cost_interval() if name.startswith("cost_at") else ours[name].interval()
             covered[name] += low <= truth[name] <= high
             low, high = ours[name].less(theirs[name])[1]
             found[name] = found.get(name, 0) + (low > 0 or high < 0)
@@ -103,6 +103,21 @@ def test_an_interval_over_seeds_is_a_t_interval():
     assert (low, high) == (pytest.approx(0.4 - half, abs=1e-5), pytest.approx(0.4 + half, abs=1e-5))
     alike = Estimate(np.full((3, 11), 0.4)).interval()
     assert alike == (pytest.approx(0.4), pytest.approx(0.4))
+
+
+def test_the_interval_of_a_cost_stays_above_zero_and_is_that_of_its_logarithm_over_seeds():
+    far = Estimate(np.array([[0.2], [0.25], [1.4]]) * np.ones(501))
+    assert far.interval()[0] < 0 < far.cost_interval()[0] < far.value < far.cost_interval()[1]
+    low, high = far.cost_interval()
+    assert low * high == pytest.approx(far.value**2, rel=1e-4)
+    # of a small spread it is the plain one
+    near = Estimate(np.array([[0.2], [0.201], [0.202]]) * np.ones(501))
+    assert near.cost_interval() == pytest.approx(near.interval(), rel=1e-3)
+    # in another unit of costs it is the same
+    assert Estimate(7 * far.values).cost_interval() == pytest.approx((7 * low, 7 * high), rel=1e-4)
+    # some problems cost nothing: there is no logarithm
+    none = Estimate(np.array([[0.0, 0.0, 0.0], [0.3, 0.2, 0.4]]))
+    assert none.cost_interval() == (0.0, none.interval()[1])
 
 
 def test_the_interval_of_a_share_has_a_width_and_stays_within_its_range():

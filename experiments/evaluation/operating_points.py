@@ -206,9 +206,12 @@ class OperatingPoint(NamedTuple):
     problems: int
 
     def described(self) -> dict[str, Any]:
-        """As a summary has it; the interval of an accuracy stays within what a share can be."""
+        """As a summary has it; the interval of an accuracy stays within what a share can be, that of a cost above 0."""
         share = self.measured["accuracy"]
-        known = {key: one.described() for key, one in self.measured.items()}
+        known = {
+            key: described(one.value, one.cost_interval()) if key.startswith("cost_") else one.described()
+            for key, one in self.measured.items()
+        }
         known["accuracy"] = described(share.value, share.share_interval(self.problems))
         return {"thresholds": self.thresholds, **known}
 

@@ -166,7 +166,10 @@ def _summarize_policy(
 ) -> dict[str, Any]:
     """Measures of one policy, or of a front, with intervals; its curve and its costs in all units."""
     sweeps = results.sweeps_of(answers, unit)
-    values = {key: one.described() for key, one in own.items()}
+    values = {
+        key: described(one.value, one.cost_interval()) if key.startswith("cost_at_") else one.described()
+        for key, one in own.items()
+    }
     return {
         "seeds": len(sweeps),
         "cost_at": {f"{level:.2f}": values[f"cost_at_{level:.2f}"]["value"] for level in LEVELS},

@@ -2,8 +2,8 @@
 
 Problems are resampled, the same ones for all policies: comparisons are paired. There are too few training seeds to
 resample (a percentile bootstrap of three covers 74 % where 95 % are said); theirs is a t interval. For one policy both
-half-widths are added in quadrature (MOVER, Zou and Donner 2008); for two, where that is too wide, both variances are,
-and the degrees of freedom are Satterthwaite's, as in Welch's test. The problems' part stays as skewed as it is. What a
+half-widths are added in quadrature (MOVER, Zou and Donner 2008), those of costs and ratios of costs in logarithms; for
+two, where that is too wide, both variances are, and the degrees of freedom are Satterthwaite's, as in Welch's test. The problems' part stays as skewed as it is. What a
 seed does to some problems and not to others is in the differences between seeds already, and is taken out of it.
 """
 
@@ -94,6 +94,17 @@ class Estimate:
             high = max(high, 1 - extreme)
         return max(low, 0.0), min(high, 1.0)
 
+    def cost_interval(self) -> Interval:
+        """The 95 % interval of a cost: symmetric in logarithms as far as seeds go, so that it never reaches 0.
+
+        Where it is 0 on some problems there is no logarithm, and the interval ends at 0.
+        """
+        if not (self.values > 0).all():
+            low, high = self.interval()
+            return None if low is None else max(low, 0.0), high
+        low, high = _interval(float(np.log(self.value)), np.log(self.resampled), Estimate(self.values / self.value))
+        return _exponential(low), _exponential(high)
+
     def less(self, other: Estimate) -> tuple[float, Interval]:
         """The difference from another policy's, and its 95 % interval."""
         difference = self.value - other.value
@@ -106,7 +117,7 @@ class Estimate:
             ratio = self.value / other.value
             logarithm = float(np.log(ratio))
             low, high = _interval(logarithm, np.log(self.resampled / other.resampled), ours, theirs)
-        return ratio, (None if low is None else finite(np.exp(low)), None if high is None else finite(np.exp(high)))
+        return ratio, (_exponential(low), _exponential(high))
 
 
 def estimates(seeds: Sequence[Mapping[str, FloatArray]]) -> dict[str, Estimate]:
@@ -135,6 +146,11 @@ def _interval(value: float, drawn: FloatArray, *estimates: Estimate) -> Interval
         seeds = NORMAL * np.sqrt(sum(one.seed_variance for one in estimates))
     below, above = (widened * np.hypot(left * side, seeds) for side in (middle - low, high - middle))
     return finite(value - below), finite(value + above)
+
+
+def _exponential(end: float | None) -> float | None:
+    """Of an end of an interval in logarithms."""
+    return None if end is None else finite(np.exp(end))
 
 
 def _quantile(problems: float, estimates: Sequence[Estimate]) -> float:
