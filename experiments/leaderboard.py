@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CONTINUING = Continuing(
     may_differ=(
         "agents",
+        "further",
         "seeds",
         "untrained",
         "first",
@@ -75,7 +76,8 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
             keep(run)
     make_all(runs, folder, keep)
     timings = store.folder / "seconds.json" if store else folder / "timings.json"
-    seconds = measure_seconds(runs, config.seeds[0], config.timings, timings, config.timed)
+    core = [run for run in runs if run.agent not in config.further]
+    seconds = measure_seconds(core, config.seeds[0], config.timings, timings, config.timed)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
     training = training_of(runs)
     how = HowMade(
@@ -83,12 +85,13 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         commit=commit(),
         seeds=list(config.seeds),
         training=training,
+        further=list(config.further),
         train=list(config.train),
         departures={name: list(config.departures[name]) for name in {run.agent for run in runs} & {*config.departures}},
     )
     target = Path(config.target or folder / "BENCHMARK.md")
     drawn = Path(config.picture or target.with_suffix(".png"))
-    picture(summary, drawn)
+    picture(summary, drawn, how.further)
     write_text(target, page(summary, seconds, how, os.path.relpath(drawn, target.parent)))
     if store is not None:
         write_leaderboard(store.folder.parent, store.folder.name, summary, entries(summary, training, seconds))

@@ -52,6 +52,7 @@ class HowMade:
         commit: of the code.
         seeds: of training.
         training: what each agent had for it: problems, features, parameters, LLM tokens, minutes.
+        further: agents in a table of their own.
         train: overrides of every run.
         departures: overrides of some agents' runs, by agent.
     """
@@ -60,13 +61,20 @@ class HowMade:
     commit: str
     seeds: Sequence[int]
     training: Mapping[str, Mapping[str, Any]]
+    further: Sequence[str]
     train: Sequence[str]
     departures: Mapping[str, Sequence[str]]
 
 
-def picture(summary: Summary, path: Path) -> None:
-    """Draw the curves of the cheapest policies and of the first one: more could not be told apart."""
-    names = ranked(summary)[:DRAWN]
+def picture(summary: Summary, path: Path, further: Sequence[str] = ()) -> None:
+    """Draw the curves of the cheapest policies and of the first one: more could not be told apart.
+
+    Args:
+        summary: of all evaluations.
+        path: of the picture.
+        further: agents that are not drawn.
+    """
+    names = [name for name in ranked(summary) if name not in further][:DRAWN]
     shown = {name: summary["policies"][name] for name in dict.fromkeys([*names, summary["first"]])}
     plot_curves({**summary, "policies": shown}, path, logarithmic=True)
 
@@ -88,6 +96,7 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
     """
     models, machine = summary["models"], how.machine
     seeds = ", ".join(map(str, how.seeds))
+    core = [name for name in ranked(summary) if name not in how.further]
     return f"""# Benchmark
 
 Agents of `conf/agent`, trained and decoded through the same engine on the same problems: `make benchmark`. The task is
@@ -109,7 +118,7 @@ the SLM takes some.
 
 ## What a user gets
 
-{chosen_table(summary, seconds, how)}
+{chosen_table(summary, how, core, seconds)}
 "Chosen for 95 %" is the operating point: the threshold that validation problems choose for 95 % of the LLM's accuracy,
 here {float(LEVEL) * models["llm"]["accuracy"]:.1%}, and the accuracy and cost it then has on these problems. Costs are
 memory traffic, relative to LLM-only decoding of the same problems. In brackets: 95 % intervals over problems
@@ -119,7 +128,7 @@ passes, over those of LLM-only decoding (first seed, all in turn; none where val
 
 ## Cost at equal accuracy
 
-{results_table(summary, how)}
+{results_table(summary, how, core)}
 "Hull" is the least cost of 90, 95 and 99 % of the LLM's accuracy on these problems themselves: in memory traffic with
 intervals, by which at 95 % both tables are sorted, and at 95 % as LLM tokens, floating-point operations and dollars, at
 a price in proportion to parameters. AIQ is the mean accuracy from the SLM's cost to the LLM's. "Hull: over
@@ -130,7 +139,7 @@ A policy's curve is the upper concave hull of its thresholds, the SLM alone and 
 query with one of two of these, drawn at random, has any point between them. Thresholds are set on validation problems.
 Query-level agents decide once a response, and the SLM then reads no more than the prompt of what the LLM answers.
 
-## What each agent had
+{further_tables(summary, how)}## What each agent had
 
 {trainings(how)}
 Problems are those of the train split that labels, preferences or episodes are made of; LLM tokens are all that the LLM
@@ -212,14 +221,30 @@ def label_shares(how: HowMade) -> str:
     return markdown_table(["agent", *(f"{case.replace('_', ' ')}: {kind}" for case, kind in columns)], rows)
 
 
-def chosen_table(summary: Summary, seconds: Mapping[str, float | None], how: HowMade) -> str:
-    """The operating points: a row a policy."""
+def further_tables(summary: Summary, how: HowMade) -> str:
+    """Those agents that do not belong to the core table."""
+    names = [name for name in ranked(summary) if name in how.further]
+    if not names:
+        return ""
+    return f"""## Further policies
+
+On the same problems, by the same rules, and not in the tables above:
+
+{chosen_table(summary, how, names)}
+{results_table(summary, how, names, limits=False)}
+"""
+
+
+def chosen_table(
+    summary: Summary, how: HowMade, names: Sequence[str], seconds: Mapping[str, float | None] | None = None
+) -> str:
+    """The operating points: a row a policy, with its seconds where some are given."""
     first, levels = summary["first"], (LEVEL, "0.99")
     headers = ["policy (seeds)"]
     for level in levels:
         headers += [f"chosen for {float(level):.0%}: {what}" for what in ("accuracy", "cost", f"over {first}'s")]
     rows = []
-    for name in ranked(summary):
+    for name in names:
         policy = summary["policies"][name]
         row = [_named(summary, name, how)]
         for level in levels:
@@ -228,12 +253,12 @@ def chosen_table(summary: Summary, seconds: Mapping[str, float | None], how: How
             keys = ("accuracy", f"cost_{summary['cost']}")
             row += ["", ""] if point is None else [measured(point[key]) for key in keys]
             row.append("" if ratio is None or name == first else measured(ratio))
-        rows.append([*row, number(seconds.get(name))])
-    return markdown_table([*headers, "seconds"], rows)
+        rows.append([*row, *([] if seconds is None else [number(seconds.get(name))])])
+    return markdown_table([*headers, *([] if seconds is None else ["seconds"])], rows)
 
 
-def results_table(summary: Summary, how: HowMade) -> str:
-    """Costs on the hull: a row a policy, the baselines below."""
+def results_table(summary: Summary, how: HowMade, names: Sequence[str], limits: bool = True) -> str:
+    """Costs on the hull: a row a policy, the baselines below where `limits` are wanted."""
     first = summary["first"]
     headers = [
         "policy (seeds)",
@@ -245,8 +270,9 @@ def results_table(summary: Summary, how: HowMade) -> str:
         f"hull: over {first}'s",
         "",
     ]
-    policies = [_policy_row(summary, name, how) for name in ranked(summary)]
-    return markdown_table(headers, policies + [_baseline_row(summary, name) for name in summary["limits"]])
+    policies = [_policy_row(summary, name, how) for name in names]
+    baselines = [_baseline_row(summary, name) for name in summary["limits"]] if limits else []
+    return markdown_table(headers, policies + baselines)
 
 
 def _named(summary: Summary, name: str, how: HowMade) -> str:

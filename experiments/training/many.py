@@ -100,10 +100,10 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
         ValueError: an agent that is not there, or a setting out of range.
         ConfigCompositionException: a class that cannot be imported.
     """
-    for key in ("agents", "seeds", "train", "live", "untrained"):
+    for key in ("agents", "further", "seeds", "train", "live", "untrained"):
         check_list(key, config[key] or [])
     known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
-    names = list(config.agents or known)
+    names = list(dict.fromkeys([*(config.agents or known), *config.further]))
     for name in (*names, *config.departures, *config.live, *config.untrained):
         if "." in name:
             imported(name)  # a class that lies outside
