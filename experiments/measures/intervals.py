@@ -2,9 +2,10 @@
 
 Problems are resampled, the same ones for all policies: comparisons are paired. There are too few training seeds to
 resample (a percentile bootstrap of three covers 74 % where 95 % are said); theirs is a t interval. For one policy both
-half-widths are added in quadrature (MOVER, Zou and Donner 2008), those of costs and ratios of costs in logarithms; for
-two, where that is too wide, both variances are, and the degrees of freedom are Satterthwaite's, as in Welch's test. The problems' part stays as skewed as it is. What a
-seed does to some problems and not to others is in the differences between seeds already, and is taken out of it.
+half-widths are added in quadrature (MOVER, Zou and Donner 2008), those of costs and of their ratios in logarithms; for
+two, where that is too wide, both variances are, and the degrees of freedom are Satterthwaite's, as in Welch's test. The
+problems' part stays as skewed as it is. What a seed does to some problems and not to others is in the differences
+between seeds already, and is taken out of it.
 """
 
 from __future__ import annotations
