@@ -7,8 +7,7 @@ elsewhere it matters, and the LLM's token stays (semi-greedy search, their algor
 the two apart, and in decoding lets a drafted token stand that it finds harmless.
 
 What differs: theirs sees hidden states of both models, this one what the LLM's logits say of the token (`Learned`);
-theirs drafts windows of fixed length, this one also stops behind a token that the SLM is not sure of, which the
-threshold of the policy says.
+theirs drafts windows of fixed length, this one also stops behind a token that the SLM is not sure of.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.checking.span import drafts_of
-from agents.checking.speculative import last_probabilities, must_be_read
+from agents.checking.speculative import Speculative
 from agents.common.policy import Learner, Observation, Scores, TrainingRun
 from agents.common.saving import SavedPolicy, saved_as
 from envs.arrays import BoolArray, IntArray
@@ -42,12 +40,13 @@ HELD_OUT = 5
 class AutoJudgePolicy(SavedPolicy):
     """Calls the LLM behind a token that the SLM is not sure of; which drafted tokens stand was learned.
 
-    The score is the SLM's probability of the last drafted token, and 0 where a draft has to end.
+    Scores are those of `Speculative`: 1 where the SLM drafts on and 0 where the LLM is called.
 
     Attributes:
         judge: which drafted tokens stand.
         models: names and fingerprints of the pool it was trained for.
         draft_tokens: the longest draft.
+        confidence: a draft ends behind a token whose probability under the SLM is below this; 0: at no token.
     """
 
     weights_file: ClassVar[str] = "judge.safetensors"
@@ -56,10 +55,10 @@ class AutoJudgePolicy(SavedPolicy):
     judge: Learned = field(kw_only=True)
     models: list[dict[str, str]] = field(kw_only=True)
     draft_tokens: int = 32
+    confidence: float = 0.2
 
     def score(self, observation: Observation) -> Scores:
-        drafts = drafts_of(observation)
-        return np.where(must_be_read(drafts, self.draft_tokens), 0.0, last_probabilities(drafts))
+        return Speculative(self.draft_tokens, self.confidence).score(observation)
 
     @property
     def parameters(self) -> int:
@@ -67,20 +66,21 @@ class AutoJudgePolicy(SavedPolicy):
         return len(self.judge.weights) + 1
 
     def about(self) -> str:
-        return f"{described(self.judge)} {self.draft_tokens}"
+        return f"{described(self.judge)} {self.draft_tokens} {self.confidence}"
 
     def tensors(self) -> dict[str, Tensor]:
         return {"judge": torch.tensor([*self.judge.weights, self.judge.bias], dtype=torch.float64)}
 
     def settings(self) -> dict[str, Any]:
-        return {"models": self.models, "judge": described(self.judge), "draft_tokens": self.draft_tokens}
+        own = {"draft_tokens": self.draft_tokens, "confidence": self.confidence}
+        return {"models": self.models, "judge": described(self.judge), **own}
 
     @classmethod
     def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], pool: ModelPool) -> Self:
         judge = judge_of(settings["judge"])
         if not isinstance(judge, Learned) or [*judge.weights, judge.bias] != tensors["judge"].tolist():
             raise ValueError(f"the judge {settings['judge']} is not that of the weights")
-        return cls(settings["draft_tokens"], judge=judge, models=settings["models"])
+        return cls(settings["draft_tokens"], settings["confidence"], judge=judge, models=settings["models"])
 
 
 class Disagreements(NamedTuple):
@@ -208,6 +208,7 @@ class AutoJudge(Learner[AutoJudgePolicy]):
         examples: training problems; all of the train split where None.
         recall: of the disagreements that matter, the share that is taken back on problems held out, at least.
         draft_tokens: the longest draft.
+        confidence: a draft ends behind a token whose probability under the SLM is below this; 0: at no token.
         max_new_tokens: the longest response.
         memory: bytes of the replay tree.
         rows: answers in flight.
@@ -217,18 +218,17 @@ class AutoJudge(Learner[AutoJudgePolicy]):
     """
 
     examples: int | None = 1500
-    recall: float = 0.9
+    recall: float = 0.99
     draft_tokens: int = 32
+    confidence: float = 0.2
     max_new_tokens: int = 128
     memory: int = 2**31
     rows: int = 256
 
     def __post_init__(self) -> None:
-        if (self.examples is not None and self.examples < 2) or self.draft_tokens < 1 or self.rows < 1:
-            raise ValueError(
-                f"examples ({self.examples}) must be at least 2, draft_tokens ({self.draft_tokens}) and rows "
-                f"({self.rows}) at least 1"
-            )
+        Speculative(self.draft_tokens, self.confidence)
+        if (self.examples is not None and self.examples < 2) or self.rows < 1:
+            raise ValueError(f"examples ({self.examples}) must be at least 2 and rows ({self.rows}) at least 1")
         if not 0 < self.recall <= 1:
             raise ValueError(f"recall must be in (0, 1], is {self.recall}")
 
@@ -242,4 +242,4 @@ class AutoJudge(Learner[AutoJudgePolicy]):
             tree.save(kept)
         judge, report = fit_judge(found, self.recall)
         run.track({"run": "judge", **report, "tree": len(tree)})
-        return AutoJudgePolicy(self.draft_tokens, judge=judge, models=models_manifest(pool))
+        return AutoJudgePolicy(self.draft_tokens, self.confidence, judge=judge, models=models_manifest(pool))
