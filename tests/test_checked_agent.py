@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from agents.checking.checked import Checked, CheckedPolicy, judged_states, until_refused
+from agents.checking.checked import Checked, CheckedPolicy
+from agents.checking.judged_states import judged_states, until_refused
 from agents.checking.speculative import RelaxedAcceptance, Speculative
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode, look
