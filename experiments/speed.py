@@ -7,9 +7,10 @@
     python -m experiments.speed suite=latency
     python -m experiments.speed suite=pair models=qwen25_coder models.rows=1 task=commonsense_qa_chat
 
-The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}. Everything that is compared is run in
-turn (A B A B ...) in one process, and medians are compared, since machines are noisy. Where something else took the
-machine's time meanwhile, a line says so, and "machine" holds {"quiet": false, "why": [...]}.
+The last line printed is a JSON object: {"suite", "ratios", "rates", "machine"}; `speed.json` in the run's folder holds
+the same. Everything that is compared is run in turn (A B A B ...) in one process, and medians are compared, since
+machines are noisy. Where something else took the machine's time meanwhile, a line says so, and "machine" holds
+{"quiet": false, "why": [...]}.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SUITES = ("decode", "env", "collect", "rl", "latency", "pair")
 @program("speed", Continuing(anything_differs=True))
 def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Run one suite."""
+    from envs.storage import write_text
     from experiments.common.quiet import QuietWatch
     from experiments.common.timing import machine
 
@@ -49,6 +51,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         "rates": {name: round(value, 2) for name, value in rates.items()},
         "machine": machine() | quiet,
     }
+    write_text(folder / "speed.json", json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 

@@ -402,8 +402,9 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "rl_oracle_examples=3",
         "rl_ppo_steps=64",
         "rl_ppo_envs=2",
-        "latency_threshold=0.95",
+        "+latency_thresholds={entropy: 0.95, checked_entropy: 0.3}",
         "latency_problems=2",
+        "latency_rows=2",
         "latency_repeats=1",
         "pair_problems=2",
         "pair_repeats=2",
@@ -412,6 +413,7 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
     code, out, err = start("speed", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     assert code == 0, out + err
     report = json.loads(out.strip().splitlines()[-1])
+    assert report == json.loads((tmp_path / "speed.json").read_text())
     assert report["suite"] == suite
     assert report["machine"]["cores"] >= 1
     assert report["machine"]["quiet"] is (not report["machine"]["why"])
@@ -429,12 +431,20 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "rl": {"shortcut_over_live", "tree_over_live"},
         "latency": {
             *(
-                f"{way}_seconds_over_llm_only{end}"
-                for way in ("routed", "speculative")
+                f"{way}_over_{other}{end}"
+                for other, ways in (
+                    ("llm_only", ("entropy", "checked_entropy", "speculative", "speculative_adaptive")),
+                    ("speculative", ("entropy", "checked_entropy")),
+                    ("speculative_adaptive", ("entropy", "checked_entropy")),
+                )
+                for way in (f"{one}_seconds" for one in ways)
                 for end in ("", "_low", "_high")
             ),
-            *(f"routed_seconds_over_speculative{end}" for end in ("", "_low", "_high")),
-            *(f"{way}_{unit}_over_llm_only" for way in ("routed", "speculative") for unit in ("bytes", "flops")),
+            *(
+                f"{way}_{unit}_over_llm_only"
+                for way in ("entropy", "checked_entropy", "speculative", "speculative_adaptive")
+                for unit in ("bytes", "flops")
+            ),
         },
         "pair": {
             *(
@@ -458,7 +468,7 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "rl": {"shortcut_steps_per_second", "tree_steps_per_second", "ppo_steps_per_second"},
         "latency": {
             f"{way}_{what}"
-            for way in ("llm_only", "routed", "speculative")
+            for way in ("llm_only", "entropy", "checked_entropy", "speculative", "speculative_adaptive")
             for what in ("ms_per_token", "ms_per_response", "llm_ms_per_response", "tokens", "llm_tokens")
         },
         "pair": {

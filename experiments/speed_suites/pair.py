@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from transformers.cache_utils import DynamicCache
 
-from agents.common.policy import Policy, checked_agent
+from agents.common.policy import Policy
 from agents.common.rollout import Episode, Scheduling, decode, decode_alone
 from envs.arrays import IntArray
 from envs.models.pool import ModelPool
@@ -19,7 +19,7 @@ from envs.tasks.task import Example
 from experiments.common.config import build
 from experiments.common.timing import Numbers, alternated
 from experiments.evaluation.answers import Answers
-from experiments.speed_suites.latency import LLM, UNITS, over
+from experiments.speed_suites.latency import LLM, UNITS, over, untrained
 
 BARE = "bare_passes"
 """The passes of LLM-only decoding and nothing else, over the cache of transformers."""
@@ -33,12 +33,9 @@ def policies_of(config: DictConfig) -> dict[str, Policy]:
     """
     found: dict[str, Policy] = {}
     for name in config.agents:
-        agent = checked_agent(build(config.agents, name))
-        if not isinstance(agent, Policy):
-            raise ValueError(f"{name} is to be trained, and this suite times what is there; leave it out")
+        found[name] = untrained(config, name)
         if name not in config.pair_thresholds:
             raise ValueError(f"{name} has no threshold; add pair_thresholds.{name}=0.5")
-        found[name] = agent
     return found
 
 
