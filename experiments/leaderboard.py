@@ -13,6 +13,7 @@ they hold.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ CONTINUING = Continuing(
     )
 )
 """Runs have settings of their own; which there are, and the page, may change."""
+LATENCY = "latency.json"
+"""Among the results: `speed.json` of the suite `latency`."""
 
 
 @program("leaderboard", CONTINUING)
@@ -80,6 +83,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     seconds = measure_seconds(core, config.seeds[0], config.timings, timings, config.timed)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
     training = training_of(runs)
+    latency = store.folder / LATENCY if store else folder / LATENCY
     how = HowMade(
         machine=machine(),
         commit=commit(),
@@ -87,6 +91,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         training=training,
         further=list(config.further),
         train=list(config.train),
+        latency=json.loads(latency.read_text())["ratios"] if latency.is_file() else {},
         departures={name: list(config.departures[name]) for name in {run.agent for run in runs} & {*config.departures}},
     )
     target = Path(config.target or folder / "BENCHMARK.md")

@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import HydraException
 
 from experiments.common.config import CONF
-from experiments.reporting.leaderboard_page import headlines, ranked, standing
+from experiments.reporting.leaderboard_page import headline, headlines, ranked, standing
 from experiments.training.many import Run, check, runs_of
 from tests.programs import composed
 
@@ -185,3 +185,16 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path):
     assert "nowhere" in done.stdout + done.stderr
     assert (tmp_path / "run" / "runs" / "random-seed0" / "summary.json").is_file()
     assert not (tmp_path / "PAGE.md").exists()
+
+
+def test_measured_latency_is_a_column_of_its_own_where_there_is_some():
+    costs = {unit: {"0.95": 0.2} for unit in ("bytes", "flops", "llm_tokens", "dollars")}
+    summary = {
+        "first": "citer",
+        "cheapest": "checked",
+        "policies": {name: {"cost_at_by_unit": costs} for name in ("citer", "checked")},
+        "limits": {"line": {"cost_at_by_unit": costs}},
+    }
+    lines = headline(summary, {}, {"checked_seconds_over_llm_only": 0.25}).splitlines()
+    assert [line.split(" | ")[5] for line in lines if "---" not in line] == ["seconds, batch 1", "", "0.250", ""]
+    assert "batch 1" not in headline(summary, {}, {})

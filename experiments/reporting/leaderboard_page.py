@@ -55,6 +55,7 @@ class HowMade:
         further: agents in a table of their own.
         train: overrides of every run.
         departures: overrides of some agents' runs, by agent.
+        latency: what `experiments.speed suite=latency` measured, by name; empty where it did not.
     """
 
     machine: Mapping[str, Any]
@@ -64,6 +65,7 @@ class HowMade:
     further: Sequence[str]
     train: Sequence[str]
     departures: Mapping[str, Sequence[str]]
+    latency: Mapping[str, float]
 
 
 def picture(summary: Summary, path: Path, further: Sequence[str] = ()) -> None:
@@ -110,11 +112,11 @@ The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summa
 
 ## What is saved, in every unit
 
-{headline(summary, seconds)}
+{headline(summary, seconds, how.latency)}
 At 95 % of the LLM's accuracy (speculative decoding: at all of it), relative to LLM-only decoding of the same problems.
 The order of policies is that of memory traffic, the paper's measure, which is what one user waits for where weights
 are read anew for every token; where passes are bound by arithmetic (large batches) FLOPs count, of which every token of
-the SLM takes some.
+the SLM takes some.{measured_latency(how)}
 
 ## What a user gets
 
@@ -173,20 +175,34 @@ compare directions, not digits.
 {departures(how)}"""
 
 
-def headline(summary: Summary, seconds: Mapping[str, float | None]) -> str:
+def measured_latency(how: HowMade) -> str:
+    """How seconds at batch 1 were measured, where they were."""
+    if not how.latency:
+        return ""
+    return """ Seconds at batch 1 are those of a pair of 26 and 296 million random weights, which writes what this pair
+decides, one response at a time ([measured latency](docs/costs.md#measured-latency))."""
+
+
+def headline(summary: Summary, seconds: Mapping[str, float | None], latency: Mapping[str, float]) -> str:
     """The first policy, the cheapest, speculative decoding and a coin per query, in every unit."""
+
+    def alone(name: str) -> list[str]:
+        value = latency.get(f"{name}_seconds_over_llm_only")
+        return ["" if value is None else number(value)] if latency else []
+
     units = ("bytes", "flops", "llm_tokens", "dollars")
     rows = []
     for name in dict.fromkeys((summary["first"], summary["cheapest"])):
         costs = summary["policies"][name]["cost_at_by_unit"]
-        rows.append([name, *(number(costs[unit][LEVEL]) for unit in units), number(seconds.get(name))])
+        rows.append([name, *(number(costs[unit][LEVEL]) for unit in units), *alone(name), number(seconds.get(name))])
     for name in ("speculative", "line"):
         limit = summary["limits"].get(name)
         if limit is not None:
             costs = limit.get("cost_at_by_unit")
             values = [limit[f"cost_{unit}"] if costs is None else costs[unit][LEVEL] for unit in units]
-            rows.append([f"*{BASELINE_NAMES[name]}*", *map(number, values), ""])
-    return markdown_table(["", "memory traffic", "FLOPs", "LLM tokens", "dollars", "seconds, in batches"], rows)
+            rows.append([f"*{BASELINE_NAMES[name]}*", *map(number, values), *alone(name), ""])
+    timed = ["seconds, batch 1"] if latency else []
+    return markdown_table(["", "memory traffic", "FLOPs", "LLM tokens", "dollars", *timed, "seconds, in batches"], rows)
 
 
 def trainings(how: HowMade) -> str:
