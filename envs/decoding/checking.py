@@ -274,8 +274,8 @@ def agreed(stands: BoolArray, counts: IntArray) -> IntArray:
         stands: of the tokens of all drafts, one after the other.
         counts: tokens of each draft, (n,).
     """
-    kept = counts.copy()
-    drafts = np.repeat(np.arange(len(counts)), counts)
-    places = np.arange(len(stands)) - np.repeat(np.cumsum(counts) - counts, counts)
-    np.minimum.at(kept, drafts[~stands], places[~stands])
+    kept, ends = counts.copy(), np.cumsum(counts)
+    refused = np.flatnonzero(~stands)[::-1]  # of one draft the last that is entered, which is its first, remains
+    drafts = ends.searchsorted(refused, side="right")
+    kept[drafts] = refused - (ends - counts)[drafts]
     return kept

@@ -218,6 +218,14 @@ def all_masked(info: Info) -> Info:
     return info | masks
 
 
+def without(info: Mapping[str, Any], rows: IntArray) -> Info:
+    """Vector infos in which all rows but these have a value."""
+    infos = all_masked({key: value.copy() for key, value in info.items()})
+    for key in info:
+        infos[key][rows], infos[f"_{key}"][rows] = None if infos[key].dtype == object else 0, False
+    return infos
+
+
 def masked(info: Info, rows: IntArray, num_envs: int, infos: Info | None = None) -> Info:
     """Vector infos, added to `infos`: values of `rows`, each key with its mask, as Gymnasium has them."""
     infos = {} if infos is None else infos

@@ -145,8 +145,10 @@ class RoutingEpisodes(EpisodeRows):
 
     def observe(self, rows: IntArray) -> Observations:
         """What a router sees of rows, (n, width); zeros where a response has terminated."""
-        observations = self.session.observe(rows).vector(self.settings.features).cpu().numpy()
         terminated = self._terminated[rows]
+        if terminated.all():  # as a rule all that end with a step
+            return np.zeros((len(rows), *self.observation_space.shape), dtype=np.float32)
+        observations = self.session.observe(rows).vector(self.settings.features).cpu().numpy()
         if terminated.any():
             observations[terminated] = 0.0
         return np.asarray(observations)

@@ -28,6 +28,7 @@ from envs.environments.episodes import (
     part,
     reset_mask,
     scalars,
+    without,
 )
 from envs.environments.picture import picture
 from envs.environments.render import ansi
@@ -205,8 +206,7 @@ class EpisodeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._over = over
             infos = masked(step.finals, ended, self.num_envs, all_masked(step.infos))
             return self.episodes.observe(rows), step.rewards, step.terminated, step.truncated, infos
-        going_on = np.flatnonzero(~over)
-        infos = masked(part(step.infos, going_on), going_on, self.num_envs)
+        infos = {} if over.all() else without(step.infos, ended)
         last = np.full(self.num_envs, None, dtype=object)
         for row, observation in zip(ended, self.episodes.observe(ended), strict=True):
             last[row] = observation

@@ -10,9 +10,9 @@ import torch
 from envs.arrays import UNKNOWN, IntArray
 from envs.costs import WRITTEN, pass_entry
 from envs.decoding.checking import END, NO_END, Called, CheckingDecoder, standing
-from envs.decoding.judges import FirstDisagreement, Judge
+from envs.decoding.judges import GAP, FirstDisagreement, Judge
 from envs.decoding.observation import Observation, Step
-from envs.prefix_tree.tree import PrefixTree
+from envs.prefix_tree.tree import TERMINATED, PrefixTree
 from envs.prefix_tree.tree_session import TreeSession, observation_at
 
 
@@ -63,7 +63,7 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         width = self.pool.slm.width
         # the first logit features: entropy, and the log-probability of the token that is drafted
         known = self.tree.features(self._nodes[rows])[:, width : width + 2].astype(np.float64)
-        step = TreeSession.step(self, rows, np.zeros_like(rows))
+        step = self._walk(rows, np.zeros_like(rows))
         return self._enter_drafts(rows, known[:, 0], -known[:, 1], step, step.tokens.copy())
 
     def _call(self, rows: IntArray, models: IntArray) -> Called:
@@ -73,11 +73,15 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
         depths = np.arange(counts.sum()) + np.repeat(begun - starts, counts)
         places = self._paths[np.repeat(rows, counts), depths].astype(np.int64)
         readers = np.repeat(models - 1, counts)
-        unread = np.unique(np.repeat(np.arange(len(rows)), counts)[tree.opinions[places, readers, 0] == UNKNOWN])
-        for model in np.unique(models[unread]).tolist():
-            some = unread[models[unread] == model]
-            self.explorer.read_along(rows[some], nodes[some], model, opinions=True)
-        kept = standing(self.judge, tree.opinions[places, readers], counts)
+        opinions = tree.opinions[places, readers]
+        unknown = opinions[:, GAP] == UNKNOWN
+        if unknown.any():
+            unread = np.unique(np.repeat(np.arange(len(rows)), counts)[unknown])
+            for model in np.unique(models[unread]).tolist():
+                some = unread[models[unread] == model]
+                self.explorer.read_along(rows[some], nodes[some], model, opinions=True)
+            opinions = tree.opinions[places, readers]
+        kept = standing(self.judge, opinions, counts)
         ended = self._ends[rows] != NO_END
         whole_stands = ended & (kept == counts)
         at = nodes.copy()
@@ -102,7 +106,7 @@ class CheckedTreeSession(CheckingDecoder, TreeSession):
             self._stand(writing, nexts)
             self._enter(writing, tokens[some], by)
             self.ledger[writing, by, WRITTEN] += 1
-            going_on = some[self._followed[writing] & ~np.isin(tokens[some], self.pool.end_tokens)]
+            going_on = some[self._followed[writing] & (tree.ends[nexts] != TERMINATED)]
             self.ledger[rows[going_on], 0] += pass_entry(np.ones_like(going_on), lengths[going_on], 0.0)
             read[going_on, 0] += 1
         self._read[rows] = read

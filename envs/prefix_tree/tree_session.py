@@ -103,7 +103,10 @@ class TreeSession(Decoder):
 
     def step(self, rows: IntArray, actions: IntArray) -> Step:
         """Write one token in each row, by the model its action names; see `Decoder.step`."""
-        rows, actions = self._checked_step(rows, actions)
+        return self._walk(*self._checked_step(rows, actions))
+
+    def _walk(self, rows: IntArray, actions: IntArray) -> Step:
+        """A step of rows and actions that were checked, (n,) both."""
         tree, nodes = self.tree, self._nodes[rows]
         nexts = self.explorer.step(rows, nodes, actions)
         tokens, slm_tokens = tree.tokens[nodes, actions].astype(np.int64), tree.tokens[nodes, 0].astype(np.int64)
