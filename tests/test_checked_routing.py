@@ -69,7 +69,8 @@ def test_where_nothing_is_taken_back_it_is_token_routing(settings, kin, on_tree)
         for mine, other in zip(ours, theirs, strict=False):
             last = other is theirs[-1]
             if not (last and other[2]):
-                np.testing.assert_allclose(mine[0], other[0], atol=1e-4)
+                # a pass over several tokens sums in another order than one over each
+                np.testing.assert_allclose(mine[0], other[0], atol=1e-3)
             names = {"example", "prompt_tokens", "token", "slm_token", "model"} & other[4].keys()
             assert {name: mine[4][name] for name in names} == {name: other[4][name] for name in names}
             costs = {name: cost for name, cost in other[4].items() if name.startswith("cost")}
@@ -167,7 +168,7 @@ def test_one_tree_serves_all_judges(kin, settings):
             [lambda judge=judge: CheckedRoutingEnv(judge=judge, **live)] * 4, autoreset_mode="Disabled"
         )
         seeds = [3, 4, 5, 6]
-        np.testing.assert_allclose(walked.reset(seed=seeds)[0], decoded.reset(seed=seeds)[0], atol=1e-4)
+        np.testing.assert_allclose(walked.reset(seed=seeds)[0], decoded.reset(seed=seeds)[0], atol=1e-3)
         rng = np.random.default_rng(1)
         for _ in range(7):
             actions = (rng.random(4) < 0.4).astype(int)

@@ -428,7 +428,7 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         },
         "env": set(),
         "collect": {"plain_over_ours", "two_processes_over_one"},
-        "rl": {"shortcut_over_live", "tree_over_live"},
+        "rl": {"shortcut_over_live", "tree_over_live", "checked_over_tree"},
         "latency": {
             *(
                 f"{way}_over_{other}{end}"
