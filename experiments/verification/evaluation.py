@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +243,9 @@ class Verification:
         What was taken back was decided on too, so that reading the responses does not do.
         """
         assert self.pool is not None
-        if trace.head.settings["judge"] != described(policy.judge or FirstDisagreement()):
+        # as a file has it: lists for tuples
+        judge = json.loads(json.dumps(described(policy.judge or FirstDisagreement())))
+        if trace.head.settings["judge"] != judge:
             findings.fault(path, None, f"its judge is {trace.head.settings['judge']}, the policy's is {policy.judge}")
         if not repeats:
             findings.unchecked.append(
