@@ -18,10 +18,8 @@ import numpy as np
 from agents.checking.span import Span, SpanningPolicy, Tokens, drafts_of
 from agents.common.policy import Observation, Scores
 from agents.common.rollout import Episode, Scheduling, decode
-from envs.arrays import BoolArray, FloatArray
 from envs.costs import COLUMNS
 from envs.decoding.judges import FirstDisagreement, Gap, Judge
-from envs.decoding.observation import Drafts
 from envs.decoding.sampling import Sampling
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
@@ -59,19 +57,10 @@ class Speculative(SpanningPolicy):
 
     def score(self, observation: Observation) -> Scores:
         drafts = drafts_of(observation)
-        unsure = last_probabilities(drafts) < self.confidence
-        scores = 1.0 - (unsure | must_be_read(drafts, self.draft_tokens))
+        unsure = np.where(drafts.counts > 0, np.exp(-drafts.last_surprisals), 1.0) < self.confidence
+        at_its_end = drafts.ended | (drafts.counts >= self.draft_tokens) | (drafts.room <= 1)
+        scores = 1.0 - (unsure | at_its_end)
         return self.span.hold(scores, drafts)
-
-
-def must_be_read(drafts: Drafts, draft_tokens: int) -> BoolArray:
-    """Whether a draft is at its end, (n,): of the response, of `draft_tokens`, or of the room that there is."""
-    return np.asarray(drafts.ended | (drafts.counts >= draft_tokens) | (drafts.room <= 1))
-
-
-def last_probabilities(drafts: Drafts) -> FloatArray:
-    """The SLM's probability of the last drafted token, (n,); 1 where none is drafted."""
-    return np.where(drafts.counts > 0, np.exp(-drafts.last_surprisals), 1.0)
 
 
 @dataclass(frozen=True)

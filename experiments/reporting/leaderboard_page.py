@@ -76,14 +76,14 @@ def picture(summary: Summary, path: Path, further: Sequence[str] = ()) -> None:
         path: of the picture.
         further: agents that are not drawn.
     """
-    names = [name for name in ranked(summary) if name not in further][:DRAWN]
+    names = ranked(summary, further)[:DRAWN]
     shown = {name: summary["policies"][name] for name in dict.fromkeys([*names, summary["first"]])}
     plot_curves({**summary, "policies": shown}, path, logarithmic=True)
 
 
-def ranked(summary: Summary) -> list[str]:
-    """Policies by their cost at 95 % of the LLM's accuracy, those that never reach it last."""
-    costs = {name: policy["cost_at"][LEVEL] for name, policy in summary["policies"].items()}
+def ranked(summary: Summary, but: Sequence[str] = ()) -> list[str]:
+    """Policies but for some, by their cost at 95 % of the LLM's accuracy, those that never reach it last."""
+    costs = {name: policy["cost_at"][LEVEL] for name, policy in summary["policies"].items() if name not in but}
     return sorted(costs, key=lambda name: (costs[name] is None, costs[name] or 0.0))
 
 
@@ -98,7 +98,7 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
     """
     models, machine = summary["models"], how.machine
     seeds = ", ".join(map(str, how.seeds))
-    core = [name for name in ranked(summary) if name not in how.further]
+    core = ranked(summary, how.further)
     return f"""# Benchmark
 
 Agents of `conf/agent`, trained and decoded through the same engine on the same problems: `make benchmark`. The task is
@@ -141,7 +141,7 @@ A policy's curve is the upper concave hull of its thresholds, the SLM alone and 
 query with one of two of these, drawn at random, has any point between them. Thresholds are set on validation problems.
 Query-level agents decide once a response, and the SLM then reads no more than the prompt of what the LLM answers.
 
-{further_tables(summary, how)}## What each agent had
+{further_tables(summary, how, core)}## What each agent had
 
 {trainings(how)}
 Problems are those of the train split that labels, preferences or episodes are made of; LLM tokens are all that the LLM
@@ -237,9 +237,9 @@ def label_shares(how: HowMade) -> str:
     return markdown_table(["agent", *(f"{case.replace('_', ' ')}: {kind}" for case, kind in columns)], rows)
 
 
-def further_tables(summary: Summary, how: HowMade) -> str:
+def further_tables(summary: Summary, how: HowMade, core: Sequence[str]) -> str:
     """Those agents that do not belong to the core table."""
-    names = [name for name in ranked(summary) if name in how.further]
+    names = ranked(summary, core)
     if not names:
         return ""
     return f"""## Further policies
