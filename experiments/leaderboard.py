@@ -39,6 +39,7 @@ CONTINUING = Continuing(
         "target",
         "picture",
         "results",
+        "whole_traces",
     )
 )
 """Runs have settings of their own; which there are, and the page, may change."""
@@ -66,7 +67,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
 
     def keep(run: Run) -> None:
         if store is not None and not store.has(run):
-            store.add(run, made_on, whole_trace=run.seed == config.seeds[0])
+            store.add(run, made_on, whole_trace=run.seed in config.seeds[: config.whole_traces])
 
     if store is not None:
         store.check_settings(runs)
