@@ -58,6 +58,7 @@ def verify_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None
     from envs.storage import write_text
     from experiments.common.config import import_modules
     from experiments.evaluation.kept import kept_below
+    from experiments.published.store import Store, tracks_in
     from experiments.verification.evaluation import Verification
     from experiments.verification.findings import Findings
 
@@ -66,7 +67,10 @@ def verify_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None
         raise ValueError(f"there is no folder {place}; give that of an evaluation, or of several")
     evaluations = kept_below(place)
     if not evaluations:
-        evaluations = unpacked(place, folder / UNPACKED)
+        shutil.rmtree(folder / UNPACKED, ignore_errors=True)
+        for track in tracks_in(place):
+            Store(track).unpack_all(folder / UNPACKED / track.name)
+        evaluations = kept_below(folder / UNPACKED)
     if not evaluations:
         raise ValueError(
             f"{place} holds no evaluations; give the folder of experiments.evaluate, experiments.train, or of results "
@@ -88,23 +92,6 @@ def verify_as_configured(config: DictConfig, folder: Path, begin: Begin) -> None
     if findings.faults:
         raise SystemExit(WRONG)
     shutil.rmtree(folder / UNPACKED, ignore_errors=True)
-
-
-def unpacked(place: Path, folder: Path) -> list[KeptEvaluation]:
-    """The evaluations that files of results hold, each unpacked into a folder of its own.
-
-    Args:
-        place: of the results of a track, or of several.
-        folder: where they are unpacked; what is there goes.
-    """
-    from experiments.evaluation.kept import kept_below
-    from experiments.published.store import Store
-
-    shutil.rmtree(folder, ignore_errors=True)
-    tracks = [place] if Store(place).rows() else sorted(path for path in place.iterdir() if path.is_dir())
-    for track in tracks:
-        Store(track).unpack_all(folder / track.name)
-    return kept_below(folder)
 
 
 def made(key: str, config: DictConfig, evaluation: KeptEvaluation, before: dict[str, Any]) -> Any:

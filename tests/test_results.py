@@ -12,6 +12,7 @@ from experiments.common.config import CONF
 from experiments.evaluation.kept import MANIFEST, KeptEvaluation
 from experiments.published.run_file import RUNS, PublishedRun
 from experiments.published.store import Store
+from experiments.report import main as report
 from experiments.training.many import runs_of
 from experiments.verification.evaluation import Verification
 from tests.corruptions import CORRUPTIONS, NothingToChangeError, copied, corrupt
@@ -19,6 +20,7 @@ from tests.programs import Start, composed
 
 ARITHMETIC = Store(CONF.parent / "experiments" / "results" / "arithmetic")
 ROWS = {path.stem: path for path in ARITHMETIC.rows()}
+LEADERBOARD = json.loads((ARITHMETIC.folder.parent / "leaderboard.json").read_text())["tracks"]["arithmetic"]
 EPISODES = 24
 """Of each trace, that are verified after a corruption."""
 SOAK = os.environ.get("CITER_SOAK")
@@ -28,6 +30,21 @@ def test_the_core_table_was_made_with_the_settings_that_it_has_today(tmp_path):
     runs = runs_of(composed("leaderboard", "experiment=benchmark_page"), tmp_path)
     assert ROWS.keys() <= {run.name for run in runs}
     ARITHMETIC.check_settings([run for run in runs if run.seed == 0])
+
+
+def test_shipped_rows_are_reported_on_beside_others(tmp_path, capsys):
+    entropy = next(row for row in LEADERBOARD["agents"] if row["agent"] == "entropy")
+    shutil.copytree(ARITHMETIC.folder, tmp_path / "others", ignore=shutil.ignore_patterns("citer*", "*.json"))
+    shipped = [str(ARITHMETIC.folder), "--bootstrap", "5"]
+    report([*shipped, "--agents", "entropy", "--out", str(tmp_path / "report")])
+    said = json.loads((tmp_path / "report" / "summary.json").read_text())["policies"]["entropy"]
+    assert said["cost_at"] == pytest.approx({at: cost["value"] for at, cost in entropy["hull_cost_at"].items()})
+    with pytest.raises(SystemExit, match="say where with --out"):
+        report([*shipped, "--agents", "entropy"])
+    with pytest.raises(SystemExit, match="no agent 'entropi'"):
+        report([*shipped, "--agents", "entropy,entropi", "--out", str(tmp_path / "report")])
+    with pytest.raises(SystemExit, match="entropy with seed 0 is there twice"):
+        report([*shipped, str(tmp_path / "others"), "--agents", "entropy", "--out", str(tmp_path / "report")])
 
 
 @pytest.mark.slow

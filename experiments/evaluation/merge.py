@@ -52,26 +52,31 @@ class NamedRun:
         return tuple((0, value, "") if _is_number(value) else (1, 0, _word(value)) for value in values)
 
 
-def gather(folder: Path, first: str | None = None, partial: bool = False) -> Results:
-    """All evaluations below `folder`; runs of an agent are told apart by their settings, then by their training seeds.
+def gather(
+    folders: Path | Sequence[Path], first: str | None = None, partial: bool = False, agents: Sequence[str] = ()
+) -> Results:
+    """All evaluations below `folders`; runs of an agent are told apart by their settings, then by their training seeds.
 
     Args:
-        folder: of a multirun.
+        folders: of a multirun, or several of them.
         first: the policy that the others are compared with, or an agent, the first of its settings; the first by name
             where None.
         partial: leave out runs that are not finished.
+        agents: whose policies alone are wanted; all where empty.
 
     Raises:
         ValueError: there are none, one is not finished, or they are not of one experiment.
     """
-    return _merged(named_runs(_finished(folder, partial)), folder, first)
+    places = [folders] if isinstance(folders, Path) else list(folders)
+    return _merged(named_runs(_finished(places, partial), agents), first)
 
 
-def _finished(folder: Path, partial: bool) -> list[KeptEvaluation]:
-    """The evaluations below `folder`, all of one experiment."""
-    evaluations = kept_below(folder)
+def _finished(folders: Sequence[Path], partial: bool) -> list[KeptEvaluation]:
+    """The evaluations below `folders`, all of one experiment."""
+    evaluations = [one for folder in folders for one in kept_below(folder)]
     missing = {one.runs.parent: path for one in evaluations if (path := one.missing())}
-    waiting, lost = not_evaluated_yet(folder), lost_jobs(folder)
+    waiting = [run for folder in folders for run in not_evaluated_yet(folder)]
+    lost = [job for folder in folders for job in lost_jobs(folder)]
     if partial:
         for place in (*missing, *waiting):
             print(f"{place} is not finished and left out")
@@ -83,7 +88,8 @@ def _finished(folder: Path, partial: bool) -> list[KeptEvaluation]:
             f"{next(iter(missing.values()))} is missing: that evaluation was interrupted; start it again first"
         )
     if not evaluations:
-        raise ValueError(f"{folder} holds no evaluations; run experiments.train -m evaluate=true first")
+        where = ", ".join(map(str, folders))
+        raise ValueError(f"{where} holds no evaluations; run experiments.train -m evaluate=true first")
     if waiting and not partial:
         raise ValueError(
             f"not evaluated yet: {', '.join(map(str, waiting))}; start the multirun again with its hydra.sweep.dir, or "
@@ -111,12 +117,23 @@ def _check_same_experiment(one: KeptEvaluation, other: KeptEvaluation) -> None:
             )
 
 
-def named_runs(evaluations: Sequence[KeptEvaluation]) -> list[NamedRun]:
-    """Every policy of every evaluation, told apart from others that are called the same."""
+def named_runs(evaluations: Sequence[KeptEvaluation], agents: Sequence[str] = ()) -> list[NamedRun]:
+    """Every policy of every evaluation, told apart from others that are called the same.
+
+    Args:
+        evaluations: of one experiment.
+        agents: whose policies alone are wanted; all where empty.
+
+    Raises:
+        ValueError: one of `agents` is not there.
+    """
     same: dict[str, list[KeptEvaluation]] = {}
     for one in evaluations:
         for agent in one.manifest["policies"]:
             same.setdefault(agent, []).append(one)
+    if unknown := [agent for agent in agents if agent not in same]:
+        raise ValueError(f"there is no agent {unknown[0]!r}; there are {', '.join(sorted(same))}")
+    same = {agent: ones for agent, ones in same.items() if not agents or agent in agents}
     return [
         NamedRun(one, agent, differing)
         for agent, ones in same.items()
@@ -126,7 +143,7 @@ def named_runs(evaluations: Sequence[KeptEvaluation]) -> list[NamedRun]:
     ]
 
 
-def _merged(named: Sequence[NamedRun], folder: Path, first: str | None) -> Results:
+def _merged(named: Sequence[NamedRun], first: str | None) -> Results:
     runs: dict[str, dict[int, NamedRun]] = {}
     for run in named:
         seed = run.evaluation.seed
@@ -138,7 +155,7 @@ def _merged(named: Sequence[NamedRun], folder: Path, first: str | None) -> Resul
     if first is not None and first not in runs:
         of_agent = [name for name, run in any_run.items() if run.agent == first]
         if not of_agent:
-            raise ValueError(f"there is no policy {first!r} in {folder}; there are {', '.join(sorted(runs))}")
+            raise ValueError(f"there is no policy {first!r}; there are {', '.join(sorted(runs))}")
         first = min(of_agent, key=lambda name: any_run[name].order)
     names = sorted(
         runs, key=lambda name: (name != first, name not in trained, any_run[name].agent, any_run[name].order)
@@ -218,7 +235,7 @@ def result_rows(named: Sequence[NamedRun]) -> str:
 
 
 def report(
-    folder: Path,
+    folders: Path | Sequence[Path],
     first: str | None,
     unit: str,
     samples: int,
@@ -227,27 +244,30 @@ def report(
     columns: str = "few",
     seconds: Mapping[str, float | None] | None = None,
     parts: PageParts | None = None,
+    agents: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the merged report.
 
     Args:
-        folder: of the runs.
+        folders: of the runs, one or several.
         first: see `gather`.
         unit: of costs that curves and comparisons are in.
         samples: of the bootstrap.
-        out: where it is written; into `folder` where None.
+        out: where it is written; into the first of `folders` where None.
         partial: leave out runs that are not finished.
         columns: of the table that is printed, `few` or `all`.
         seconds: of each policy at 95 % of the LLM's accuracy over those of LLM-only decoding, where they were measured
             apart.
         parts: what the page shows besides.
+        agents: see `gather`.
 
     Returns:
         The contents of `summary.json`.
     """
-    place = out or folder
-    named = named_runs(_finished(folder, partial))
-    summary = summarize(_merged(named, folder, first), unit, samples, seed=0)
+    places = [folders] if isinstance(folders, Path) else list(folders)
+    place = out or places[0]
+    named = named_runs(_finished(places, partial), agents)
+    summary = summarize(_merged(named, first), unit, samples, seed=0)
     for name, ratio in (seconds or {}).items():
         summary["policies"][name]["cost_at_by_unit"]["seconds"] = {"0.95": ratio}
     # what evaluations of before do not say stays unsaid

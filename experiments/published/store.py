@@ -37,6 +37,8 @@ CANARIES = 8
 """Problems, the first ones, of which every run's trace is shipped: whether engine and policy are still those that made
 a run is told by them."""
 BASELINES = "baselines-"
+SEED = re.compile(r"-seed\d+$")
+"""Behind the agent in the name of a run."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Store:
 
     def rows(self) -> list[Path]:
         """The files of all runs, by name."""
-        return [path for path in sorted(self.folder.glob(f"*{SUFFIX}")) if re.search(r"-seed\d+$", path.stem)]
+        return [path for path in sorted(self.folder.glob(f"*{SUFFIX}")) if SEED.search(path.stem)]
 
     def check_settings(self, runs: Sequence[Run]) -> None:
         """Refuse runs that are there and were made by other settings than these.
@@ -133,14 +135,20 @@ class Store:
         write_text(runs / SHIPPED, json.dumps(shipped, indent=1) + "\n")
         published.unpack(folder)
 
-    def unpack_all(self, folder: Path) -> None:
+    def unpack_all(self, folder: Path, agents: Sequence[str] = ()) -> None:
         """Write every run into a folder of its own below `folder`.
+
+        Args:
+            folder: it need not be there.
+            agents: whose runs alone are wanted; all where empty.
 
         Raises:
             ValueError: a file is damaged.
         """
         seen: set[Path] = set()
         for path in self.rows():
+            if agents and SEED.sub("", path.stem) not in agents:
+                continue
             published = PublishedRun.read(path)
             of = self._baselines(published)
             self.unpack(path.stem, published, folder / path.stem, baselines=of not in seen)
@@ -169,6 +177,13 @@ class Store:
 
     def _trace(self, name: str) -> Path:
         return self.folder / "traces" / f"{name}{SUFFIX}"
+
+
+def tracks_in(folder: Path) -> list[Path]:
+    """The folders of results: `folder` itself where it is one, or else those below it."""
+    below = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    found = [path for path in below if Store(path).rows()]
+    return found[:1] if folder in found else found
 
 
 def _copy_trace(path: Path, to: Path, episodes: int | None) -> int:
