@@ -1,12 +1,12 @@
 """Fill the numbers of README and docs in anew: python -m tests.fill_numbers, after `make benchmark`.
 
-Tables of policies get the cells that BENCHMARK.md has, and sentences of `claims.md` their numbers. Whether a sentence
-is still true is for its reader: it is printed where a number in it changed.
+Tables of policies get the cells that BENCHMARK.md has, or the page of another track; sentences of `claims.md` get their
+numbers. Whether a sentence is still true is for its reader: it is printed where a number in it changed.
 """
 
 import re
 
-from tests.test_numbers import CLAIMS, PAGES, ROOT, benchmark, cells, checked_tables, name_of, names, plain
+from tests.test_numbers import CLAIMS, PAGES, ROOT, cells, checked_tables, name_of, names, page_of, plain
 
 FIELD = re.compile(r"\{[\w.]+\}")
 NUMBER = r"(?:none|-?\d[\d,]*(?:\.\d+)?)(?:\s%)?(?:\s+\[[^\]]*\])?"
@@ -15,8 +15,8 @@ NUMBER = r"(?:none|-?\d[\d,]*(?:\.\d+)?)(?:\s%)?(?:\s+\[[^\]]*\])?"
 
 def filled_tables(text):
     """The text of a page with the cells of today."""
-    said = benchmark()
-    for whole, header, _ in checked_tables(text):
+    for whole, header, _, track in checked_tables(text):
+        said = page_of(track)
         lines = whole.splitlines()
         for number, line in enumerate(lines[2:], start=2):
             old = cells(line)

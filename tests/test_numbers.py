@@ -7,6 +7,7 @@ are what the shipped rows say is held by `test_results.py`.
 
 import json
 import re
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,10 @@ from experiments.common.config import CONF
 from experiments.reporting.tables import number, with_interval
 
 ROOT = CONF.parent
-BOARD = json.loads((ROOT / "experiments" / "results" / "leaderboard.json").read_text())["tracks"]["arithmetic"]
+RESULTS = ROOT / "experiments" / "results"
+TRACKS = json.loads((RESULTS / "leaderboard.json").read_text())["tracks"]
+CORE = "arithmetic"
+"""The track of BENCHMARK.md; the others have a page beside their rows."""
 CLAIMS = dict(
     re.findall(r"^# (\S+)\n(.*?)(?=^# |\Z)", (ROOT / "tests" / "claims.md").read_text(), re.DOTALL | re.MULTILINE)
 )
@@ -26,6 +30,8 @@ PAGES = {
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 ROWS_OF = ("policy (seeds)", "agent")
 """First columns of the tables of BENCHMARK.md."""
+TRACK = re.compile(r"<!-- results: (\w+) -->\n\n\Z")
+"""Before a table, the track whose cells it has, where that is not the core's."""
 LEFT_OUT = re.compile(r"```.*?```|<!--.*?-->|`[^`]*`|\]\([^)]*\)|arXiv \d+\.\d+|^#.*?$", re.DOTALL | re.MULTILINE)
 """Code, comments, where links lead, papers, headings."""
 NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*\.\d+(?![\w.]*\.\d)(?: ?%)?|(?<![\w.,-])\d[\d,]* ?%")
@@ -82,17 +88,21 @@ def name_of(cell):
 
 
 def tables(text):
-    """Tables that begin with one of ROWS_OF: (the whole of it, names of columns, rows by name)."""
+    """Tables that begin with one of ROWS_OF: (the whole of it, names of columns, rows by name, their track)."""
     for found in TABLE.finditer(text):
         header, _, *lines = found[0].splitlines()
         if cells(header)[0] in ROWS_OF:
-            yield found[0], cells(header), {name_of(cells(line)[0]): cells(line) for line in lines}
+            track = TRACK.search(text[: found.start()])
+            rows = {name_of(cells(line)[0]): cells(line) for line in lines}
+            yield found[0], cells(header), rows, track[1] if track else CORE
 
 
-def benchmark():
-    """What BENCHMARK.md says, by the first column of the table, the name of a row and of a column."""
+@cache
+def page_of(track):
+    """What the page of a track says, by the first column of the table, the name of a row and of a column."""
     said = {}
-    for _, header, rows in tables((ROOT / "BENCHMARK.md").read_text()):
+    path = ROOT / "BENCHMARK.md" if track == CORE else RESULTS / track / "README.md"
+    for _, header, rows, _ in tables(path.read_text()):
         for name, row in rows.items():
             for column, cell in zip(header, row, strict=True):
                 said[header[0], name, column] = cell
@@ -100,15 +110,15 @@ def benchmark():
 
 
 def checked_tables(text):
-    """Those whose columns BENCHMARK.md has, but for what a policy is."""
-    known = {(first, column) for first, _, column in benchmark()} | {("policy (seeds)", "what it is")}
+    """Those whose columns the page of their track has, but for what a policy is."""
+    known = {(first, column) for first, _, column in page_of(CORE)} | {("policy (seeds)", "what it is")}
     return [table for table in tables(text) if {(table[1][0], column) for column in table[1]} <= known]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if checked_tables(PAGES[page])])
 def test_tables_are_those_of_the_benchmark(page):
-    said = benchmark()
-    for _, header, rows in checked_tables(PAGES[page]):
+    for _, header, rows, track in checked_tables(PAGES[page]):
+        said = page_of(track)
         for name, row in rows.items():
             for column, cell in zip(header, row, strict=True):
                 if column != "what it is":
@@ -132,17 +142,22 @@ def share(value):
     return f"{value:.1%}".replace("%", " %")
 
 
-def names():
-    """What claims may say: the numbers of the core table as they are written, by agent and by limit."""
-    units = {name: limit.get("cost_at_by_unit") for name, limit in BOARD["limits"].items()}
+@cache
+def names(track=CORE):
+    """What claims may say: the numbers of a track as they are written, by agent and by limit.
+
+    Those of the core stand alone, others behind the track: `arithmetic_hidden.expert.over_citer.hull95`.
+    """
+    board = TRACKS[track]
+    units = {name: limit.get("cost_at_by_unit") for name, limit in board["limits"].items()}
     said = {
         name: SimpleNamespace(tokens=share(costs["llm_tokens"]["0.95"]), flops95=number(costs["flops"]["0.95"]))
         for name, costs in units.items()
         if costs
     }
-    said |= {name: SimpleNamespace(accuracy=share(model["accuracy"])) for name, model in BOARD["models"].items()}
-    cheapest = BOARD["agents"][0]["agent"]
-    for row in BOARD["agents"]:
+    said |= {name: SimpleNamespace(accuracy=share(model["accuracy"])) for name, model in board["models"].items()}
+    cheapest = board["agents"][0]["agent"]
+    for row in board["agents"]:
         costs, labels = row["hull_cost_at_by_unit"], row["training"]["labels"] or {}
         said[row["agent"]] = SimpleNamespace(
             over_citer=against(row, "citer"),
@@ -151,7 +166,8 @@ def names():
             flops95=number(costs["flops"]["0.95"]),
             labels=SimpleNamespace(wording=share(sum(kinds.get("wording", 0) for kinds in labels.values()))),
         )
-    return said | {"test": SimpleNamespace(examples=f"{BOARD['examples']:,}")}
+    others = {} if track != CORE else {other: SimpleNamespace(**names(other)) for other in TRACKS if other != CORE}
+    return said | others | {"test": SimpleNamespace(examples=f"{board['examples']:,}")}
 
 
 def plain(text):
