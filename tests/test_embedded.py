@@ -5,8 +5,8 @@ import pytest
 
 from agents.common.rollout import decode
 from agents.heuristics import Always
-from envs.models.embedded import EMBEDDED, WEIGHTS, embedded_folder
 from envs.models.loading import embedded_pool, load_pool
+from envs.models.places import EMBEDDED, WEIGHTS, embedded_folder
 from envs.tasks.arithmetic import ArithmeticTask
 from experiments.common.config import CONF
 from experiments.pretraining.batches import packed_batches

@@ -40,6 +40,9 @@ SUITES = ("decode", "env", "collect", "rl", "latency")
 SLOW_SUITES = ("env", "collect", "latency")
 
 
+PAIR_WAYS = ("llm_only_int8", "checked_entropy", "speculative_adaptive")
+
+
 def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
@@ -410,6 +413,8 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "pair_repeats=2",
         "models.rows=1",
     ]
+    if suite == "pair":
+        sizes += ["pair_weights=int8", "models.dtype=bfloat16"]
     code, out, err = start("speed", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     assert code == 0, out + err
     report = json.loads(out.strip().splitlines()[-1])
@@ -449,17 +454,15 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "pair": {
             *(
                 f"{way}_over_llm_only{end}"
-                for way in ("bare_passes", "checked_entropy_seconds", "speculative_adaptive_seconds")
+                for way in ("bare_passes", *(f"{one}_seconds" for one in PAIR_WAYS))
                 for end in ("", "_low", "_high")
             ),
-            *(
-                f"{way}_{unit}_over_llm_only"
-                for way in ("checked_entropy", "speculative_adaptive")
-                for unit in ("bytes", "flops")
-            ),
+            *(f"{way}_{unit}_over_llm_only" for way in PAIR_WAYS for unit in ("bytes", "flops")),
         },
     }[suite]
     assert report["ratios"].keys() == names
+    changed = report["rates"].pop("llm_only_int8_changed_tokens", 0)
+    assert 0 <= changed < report["rates"].get("llm_only_tokens", 1)
     assert all(value > 0 for value in [*report["ratios"].values(), *report["rates"].values()])
     rates = {
         "decode": set(),
@@ -473,7 +476,7 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         },
         "pair": {
             f"{way}_{what}"
-            for way in ("llm_only", "checked_entropy", "speculative_adaptive")
+            for way in ("llm_only", *PAIR_WAYS)
             for what in ("ms_per_token", "tokens", "llm_tokens", "right")
         },
     }[suite]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from envs.models import gguf_cache
-from envs.models.loading import _Source, load_pool
+from envs.models.loading import load_pool
+from envs.models.source import Source
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -60,13 +61,13 @@ def load(name, cache, **settings):
 @pytest.fixture
 def read(monkeypatch):
     """Where weights were read from."""
-    places, original = [], _Source.load
+    places, original = [], Source.load
 
     def spied(self):
         places.append("gguf" if "gguf_file" in self.options else "safetensors")
         return original(self)
 
-    monkeypatch.setattr(_Source, "load", spied)
+    monkeypatch.setattr(Source, "load", spied)
     return places
 
 

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from envs.models import loading
-from envs.models.loading import _Source, load_pool
+from envs.models.loading import load_pool
 from envs.models.profile import profile_of
+from envs.models.source import Source
 from experiments.common.config import register_schemas
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "guides" / "large_pairs.md"
@@ -51,22 +52,22 @@ def cards(monkeypatch, make_tokenizer):
 
     def find(spec):
         kind, settings = CONFIGS[spec.name]
-        return _Source(spec, spec.name, {}, kind(**settings), tokenizer)
+        return Source(spec, spec.name, {}, kind(**settings), tokenizer)
 
     def make(count):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (CARD, CARD))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
-    monkeypatch.setattr(loading, "_Source", SimpleNamespace(find=find))
-    monkeypatch.setattr(_Source, "load", lambda self: pytest.fail(f"weights of {self.name} were read"))
+    monkeypatch.setattr(loading, "Source", SimpleNamespace(find=find))
+    monkeypatch.setattr(Source, "load", lambda self: pytest.fail(f"weights of {self.name} were read"))
     monkeypatch.setattr("transformers.utils.is_accelerate_available", lambda: True)
     return make
 
 
 def settings_of(pair, *overrides):
     register_schemas()
-    with hydra.initialize_config_dir(str(loading.Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+    with hydra.initialize_config_dir(str(PAGE.parents[2] / "conf"), version_base="1.3"):
         models = hydra.compose("evaluate", [f"models={pair}", *overrides]).models
     plain = {key: models[key] for key in ("device", "rows", "capacity")}
     return [dict(name) for name in models.names], plain

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import BertConfig, FalconConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
-from envs.models import hub, loading
+from envs.models import places
 from envs.models.checks import longest_sequence
-from envs.models.loading import ModelSpec, _Source, load_pool
+from envs.models.loading import load_pool
 from envs.models.pool import ModelPool
+from envs.models.source import ModelSpec, Source
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -26,7 +27,7 @@ def load(*names, **settings):
 @pytest.fixture
 def no_weights(monkeypatch):
     """What happens in a test that takes this must happen before weights are read."""
-    monkeypatch.setattr(_Source, "load", lambda self: pytest.fail(f"weights of {self.name} were read"))
+    monkeypatch.setattr(Source, "load", lambda self: pytest.fail(f"weights of {self.name} were read"))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,8 @@ def test_end_tokens_are_those_of_every_model(save_model):
 
 
 def test_equal_specs_are_loaded_once_and_unequal_ones_apart(folders, monkeypatch):
-    loaded, original = [], _Source.load
-    monkeypatch.setattr(_Source, "load", lambda self: loaded.append(self.name) or original(self))
+    loaded, original = [], Source.load
+    monkeypatch.setattr(Source, "load", lambda self: loaded.append(self.name) or original(self))
     same = load(folders["llama_small"], folders["llama_small"])
     assert same.models[0] is same.models[1]
     assert loaded == same.names[:1]
@@ -112,7 +113,7 @@ def test_the_memory_plan_is_printed_before_weights_are_read(no_weights, bare, ca
 
 def test_the_memory_plan_counts_what_loading_takes(folders):
     for name in ("llama_large", "qwen2_small", "gpt2_large"):
-        source = _Source.find(ModelSpec(str(folders[name]), dtype="bfloat16"))
+        source = Source.find(ModelSpec(str(folders[name]), dtype="bfloat16"))
         model = load(folders[name], folders[name], dtype="bfloat16").slm
         assert source.weight_bytes() == sum(p.nbytes for p in model.network.parameters())
 
@@ -157,7 +158,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(no_weights, bare, monkeypa
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(hub, "PATIENCE", 0.5)
+    monkeypatch.setattr(places, "PATIENCE", 0.5)
     started = time.perf_counter()
     try:
         with pytest.raises(ValueError, match=f"unknown model 'nobody/nothing': .*{named}; nor was it downloaded"):
@@ -176,13 +177,13 @@ def test_a_proxy_that_leads_to_the_hub_is_what_must_be_reached(monkeypatch, onli
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setenv("https_proxy", "http://gate.invalid:3128")
-    assert "gate.invalid" in hub.why_unreachable()
+    assert "gate.invalid" in places.why_unreachable()
     assert asked == [("gate.invalid", 3128)]
 
 
 def test_offline_mode_asks_nobody(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("a name was looked up"))
-    assert hub.why_unreachable() is None
+    assert places.why_unreachable() is None
 
 
 def test_weights_that_would_run_code_are_refused(no_weights, bare, save_model, tmp_path):
@@ -195,7 +196,7 @@ def test_weights_that_would_run_code_are_refused(no_weights, bare, save_model, t
 def test_nothing_but_safetensors_is_read(save_model, monkeypatch):
     folder = save_model("sharded", LlamaConfig(**SIZES, **HEADS), weights=False)
     (folder / "pytorch_model-00001-of-00001.bin").write_bytes(b"code")
-    monkeypatch.setattr(loading, "_check_safetensors", lambda *args: None)  # as with a hub id
+    monkeypatch.setattr("envs.models.source._check_safetensors", lambda *args: None)  # as with a hub id
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("code was run"))
     with pytest.raises(ValueError, match=r"sharded: its weights cannot be read .*convert it"):
         load(folder, folder)
@@ -238,7 +239,7 @@ def test_vocabularies_that_differ_are_refused_with_both_names(no_weights, bare, 
 
 
 def bare_characters(folder):
-    tokenizer = _Source.find(ModelSpec(str(folder))).tokenizer
+    tokenizer = Source.find(ModelSpec(str(folder))).tokenizer
     return [token for token in tokenizer.get_vocab() if len(token) == 1]
 
 

@@ -8,11 +8,11 @@ import torch
 
 import envs.models.attention
 import envs.models.language_model
-import envs.models.onednn
+import envs.models.linear
 from envs.decoding.session import Session
 from envs.models.attention import split_by_length
 from envs.models.language_model import LanguageModel
-from envs.models.onednn import OneDnnLinear, use_onednn
+from envs.models.linear import OneDnnLinear, use_onednn
 
 MODELS = ["llama_small", "llama_large", "qwen2_small", "qwen2_large", "gpt2_small", "gpt2_large"]
 
@@ -167,7 +167,7 @@ def test_a_difference_worth_less_than_a_pass_is_padded():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 31), (3, 11), (1, 300), (2, 1100)])
 def test_onednn_layers_multiply_as_pytorch_does(shape, bias, monkeypatch):
-    monkeypatch.setattr(envs.models.onednn, "FEW_ROWS", 0)
+    monkeypatch.setattr(envs.models.linear, "FEW_ROWS", 0)
     torch.manual_seed(0)
     layer, expected = torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(24, 40, bias=bias)
     expected.load_state_dict(layer.state_dict())

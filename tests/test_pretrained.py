@@ -11,7 +11,8 @@ import torch
 from agents.citer import Citer
 from agents.common.rollout import Scheduling
 from envs.decoding.session import Session
-from envs.models.loading import ModelSpec, load_pool
+from envs.models.loading import load_pool
+from envs.models.source import ModelSpec
 from envs.tasks.math import MathTask
 from experiments.speed_suites.collect import plain_preferences
 

@@ -15,9 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from envs.costs import Flops, MemoryTraffic
-from envs.models import loading
 from envs.models.language_model import LanguageModel
-from envs.models.loading import ModelSpec, _Source, load_pool
+from envs.models.loading import load_pool
+from envs.models.source import ModelSpec, Source
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80,
@@ -277,7 +277,7 @@ PLANNED = ["falcon", "gpt_bigcode", "minicpm3", "deepseek_v3", "mixtral", "llama
 def test_caches_are_planned_as_large_as_they_are(architecture, make_tokenizer, tmp_path):
     network(architecture).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    planned = _Source.find(ModelSpec(str(tmp_path), dtype="float32")).cache_bytes(rows=3, capacity=20)
+    planned = Source.find(ModelSpec(str(tmp_path), dtype="float32")).cache_bytes(rows=3, capacity=20)
     model = load_pool([str(tmp_path)] * 2, dtype="float32", rows=3, capacity=20, verbose=False).slm
     cache = model.new_cache(3, 20)
     model.feed(cache, np.array([0]), [np.array([5])])
@@ -288,8 +288,8 @@ def test_a_model_that_runs_on_memory_alone_is_planned_with_all_its_heads(folders
     def refuse(network):
         raise NotImplementedError("no kernel")
 
-    monkeypatch.setattr(loading, "cached_token", refuse)
-    source = _Source.find(ModelSpec(str(folders["llama_large"]), dtype="float32"))
+    monkeypatch.setattr("envs.models.source.cached_token", refuse)
+    source = Source.find(ModelSpec(str(folders["llama_large"]), dtype="float32"))
     with pytest.warns(UserWarning, match=re.escape(f"{source.name}: what its cache keeps of a token cannot be told")):
         # keys and values of 3 layers, 6 heads of 8
         assert source.cache_bytes(rows=1, capacity=9) == 2 * 3 * 6 * 8 * 4 * 10

@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 
 from envs.decoding.session import Session
 from envs.models import loading
-from envs.models.loading import _Source, embedded_pool, load_pool
+from envs.models.loading import embedded_pool, load_pool
 from envs.models.pool import ModelPool
+from envs.models.source import Source
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -30,8 +31,8 @@ def _nothing_kept(monkeypatch):
 @pytest.fixture
 def loads(monkeypatch):
     """Names of the models whose weights are read."""
-    loaded, original = [], _Source.load
-    monkeypatch.setattr(_Source, "load", lambda self: loaded.append(self.name) or original(self))
+    loaded, original = [], Source.load
+    monkeypatch.setattr(Source, "load", lambda self: loaded.append(self.name) or original(self))
     return loaded
 
 

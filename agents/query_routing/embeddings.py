@@ -42,7 +42,7 @@ class SlmEmbedding:
     """The last hidden state of a small model after it has read the query.
 
     Args:
-        name: of the model, as `envs.models.loading.ModelSpec` takes it.
+        name: of the model, as `envs.models.source.ModelSpec` takes it.
         device: where it runs.
         dtype: its precision.
         rows: queries read in one pass.

@@ -14,8 +14,8 @@ from envs.decoding.judges import JUDGES, Judge
 from envs.decoding.references import References
 from envs.decoding.sampling import Sampling
 from envs.environments.rewards import OutcomeReward, Reward, ShortcutReward
-from envs.models.embedded import EMBEDDED
 from envs.models.loading import embedded_pool, load_pool
+from envs.models.places import EMBEDDED
 from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.arithmetic import ArithmeticTask
@@ -98,6 +98,6 @@ def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def pool_named(names: str) -> ModelPool:
-    """The pool of a JSON list of names (or of specs, see `envs.models.loading.ModelSpec`), loaded once."""
+    """The pool of a JSON list of names (or of specs, see `envs.models.source.ModelSpec`), loaded once."""
     models = json.loads(names)
     return embedded_pool() if models == list(EMBEDDED) else load_pool(models, verbose=False)

@@ -21,8 +21,8 @@ from envs.models.attention import (
     split_by_length,
 )
 from envs.models.checks import caps_scores, check_attention, longest_sequence, text_config
-from envs.models.onednn import use_onednn
-from envs.models.profile import own_weights, profile_of
+from envs.models.linear import use_onednn
+from envs.models.profile import own_weights, profile_of, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,7 +116,8 @@ class LanguageModel:
             for name, tensor in own_weights(module):
                 if name in module._buffers and tensor.dim() > 1:
                     tensors[f"{path}.{name}"] = tensor
-        for name, tensor in tensors.items():
+        parts = [(name, part) for name, tensor in tensors.items() for part in stored(tensor)]
+        for name, tensor in parts:
             some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64].float().cpu().numpy()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.tobytes())
         return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ pass over one token reads them at best:
   pass is charged too little.
 - A weight of which a module keeps a packed form, in integers, has as many elements as the module says
   (`in_features` x `out_features`), and as many bytes as the packed form.
+- A tensor that stands for others (`optimum-quanto`, `torchao`) has as many bytes as these.
 - What a module keeps besides parameters and buffers (the scales of bitsandbytes) cannot be seen.
 """
 
@@ -78,7 +79,7 @@ def weights_of(network: nn.Module) -> Iterator[Weight]:
                 path=f"{path}.{name}",
                 key=key,
                 elements=elements,
-                size=tensor.nbytes,
+                size=sum(part.nbytes for part in stored(tensor)),
                 table=isinstance(module, nn.Embedding),
                 matrix=tensor.dim() > 1,
             )
@@ -98,8 +99,18 @@ def own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
+def stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors in memory behind one: itself, or those that it stands for."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from stored(getattr(tensor, name))
+    else:
+        yield tensor
+
+
 def memory_key(tensor: Tensor) -> object:
     """The same for tensors that are one in memory."""
+    tensor = next(stored(tensor))
     return (tensor.data_ptr(), tuple(tensor.shape)) if tensor.data_ptr() else id(tensor)
 
 

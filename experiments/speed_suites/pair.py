@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from transformers.cache_utils import DynamicCache
 from agents.common.policy import Policy
 from agents.common.rollout import Episode, Scheduling, decode, decode_alone
 from envs.arrays import IntArray
+from envs.models.loading import load_model
 from envs.models.pool import ModelPool
+from envs.models.source import ModelSpec
 from envs.tasks.task import Example
 from experiments.common.config import build
 from experiments.common.timing import Numbers, alternated
@@ -49,10 +53,29 @@ def bare_passes(pool: ModelPool, example: Example, response: IntArray) -> None:
             network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
 
 
+def with_weights(pool: ModelPool, weights: str) -> ModelPool:
+    """The pool with an LLM whose weights are kept otherwise, see `envs.models.source.ModelSpec`."""
+    assert pool.recipe is not None, "pools of names know what they were loaded from"
+    spec = replace(cast("tuple[ModelSpec, ...]", pool.recipe[1])[-1], weights=weights)
+    return ModelPool([*pool.models[:-1], load_model(spec, rows=1, capacity=pool.capacity)], pool.rows, pool.capacity)
+
+
+def changed_tokens(pool: ModelPool, other: ModelPool, episodes: Sequence[Episode]) -> int:
+    """How many tokens that the LLM of `pool` wrote the one of `other` would write otherwise, behind the same ones."""
+    llm, changed = other.models[-1], 0
+    for episode in episodes:
+        read = np.concatenate([pool.encode_prompt(episode.example), episode.tokens[:-1]])
+        _, logits = llm.feed(llm.new_cache(1, len(read)), np.array([0]), [read], every_position=True)
+        ours = logits[-len(episode.tokens) :].argmax(-1).cpu().numpy()
+        changed += int((ours != episode.tokens).sum())
+    return changed
+
+
 def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     """Ratios of seconds, memory traffic and FLOPs over LLM-only decoding, and milliseconds a token.
 
-    `bare_passes_over_llm_only` is the share of LLM-only decoding's seconds that its passes take by themselves.
+    `bare_passes_over_llm_only` is the share of LLM-only decoding's seconds that its passes take by themselves. With
+    `pair_weights` the LLM alone also answers with weights kept so.
 
     Raises:
         ValueError: a policy cannot be timed.
@@ -65,8 +88,12 @@ def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     new, one = config.pair_new_tokens, Scheduling(rows=1)
     last: dict[str, Episode] = {}
 
-    def llm_only(example: Example) -> Episode:
-        return decode_alone(pool.models[-1], task, [example], new, one, pool=pool)[0]
+    pools = {LLM: pool}
+    if config.pair_weights:
+        pools[f"{LLM}_{config.pair_weights}"] = with_weights(pool, config.pair_weights)
+
+    def alone(name: str, example: Example) -> Episode:
+        return decode_alone(pools[name].models[-1], task, [example], new, one, pool=pools[name])[0]
 
     def routed(name: str, example: Example) -> Episode:
         return decode(
@@ -89,7 +116,7 @@ def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         return time.perf_counter() - begun
 
     answers: dict[str, Callable[[Example], Episode]] = {
-        LLM: llm_only,
+        **{name: partial(alone, name) for name in pools},
         **{name: partial(routed, name) for name in policies},
     }
     for answer in answers.values():
@@ -106,9 +133,10 @@ def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
         for name in answers:
             written[name].append(last[name])
     taken = {name: np.array(some) for name, some in seconds.items()}
-    found = {name: Answers.of(some, pool, policies.get(name)) for name, some in written.items()}
+    found = {name: Answers.of(some, pools.get(name, pool), policies.get(name)) for name, some in written.items()}
     ratios: Numbers = {f"{BARE}_over_llm_only{end}": v for end, v in over(taken[BARE], taken[LLM]).items()}
-    rates: Numbers = {}
+    others = {name: other for name, other in pools.items() if name != LLM}
+    rates: Numbers = {f"{name}_changed_tokens": changed_tokens(pool, of, written[LLM]) for name, of in others.items()}
     for name, one_way in found.items():
         rates[f"{name}_ms_per_token"] = 1e3 * float(np.median(taken[name], axis=1).sum() / one_way.tokens.sum())
         for what, counts in (
