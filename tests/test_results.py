@@ -16,13 +16,20 @@ from experiments.report import main as report
 from experiments.training.many import runs_of
 from experiments.verification.evaluation import Verification
 from tests.corruptions import CORRUPTIONS, NothingToChangeError, copied, corrupt
-from tests.programs import Start, composed
+from tests.programs import call, composed
 
 ARITHMETIC = Store(CONF.parent / "experiments" / "results" / "arithmetic")
 ROWS = {path.stem: path for path in ARITHMETIC.rows()}
 LEADERBOARD = json.loads((ARITHMETIC.folder.parent / "leaderboard.json").read_text())["tracks"]["arithmetic"]
 EPISODES = 24
 """Of each trace, that are verified after a corruption."""
+TRACKS = {
+    "matched_hidden": "arithmetic_hidden",
+    "matched_hidden_logits": "arithmetic_hidden_logits",
+    "doubled_budget": "arithmetic_doubled",
+    "citer_settings": "arithmetic_validation",
+}
+"""Studies whose rows ship, and where."""
 SOAK = os.environ.get("CITER_SOAK")
 
 
@@ -47,28 +54,46 @@ def test_shipped_rows_are_reported_on_beside_others(tmp_path, capsys):
         report([*shipped, str(tmp_path / "others"), "--agents", "entropy", "--out", str(tmp_path / "report")])
 
 
-@pytest.mark.slow
-def test_the_page_and_the_leaderboard_are_what_the_shipped_rows_say(tmp_path):
-    """All of `make benchmark` but training: nothing is missing, and what stands in the checkout comes out again."""
-    whole = "experiment=benchmark_page"
-    assert {run.name for run in runs_of(composed("leaderboard", whole), tmp_path)} == ROWS.keys()
+def remade(experiment, track, tmp_path):
+    """All of a leaderboard but training, on a copy of the results: its page, and what it says of itself."""
     results, page = shutil.copytree(ARITHMETIC.folder.parent, tmp_path / "results"), tmp_path / "PAGE.md"
     places = [
-        whole,
+        f"experiment={experiment}",
         f"picture={tmp_path / 'curves.png'}",
-        f"results={results / 'arithmetic'}",
+        f"results={results / track}",
         f"target={page}",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
-    Start("leaderboard", places, tmp_path / "log").finish()
+    call("leaderboard", *places)
+    return page, json.loads((results / "leaderboard.json").read_text())["tracks"][track]
 
-    def said(path):  # but for where its picture lies, and the machine that it was made on
-        return re.sub(r"!\[.*?\)", "", path.read_text()).split("## How it was made")[0]
 
+def said(path):
+    """A page, but for where its picture lies, and the machine that it was made on."""
+    return re.sub(r"!\[.*?\)", "", path.read_text()).split("## How it was made")[0]
+
+
+@pytest.mark.slow
+def test_the_page_and_the_leaderboard_are_what_the_shipped_rows_say(tmp_path):
+    """All of `make benchmark` but training: nothing is missing, and what stands in the checkout comes out again."""
+    runs = runs_of(composed("leaderboard", "experiment=benchmark_page"), tmp_path)
+    assert {run.name for run in runs} == ROWS.keys()
+    page, made = remade("benchmark_page", "arithmetic", tmp_path)
     assert said(page) == said(CONF.parent / "BENCHMARK.md")
-    made, shipped = (
-        json.loads((folder / "leaderboard.json").read_text()) for folder in (results, ARITHMETIC.folder.parent)
-    )
+    assert numbers(made) == pytest.approx(numbers(LEADERBOARD), rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("experiment", "track"), TRACKS.items())
+def test_the_pages_of_other_tracks_are_what_their_rows_say(experiment, track, tmp_path, monkeypatch):
+    store = Store(ARITHMETIC.folder.parent / track)
+    assert {path.stem for path in store.rows()} == {
+        run.name for run in runs_of(composed("leaderboard", f"experiment={experiment}"), tmp_path)
+    }
+    monkeypatch.setattr("experiments.published.canaries.CANARIES", 1)  # the engine is tried on the core's rows
+    page, made = remade(experiment, track, tmp_path)
+    assert said(page) == said(store.folder / "README.md")
+    shipped = json.loads((ARITHMETIC.folder.parent / "leaderboard.json").read_text())["tracks"][track]
     assert numbers(made) == pytest.approx(numbers(shipped), rel=1e-9)
 
 

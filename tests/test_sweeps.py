@@ -101,7 +101,7 @@ def test_names_say_what_differs_and_never_collide():
         ("train", ["agent=citer,citer_s", "seed=1"], ["citer-seed1", "citer_s-seed1"]),
         (
             "train",
-            ["experiment=citer_settings", "seed=0", "agent=citer,citer_both"],
+            ["experiment=citer_vs_citer_s", "seed=0", "agent=citer,citer_both"],
             ["citer-seed0", "citer_both-seed0"],
         ),
         ("collect", ["agent.rounds=1,2"], ["citer-rounds-1-seed0", "citer-rounds-2-seed0"]),
