@@ -8,7 +8,8 @@ test queries among the withheld ones, of which they know what these made of the 
 withheld, they route among the models they were fitted on. What routing itself takes is not counted here, as it is where
 agents decode (`experiments.evaluate`). The run's folder receives `config.yaml`, `results.jsonl` (a row per agent and
 split), `summary.json`, `table.md`, `curve.png`, and in `splits/` what each agent chose. Started again in the same
-folder (`hydra.run.dir=...`), a run goes on after the last split that is done.
+folder (`hydra.run.dir=...`), a run goes on after the last split that is done. With `results=FILE` what it has done is
+kept as one file in the end, and a run that finds the file goes on from it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
     from omegaconf import OmegaConf
 
     from experiments.common.config import build, build_settings
+    from experiments.query_routing.archive import pack, unpack
     from experiments.query_routing.report import flat_measures, write_query_report
     from experiments.query_routing.splits import SplitSettings, check_agents, draw_splits, route_splits
     from experiments.query_routing.summary import QueryResults, summarize_queries
@@ -82,6 +84,9 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
     check(config)
     agents = build_agents(config)
     embedding, tracking, source = build(config, "embedding"), build(config, "track"), build(config, "outcomes")
+    kept = Path(config.results) if config.results else None
+    if kept is not None and kept.is_file() and not (folder / "splits").is_dir():
+        unpack(kept, folder)
     outcomes = source.read(folder)
     splits = draw_splits(outcomes, settings)
     plain: Any = OmegaConf.to_container(config, resolve=True)
@@ -94,11 +99,13 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
         summary = summarize_queries(results, config.first, config.bootstrap, settings.seed)
         write_query_report(summary, results.rows(), folder)
         track.summary(flat_measures(summary), {"curve": folder / "curve.png"})
+    if kept is not None and not kept.is_file():
+        pack(folder, kept)
     print(f"wrote {folder}")
     return summary
 
 
-@program("queries", Continuing(may_differ=("splits", "bootstrap", "first")))
+@program("queries", Continuing(may_differ=("splits", "bootstrap", "first", "results")))
 def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Compare the agents that were chosen."""
     compare(config, folder, begin)

@@ -17,6 +17,7 @@ from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 from experiments.common.config import CONF, build, register_schemas
 from experiments.queries import compare
+from experiments.query_routing.archive import pack
 from experiments.query_routing.sources import PoolAnswers
 from experiments.query_routing.splits import (
     SWEEP,
@@ -298,6 +299,27 @@ def test_splits_of_an_unknown_order_of_models_are_refused(tmp_path):
         compare(config, tmp_path / "run")
     shutil.rmtree(manifest.parent)
     compare(config, tmp_path / "run")
+
+
+def test_what_is_kept_as_one_file_is_gone_on_from(tmp_path, monkeypatch):
+    path, kept = tmp_path / "outcomes.jsonl", tmp_path / "results" / "study.tar.xz"
+    topics(60).write(path)
+    config = settings(
+        "outcomes=file", f"outcomes.path={path}", "embedding=text", "embedding.dimensions=4", "splits=2",
+        "+agent@agents.knn=knn", f"results={kept}",
+    )  # fmt: skip
+    first = compare(config, tmp_path / "first")
+    packed = kept.read_bytes()
+    pack(tmp_path / "first", kept)
+    assert kept.read_bytes() == packed
+    monkeypatch.setattr("agents.query_routing.knn.Neighbours.fit_queries", lambda *args: pytest.fail("fitted again"))
+    assert compare(config, tmp_path / "second") == first
+    names = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first" / "splits").iterdir()]
+    for name in names:
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    kept.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=r"study.tar.xz cannot be read .*delete it to make it anew"):
+        compare(config, tmp_path / "third")
 
 
 def test_queries_of_a_pool_are_distinct(tmp_path, monkeypatch):
