@@ -9,7 +9,7 @@ withheld, they route among the models they were fitted on. What routing itself t
 agents decode (`experiments.evaluate`). The run's folder receives `config.yaml`, `results.jsonl` (a row per agent and
 split), `summary.json`, `table.md`, `curve.png`, and in `splits/` what each agent chose. Started again in the same
 folder (`hydra.run.dir=...`), a run goes on after the last split that is done. With `results=FILE` what it has done is
-kept as one file in the end, and a run that finds the file goes on from it.
+kept as one file in the end, with the table beside it, and a run that finds the file goes on from it.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
     """Compare `config.agents` on `config.outcomes`; what is done already in `folder` is not done again."""
     from omegaconf import OmegaConf
 
+    from envs.storage import write_text
     from experiments.common.config import build, build_settings
     from experiments.query_routing.archive import pack, unpack
     from experiments.query_routing.report import flat_measures, write_query_report
@@ -99,8 +100,10 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
         summary = summarize_queries(results, config.first, config.bootstrap, settings.seed)
         write_query_report(summary, results.rows(), folder)
         track.summary(flat_measures(summary), {"curve": folder / "curve.png"})
-    if kept is not None and not kept.is_file():
-        pack(folder, kept)
+    if kept is not None:
+        if not kept.is_file():
+            pack(folder, kept)
+        write_text(kept.with_name(f"{kept.name.partition('.')[0]}.md"), (folder / "table.md").read_text())
     print(f"wrote {folder}")
     return summary
 

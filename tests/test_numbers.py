@@ -30,7 +30,7 @@ PAGES = {
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 ROWS_OF = ("policy (seeds)", "agent")
 """First columns of the tables of BENCHMARK.md."""
-TRACK = re.compile(r"<!-- results: (\w+) -->\n\n\Z")
+TRACK = re.compile(r"<!-- results: ([\w/]+) -->\n\n\Z")
 """Before a table, the track whose cells it has, where that is not the core's."""
 LEFT_OUT = re.compile(r"```.*?```|<!--.*?-->|`[^`]*`|\]\([^)]*\)|arXiv \d+\.\d+|^#.*?$", re.DOTALL | re.MULTILINE)
 """Code, comments, where links lead, papers, headings."""
@@ -101,7 +101,9 @@ def tables(text):
 def page_of(track):
     """What the page of a track says, by the first column of the table, the name of a row and of a column."""
     said = {}
-    path = ROOT / "BENCHMARK.md" if track == CORE else RESULTS / track / "README.md"
+    folder = RESULTS / track
+    beside = folder / "README.md" if folder.is_dir() else folder.with_suffix(".md")
+    path = ROOT / "BENCHMARK.md" if track == CORE else beside
     for _, header, rows, _ in tables(path.read_text()):
         for name, row in rows.items():
             for column, cell in zip(header, row, strict=True):
@@ -111,8 +113,12 @@ def page_of(track):
 
 def checked_tables(text):
     """Those whose columns the page of their track has, but for what a policy is."""
-    known = {(first, column) for first, _, column in page_of(CORE)} | {("policy (seeds)", "what it is")}
-    return [table for table in tables(text) if {(table[1][0], column) for column in table[1]} <= known]
+    return [table for table in tables(text) if {(table[1][0], column) for column in table[1]} <= _columns(table[3])]
+
+
+@cache
+def _columns(track):
+    return {(first, column) for first, _, column in page_of(track)} | {("policy (seeds)", "what it is")}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if checked_tables(PAGES[page])])

@@ -97,6 +97,23 @@ def test_the_pages_of_other_tracks_are_what_their_rows_say(experiment, track, tm
     assert numbers(made) == pytest.approx(numbers(shipped), rel=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["changing_pool", "two_llms"])
+def test_the_tables_of_query_level_agents_are_what_their_choices_say(study, tmp_path, monkeypatch):
+    outcomes = CONF.parent.parent / "shared" / "data" / "query_outcomes_two_llms.jsonl"
+    if study == "two_llms" and not outcomes.is_file():
+        pytest.skip("its file of outcomes is not part of the repository")
+    shipped = ARITHMETIC.folder.parent / "queries"
+    shutil.copytree(shipped, tmp_path / "kept")
+    places = [f"results={tmp_path / 'kept' / study}.tar.xz", f"hydra.run.dir={tmp_path / 'run'}"]
+    if study == "two_llms":  # the file is named as in what made them
+        monkeypatch.chdir(outcomes.parent)
+        places += [f"outcomes.path={outcomes.name}"]
+    monkeypatch.setattr("experiments.query_routing.splits.route_split", lambda *args: pytest.fail("routed again"))
+    call("queries", f"experiment={study}", *places)
+    assert (tmp_path / "kept" / f"{study}.md").read_text() == (shipped / f"{study}.md").read_text()
+
+
 def numbers(value, name=""):
     """All numbers of nested data, by where they stand; what is no number is left to the page."""
     if isinstance(value, dict | list):
