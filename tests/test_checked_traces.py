@@ -1,18 +1,21 @@
 """Evaluations of policies that check drafts, against their traces."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from agents.checking.entropy import CheckedEntropy
 from agents.checking.speculative import Speculative
-from envs.decoding.judges import Gap
+from envs.decoding.judges import FirstDisagreement, Gap
 from envs.environments.render import STANDS, Checked, stretches_of
 from experiments.evaluation.kept import KeptEvaluation
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
-from experiments.traces.trace import read_trace, write_trace
+from experiments.traces.trace import TakenBack, read_trace, write_trace
+from experiments.verification.checking import wrong_verdicts
 from experiments.verification.evaluation import Verification
 
 SETTINGS = EvaluationSettings(
@@ -118,3 +121,20 @@ def test_thresholds_are_quantiles_of_scores_before_drafted_ends(run):
     thresholds = KeptEvaluation.read(run[0] / "runs" / "manifest.json").manifest["thresholds"]["checked_entropy"]
     assert 0 < thresholds[0] < thresholds[-1] < 1
     assert CheckedEntropy().judge == Gap(2.0)
+
+
+def test_what_was_taken_back_in_a_near_tie_is_by_as_much_a_near_tie(monkeypatch):
+    """In half precision another pass may find the drafted token the likeliest, and the LLM's own next to it."""
+    head = SimpleNamespace(models=["slm", "llm"])
+    logits = torch.tensor([[0.0, 0.0, 0.0, 9.0], [1.0, 7.9, 8.0, 0.0]])
+    monkeypatch.setattr("experiments.verification.checking.walk", lambda head, episode: SimpleNamespace(stood=[]))
+
+    def gaps(written, drafted):
+        back = TakenBack(position=1, writer=0, tokens=np.array([drafted]))
+        episode = SimpleNamespace(response=np.array([3, written]), taken_back=[back])
+        return [gap for _, _, gap in wrong_verdicts(FirstDisagreement(), head, episode, logits)]
+
+    assert gaps(written=1, drafted=2) == pytest.approx([0.1], abs=1e-5)
+    assert gaps(written=0, drafted=2) == pytest.approx([7.0])
+    assert gaps(written=2, drafted=2) == [np.inf]
+    assert gaps(written=2, drafted=1) == []

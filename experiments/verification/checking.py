@@ -10,7 +10,7 @@ import torch
 
 from envs.arrays import FloatArray, IntArray
 from envs.costs import COLUMNS, WRITTEN, pass_entry
-from envs.decoding.judges import Judge, opinions
+from envs.decoding.judges import GAP, FirstDisagreement, Judge, opinions
 from experiments.traces.trace import Head, TracedEpisode
 
 
@@ -164,4 +164,9 @@ def wrong_verdicts(
         thought = opinions(logits[back.position][None], back.tokens[:1]).cpu().numpy()
         if judge.stands(thought)[0]:
             what = f"the draft was taken back at token {back.position}, and the judge {judge} lets that stand"
-            yield back.position, what, float(judge.margin(thought)[0])
+            margin = float(judge.margin(thought)[0])
+            written = episode.response[back.position : back.position + 1]
+            if isinstance(judge, FirstDisagreement) and written != back.tokens[:1]:
+                # nearly as likely as the likeliest token is that which the LLM wrote in its place
+                margin = float(opinions(logits[back.position][None], written)[0, GAP])
+            yield back.position, what, margin
