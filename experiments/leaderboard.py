@@ -43,6 +43,9 @@ CONTINUING = Continuing(
     )
 )
 """Runs have settings of their own; which there are, and the page, may change."""
+PAGE = "benchmark_page"
+"""In `conf/experiment`, what `make benchmark` makes."""
+COMMAND = "python -m experiments.leaderboard"
 LATENCY = "latency.json"
 """Among the results: `speed.json` of the suite `latency`."""
 
@@ -50,6 +53,8 @@ LATENCY = "latency.json"
 @program("leaderboard", CONTINUING)
 def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     """Make all runs, measure seconds, and write the page."""
+    from hydra.core.hydra_config import HydraConfig
+
     from envs.storage import write_text
     from experiments.common.timing import commit, machine
     from experiments.evaluation.merge import report
@@ -63,6 +68,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
 
     runs = runs_of(config, folder)
     store = Store(Path(config.results)) if config.results else None
+    experiment = HydraConfig.get().runtime.choices.get("experiment")
     made_on = {**machine(), "commit": commit()}
 
     def keep(run: Run) -> None:
@@ -92,6 +98,12 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         training=training,
         further=list(config.further),
         train=list(config.train),
+        title="Benchmark" if experiment in (None, PAGE) else f"Leaderboard {experiment}",
+        command="make benchmark"
+        if experiment == PAGE
+        else f"{COMMAND} experiment={experiment}"
+        if experiment
+        else COMMAND,
         latency=json.loads(latency.read_text())["ratios"] if latency.is_file() else {},
         departures={name: list(config.departures[name]) for name in {run.agent for run in runs} & {*config.departures}},
     )

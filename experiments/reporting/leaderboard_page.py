@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.reporting.figures import BASELINE_NAMES, plot_curves
+from experiments.reporting.paper import LEVEL, headlines
 from experiments.reporting.tables import markdown_table, measured, number, with_interval
 
-LEVEL = "0.95"
-GAINS = ("0.25", "0.50")
-"""Costs, fixed beforehand, at which accuracies are compared."""
 DRAWN = 9
 """Policies in the picture, besides the first one."""
+BATCHES = """ Seconds are of passes and decisions, in which the rows of a batch share
+passes, over those of LLM-only decoding (first seed, all in turn; none where validation chooses no threshold)."""
 Summary = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PaperHeadline:
-    """What a paper says of CITER against a rival.
-
-    Attributes:
-        rival: as the paper calls it.
-        agents: what it is here, names in `conf/agent`.
-        saving: share of the cost that CITER saves at equal accuracy.
-        gain: points of accuracy that it gains at equal cost.
-    """
-
-    rival: str
-    agents: tuple[str, ...]
-    saving: float
-    gain: int
-
-
-PAPER = (
-    PaperHeadline("Co-LLM", ("collm",), saving=0.27, gain=17),
-    PaperHeadline("RouteLLM", ("routellm_mf", "routellm_sw", "routellm_classifier"), saving=0.30, gain=12),
-    PaperHeadline("CITER-S", ("citer_s",), saving=0.42, gain=23),
-)
-"""The headlines of Zheng et al. 2025."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +31,8 @@ class HowMade:
         train: overrides of every run.
         departures: overrides of some agents' runs, by agent.
         latency: what `experiments.speed suite=latency` measured, by name; empty where it did not.
+        title: of the page.
+        command: that makes it.
     """
 
     machine: Mapping[str, Any]
@@ -66,6 +43,8 @@ class HowMade:
     train: Sequence[str]
     departures: Mapping[str, Sequence[str]]
     latency: Mapping[str, float]
+    title: str
+    command: str
 
 
 def picture(summary: Summary, path: Path, further: Sequence[str] = ()) -> None:
@@ -99,11 +78,13 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
     models, machine = summary["models"], how.machine
     seeds = ", ".join(map(str, how.seeds))
     core = ranked(summary, how.further)
-    return f"""# Benchmark
+    timed = seconds if any(one is not None for one in seconds.values()) else None
+    unseen = "no training and no tuning" if summary["split"] == "test" else "no training"
+    return f"""# {how.title}
 
-Agents of `conf/agent`, trained and decoded through the same engine on the same problems: `make benchmark`. The task is
-{summary["task"]}, the models are {" and ".join(summary["pool"])}. The {summary["examples"]} {summary["split"]} problems
-were seen in no training and no tuning; alone, the SLM is right on {models["slm"]["accuracy"]:.1%} of them, the LLM on
+Agents of `conf/agent`, trained and decoded through the same engine on the same problems:
+`{how.command}`. The task is {summary["task"]}, the models are {" and ".join(summary["pool"])}. The {summary["examples"]} {summary["split"]} problems
+were seen in {unseen}; alone, the SLM is right on {models["slm"]["accuracy"]:.1%} of them, the LLM on
 {models["llm"]["accuracy"]:.1%}. Training seeds: {seeds}.
 
 ![accuracy over cost]({curve})
@@ -112,7 +93,7 @@ The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summa
 
 ## What is saved, in every unit
 
-{headline(summary, seconds, how.latency)}
+{headline(summary, timed, how.latency)}
 At 95 % of the LLM's accuracy (speculative decoding: at all of it), relative to LLM-only decoding of the same problems.
 The order of policies is that of memory traffic, the paper's measure, which is what one user waits for where weights
 are read anew for every token; where passes are bound by arithmetic (large batches) FLOPs count, of which every token of
@@ -120,13 +101,12 @@ the SLM takes some.{measured_latency(how)}
 
 ## What a user gets
 
-{chosen_table(summary, how, core, seconds)}
+{chosen_table(summary, how, core, timed)}
 "Chosen for 95 %" is the operating point: the threshold that validation problems choose for 95 % of the LLM's accuracy,
 here {float(LEVEL) * models["llm"]["accuracy"]:.1%}, and the accuracy and cost it then has on these problems. Costs are
 memory traffic, relative to LLM-only decoding of the same problems. In brackets: 95 % intervals over problems
 (resampled) and training seeds (a t interval), whose number stands behind the name. "Over {summary["first"]}'s" is the
-paired ratio of costs, whatever the accuracies. Seconds are of passes and decisions, in which the rows of a batch share
-passes, over those of LLM-only decoding (first seed, all in turn; none where validation chooses no threshold).
+paired ratio of costs, whatever the accuracies.{"" if timed is None else BATCHES}
 
 ## Cost at equal accuracy
 
@@ -148,23 +128,7 @@ Problems are those of the train split that labels, preferences or episodes are m
 read or wrote while the agent was trained; minutes are those of one processor core; weights are those of a decision.
 Means over seeds, of tokens and minutes over those whose training was not interrupted.
 
-## What labels are made of
-
-{label_shares(how)}
-Of the labels that ask for the LLM, in the last round: the share that each case and kind of token has, means over seeds.
-In case 2 only the LLM would write the reference's token, in case 3 neither model would. References are worded at random
-and only the number is judged, so that a label on wording asks for what changes no verdict.
-
-## The paper's headlines
-
-What CITER saves at equal accuracy (95 % of the LLM's) and gains at equal cost (a quarter and a half of LLM-only
-decoding's, fixed beforehand), over its rivals; the paper's figures are "up to":
-
-{headlines(summary)}
-The paper's numbers were measured with other models (Qwen2 1.5B and 72B among them) on other tasks; they stand here to
-compare directions, not digits.
-
-## How it was made
+{label_section(how)}{headline_section(summary)}## How it was made
 
 {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, Python {machine["python"]}; commit
 `{how.commit}`; each run in a process of one thread. One row:
@@ -175,6 +139,38 @@ compare directions, not digits.
 {departures(how)}"""
 
 
+def label_section(how: HowMade) -> str:
+    """What labels are made of; empty where no agent learned from such labels."""
+    shares = label_shares(how)
+    if not shares:
+        return ""
+    return f"""## What labels are made of
+
+{shares}
+Of the labels that ask for the LLM, in the last round: the share that each case and kind of token has, means over seeds.
+In case 2 only the LLM would write the reference's token, in case 3 neither model would. References are worded at random
+and only the number is judged, so that a label on wording asks for what changes no verdict.
+
+"""
+
+
+def headline_section(summary: Summary) -> str:
+    """CITER and its rivals beside the paper's figures; empty where they are not among the agents."""
+    compared = headlines(summary)
+    if not compared:
+        return ""
+    return f"""## The paper's headlines
+
+What CITER saves at equal accuracy (95 % of the LLM's) and gains at equal cost (a quarter and a half of LLM-only
+decoding's, fixed beforehand), over its rivals; the paper's figures are "up to":
+
+{compared}
+The paper's numbers were measured with other models (Qwen2 1.5B and 72B among them) on other tasks; they stand here to
+compare directions, not digits.
+
+"""
+
+
 def measured_latency(how: HowMade) -> str:
     """How seconds at batch 1 were measured, where they were."""
     if not how.latency:
@@ -183,26 +179,29 @@ def measured_latency(how: HowMade) -> str:
 decides, one response at a time ([measured latency](docs/costs.md#measured-latency))."""
 
 
-def headline(summary: Summary, seconds: Mapping[str, float | None], latency: Mapping[str, float]) -> str:
+def headline(summary: Summary, seconds: Mapping[str, float | None] | None, latency: Mapping[str, float]) -> str:
     """The first policy, the cheapest, speculative decoding and a coin per query, in every unit."""
 
     def alone(name: str) -> list[str]:
         value = latency.get(f"{name}_seconds_over_llm_only")
         return ["" if value is None else number(value)] if latency else []
 
+    def batches(name: str) -> list[str]:
+        return [] if seconds is None else [number(seconds[name]) if name in seconds else ""]
+
     units = ("bytes", "flops", "llm_tokens", "dollars")
     rows = []
     for name in dict.fromkeys((summary["first"], summary["cheapest"])):
         costs = summary["policies"][name]["cost_at_by_unit"]
-        rows.append([name, *(number(costs[unit][LEVEL]) for unit in units), *alone(name), number(seconds.get(name))])
+        rows.append([name, *(number(costs[unit][LEVEL]) for unit in units), *alone(name), *batches(name)])
     for name in ("speculative", "line"):
         limit = summary["limits"].get(name)
         if limit is not None:
             costs = limit.get("cost_at_by_unit")
             values = [limit[f"cost_{unit}"] if costs is None else costs[unit][LEVEL] for unit in units]
-            rows.append([f"*{BASELINE_NAMES[name]}*", *map(number, values), *alone(name), ""])
-    timed = ["seconds, batch 1"] if latency else []
-    return markdown_table(["", "memory traffic", "FLOPs", "LLM tokens", "dollars", *timed, "seconds, in batches"], rows)
+            rows.append([f"*{BASELINE_NAMES[name]}*", *map(number, values), *alone(name), *batches("")])
+    timed = [*(["seconds, batch 1"] if latency else []), *([] if seconds is None else ["seconds, in batches"])]
+    return markdown_table(["", "memory traffic", "FLOPs", "LLM tokens", "dollars", *timed], rows)
 
 
 def trainings(how: HowMade) -> str:
@@ -233,7 +232,7 @@ def label_shares(how: HowMade) -> str:
         [name, *(share(cases.get(case, {}).get(kind, 0.0)) for case, kind in columns)] for name, cases in labels.items()
     ]
     if not rows:
-        return "No agent learned from such labels.\n"
+        return ""
     return markdown_table(["agent", *(f"{case.replace('_', ' ')}: {kind}" for case, kind in columns)], rows)
 
 
@@ -333,40 +332,6 @@ def standing(summary: Summary, name: str) -> str:
     return "not significantly costlier" if low is None or high is None or low <= 1 <= high else ""
 
 
-def headlines(summary: Summary) -> str:
-    """CITER against what the paper compares it with."""
-    rows = [
-        _headline_row(headline, agent, summary["policies"][agent]["against_citer"])
-        for headline in PAPER
-        for agent in headline.agents
-        if agent in summary["policies"] and summary["first"] == "citer"
-    ]
-    if not rows:
-        return "CITER and its rivals were not among the agents.\n"
-    gains = [f"points above at cost {cost}" for cost in GAINS]
-    headers = ["CITER against", "saving here", "saving in the paper", *gains, "points in the paper"]
-    return markdown_table(headers, rows)
-
-
-def _headline_row(headline: PaperHeadline, agent: str, against_citer: Mapping[str, Any]) -> list[str]:
-    ratio = against_citer[f"ratio_at_{LEVEL}"]
-    # the ratio is the rival's cost over CITER's; what the rival gains, CITER loses
-    saving, *saving_interval = (None if r is None else 1 - 1 / r for r in (ratio["value"], *ratio["interval"]))
-    gains = [against_citer[f"gain_at_{cost}"] for cost in GAINS]
-    return [
-        f"{headline.rival} (`{agent}`)",
-        _in_brackets(percent, saving, saving_interval),
-        f"up to {headline.saving:.0%}",
-        *(_in_brackets(points, gain["value"], gain["interval"][::-1]) for gain in gains),
-        f"up to {headline.gain}",
-    ]
-
-
-def _in_brackets(shown: Callable[[float | None], str], value: float | None, interval: Sequence[float | None]) -> str:
-    """A value, its interval behind it; "none" where there is no value."""
-    return "none" if value is None else f"{shown(value)} [{shown(interval[0])}, {shown(interval[1])}]"
-
-
 def reproduce(how: HowMade) -> str:
     """The command that makes one row."""
     return f"python -m experiments.train {' '.join(how.train)} agent=NAME seed={how.seeds[0]}"
@@ -377,19 +342,9 @@ def departures(how: HowMade) -> str:
     if not how.departures:
         return ""
     lines = "".join(f"- {name}: `{' '.join(changes)}`\n" for name, changes in sorted(how.departures.items()))
-    return f"\nRows with a star were run for less long than by default; add to the command:\n\n{lines}"
+    return f"\nRows with a star were made with settings other than their defaults; add to the command:\n\n{lines}"
 
 
 def share(value: float | None) -> str:
     """A share as a percentage with one digit."""
     return "none" if value is None else f"{value:.1%}"
-
-
-def percent(value: float | None) -> str:
-    """A share as a whole percentage."""
-    return "none" if value is None else f"{value:.0%}"
-
-
-def points(loss: float | None) -> str:
-    """A rival's gain as the points that it is below, with one digit."""
-    return "none" if loss is None else f"{-100 * loss:.1f}"
