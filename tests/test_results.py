@@ -13,6 +13,7 @@ from experiments.evaluation.kept import MANIFEST, KeptEvaluation
 from experiments.published.run_file import RUNS, PublishedRun
 from experiments.published.store import Store
 from experiments.report import main as report
+from experiments.reporting.tables import with_interval
 from experiments.training.many import runs_of
 from experiments.verification.evaluation import Verification
 from tests.corruptions import CORRUPTIONS, NothingToChangeError, copied, corrupt
@@ -95,6 +96,25 @@ def test_the_pages_of_other_tracks_are_what_their_rows_say(experiment, track, tm
     assert said(page) == said(store.folder / "README.md")
     shipped = json.loads((ARITHMETIC.folder.parent / "leaderboard.json").read_text())["tracks"][track]
     assert numbers(made) == pytest.approx(numbers(shipped), rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("agent", "less", "more"),
+    [
+        ("ppo", "steps=1000000", "steps=2000000"),
+        ("ppo_conditioned", "steps=1000000", "steps=2000000"),
+        ("dqn", "steps=1000000", "steps=2000000"),
+        ("tapo", "iterations=20", "iterations=40"),
+    ],
+)
+def test_what_twice_the_budget_costs_is_what_the_page_says(agent, less, more, tmp_path):
+    folders = [f"{ARITHMETIC.folder}", f"{ARITHMETIC.folder.parent / 'arithmetic_doubled'}"]
+    report([*folders, "--agents", agent, "--first", f"{agent} {less}", "--out", f"{tmp_path}"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    ratio = summary["policies"][f"{agent} {more}"][f"against_{agent} {less}"]["ratio_at_0.95"]
+    page = (CONF.parent / "docs" / "studies" / "policy_optimization.md").read_text()
+    assert f"| `{agent}` | {with_interval(ratio['value'], ratio['interval'])} |" in page
 
 
 @pytest.mark.slow

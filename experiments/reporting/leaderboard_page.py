@@ -83,7 +83,8 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
     return f"""# {how.title}
 
 Agents of `conf/agent`, trained and decoded through the same engine on the same problems:
-`{how.command}`. The task is {summary["task"]}, the models are {" and ".join(summary["pool"])}. The {summary["examples"]} {summary["split"]} problems
+`{how.command}`. The task is {summary["task"]}, the models are {" and ".join(summary["pool"])}.
+The {summary["examples"]} {summary["split"]} problems
 were seen in {unseen}; alone, the SLM is right on {models["slm"]["accuracy"]:.1%} of them, the LLM on
 {models["llm"]["accuracy"]:.1%}. Training seeds: {seeds}.
 
