@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ from envs.progress import ProgressBar
 from envs.tasks.task import Example
 
 TREE_FILE = "replay.tree"
+FROM_SCRATCH: Final = "hidden_logits_history"
+"""What a router from scratch sees where nothing else is said."""
 
 
 def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class Tapo(Learner[RouterPolicy]):
     epochs: int = 4
     batch_size: int = 256
     lr: float = 1e-3
-    features: Literal["hidden", "hidden_logits", "hidden_logits_history"] = "hidden_logits_history"
+    features: Literal["hidden", "hidden_logits", "hidden_logits_history"] = FROM_SCRATCH
     max_new_tokens: int = 128
     memory: int = 2**31
     rows: int = 256
@@ -117,6 +119,12 @@ class Tapo(Learner[RouterPolicy]):
         check_features(self.features)
         if self.start not in ("citer", "expert", "scratch"):
             raise ValueError(f"unknown start {self.start!r}; choose citer, expert or scratch")
+        if self.features != FROM_SCRATCH and (self.start != "scratch" or self.policy is not None):
+            way = "leave it out" if self.policy is not None else f"say {self.start}.features={self.features}"
+            raise ValueError(
+                f"features={self.features} is what a router from scratch sees, and one that is improved sees what it "
+                f"saw before: {way}, or start=scratch"
+            )
         least = dict.fromkeys(("iterations", "branches", "samples", "epochs", "batch_size", "rows"), 1)
         for key, smallest in (least | {"batch": 2, "checkpoint_iterations": 1}).items():
             if getattr(self, key) < smallest:

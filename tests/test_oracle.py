@@ -366,3 +366,11 @@ def test_searches_that_solve_nothing_leave_files_without_rows(pool, tmp_path):
     store = agent.collect(pool, ArithmeticTask(level="hard"), 0, tmp_path)
     assert store.rows() == [0]
     assert SearchedStates.kept(store).features.shape == (0, feature_width(agent.features, pool.slm.width))
+
+
+def test_what_a_router_that_is_improved_sees_is_said_where_it_is_trained():
+    assert Tapo(start="scratch", features="hidden").features == "hidden"
+    with pytest.raises(ValueError, match=r"features=hidden is what a router from scratch sees.* say citer\.features="):
+        Tapo(features="hidden")
+    with pytest.raises(ValueError, match="leave it out, or start=scratch"):
+        Tapo(start="scratch", policy="outputs/begun/policy", features="hidden")

@@ -49,7 +49,8 @@ def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "labels": _llm_labels([one["composition"] for one in seeds if "composition" in one]),
         "problems": first.get("examples"),
-        "features": first.get("features"),
+        # a router that another agent's begins with sees what that one saw
+        "features": first.get(f"{first.get('start')}.features", first.get("features")),
         "parameters": first.get("parameters"),
         "llm_tokens": mean([None if one is None else one[-1] for one in read]) if learned else None,
         "minutes": mean([None if one is None else one / 60 for one in computed]) if learned else None,
