@@ -15,6 +15,7 @@ NUMBER = r"(?:none|-?\d[\d,]*(?:\.\d+)?)(?:\s%)?(?:\s+\[[^\]]*\])?"
 
 def filled_tables(text):
     """The text of a page with the cells of today."""
+    done = 0
     for whole, header, _, track in checked_tables(text):
         said = page_of(track)
         lines = whole.splitlines()
@@ -27,7 +28,8 @@ def filled_tables(text):
             seeds = re.search(r" \(\d+\)", said.get((header[0], name_of(old[0]), header[0]), ""))
             new[0] = re.sub(r" \(\d+\)", seeds[0] if seeds else "", old[0])
             lines[number] = f"| {' | '.join(new)} |"
-        text = text.replace(whole, "\n".join(lines) + "\n")
+        begin, new = text.index(whole, done), "\n".join(lines) + "\n"
+        text, done = text[:begin] + new + text[begin + len(whole) :], begin + len(new)
     return text
 
 

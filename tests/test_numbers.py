@@ -73,7 +73,6 @@ PRINTED = {
     "docs/real-pair.md": "python -m experiments.leaderboard experiment=real_pair launcher=basic first=entropy",
     "docs/guides/large_pairs.md": "python -m pytest -m '' tests/test_large_pairs.py",
     "docs/studies/checking.md": "print(compare(",
-    "docs/studies/citer_settings.md": "python -m experiments.train experiment=citer_settings",
     "docs/studies/whole_queries.md": "python -m experiments.queries",
 }
 """Pages whose other numbers a command prints, or a test, which stands there: their rows do not ship."""
@@ -99,12 +98,15 @@ def tables(text):
 
 @cache
 def page_of(track):
-    """What the page of a track says, by the first column of the table, the name of a row and of a column."""
+    """What the page of a track says, by the first column of the table, the name of a row and of a column.
+
+    Nothing of one that is not made yet: its numbers are then nobody's.
+    """
     said = {}
     folder = RESULTS / track
     beside = folder / "README.md" if folder.is_dir() else folder.with_suffix(".md")
     path = ROOT / "BENCHMARK.md" if track == CORE else beside
-    for _, header, rows, _ in tables(path.read_text()):
+    for _, header, rows, _ in tables(path.read_text() if path.is_file() else ""):
         for name, row in rows.items():
             for column, cell in zip(header, row, strict=True):
                 said[header[0], name, column] = cell
