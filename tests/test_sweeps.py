@@ -228,6 +228,13 @@ def test_seeds_of_agents_are_no_settings_and_unknown_ones_are_not_told():
     assert told_apart([{"x": True}, {"x": False}], [1, 0]) == [{"x": True}, {"x": False}]
     assert told_apart([{"x": 1}, {"x": 1, "y": 2}], [0, 0]) == [{}, {"y": 2}]
     assert told_apart([{"x": 1}, {}], [0, 1]) == [{}, {}]
+    # a setting that came later, where another tells these runs apart, and where none does
+    assert told_apart([{"x": 1}, {"x": 2, "y": 2}], [0, 0]) == [{"x": 1}, {"x": 2}]
+    assert told_apart([{"x": 1}, {"x": 2, "y": 2}, {"x": 2, "y": 3}], [0] * 3) == [
+        {"x": 1},
+        {"x": 2, "y": 2},
+        {"x": 2, "y": 3},
+    ]
 
 
 @pytest.mark.parametrize(

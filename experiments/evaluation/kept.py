@@ -169,7 +169,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def told_apart(settings: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Of runs of one agent, the settings in which they differ.
 
-    A `seed` that is the run's own in all of them is none. Where settings are not known nothing is told.
+    A `seed` that is the run's own in all of them is none. Where settings are not known nothing is told. Settings that
+    some runs do not have are told only where the others do not tell these runs apart.
 
     Args:
         settings: of each run.
@@ -187,6 +188,15 @@ def told_apart(settings: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> l
         if any(one.get(key) != known[0].get(key) or (key in one) != (key in known[0]) for one in known)
         and not (key.split(".")[-1] == "seed" and all(one.get(key) == seed for one, seed in runs))
     ]
+    everywhere = [key for key in differing if all(key in one for one in known)]
+    whole, short = ([[json.dumps(one.get(key)) for key in keys] for one in known] for keys in (differing, everywhere))
+    # settings that came later are no part of a name, so long as the others say as much
+    if all(
+        (ours == theirs) == (a == b)
+        for ours, a in zip(whole, short, strict=True)
+        for theirs, b in zip(whole, short, strict=True)
+    ):
+        differing = everywhere
     return [{key: one[key] for key in differing if key in one} for one in settings]
 
 
