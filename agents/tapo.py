@@ -32,6 +32,7 @@ from agents.common.saving import load_policy
 from agents.common.selection import BestPolicy, Selection, Validation
 from agents.distillation import OracleDistillation
 from agents.preferences.labels import Labels
+from agents.rl.branching import branch_loss
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy, restored_network
 from envs.arrays import NO_ACTION, FloatArray, IntArray
@@ -47,16 +48,6 @@ from envs.tasks.task import Example
 TREE_FILE = "replay.tree"
 FROM_SCRATCH: Final = "hidden_logits_history"
 """What a router from scratch sees where nothing else is said."""
-
-
-def branch_loss(logits: Tensor, advantages: Tensor) -> Tensor:
-    """Minus the expected advantage of asking the LLM: its gradient is the all-action policy gradient at branchings.
-
-    Args:
-        logits: log-odds that the SLM should write, (n,).
-        advantages: outcome below the LLM's branch less that below the SLM's, costs included, (n,).
-    """
-    return -(torch.sigmoid(-logits) * advantages).mean()
 
 
 @dataclass(frozen=True)

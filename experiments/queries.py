@@ -76,7 +76,7 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
 
     from envs.storage import write_text
     from experiments.common.config import build, build_settings
-    from experiments.query_routing.archive import pack, unpack
+    from experiments.query_routing.archive import pack, remove, unpack
     from experiments.query_routing.report import flat_measures, write_query_report
     from experiments.query_routing.splits import SplitSettings, check_agents, draw_splits, route_splits
     from experiments.query_routing.summary import QueryResults, summarize_queries
@@ -86,14 +86,23 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
     agents = build_agents(config)
     embedding, tracking, source = build(config, "embedding"), build(config, "track"), build(config, "outcomes")
     kept = Path(config.results) if config.results else None
-    if kept is not None and kept.is_file() and not (folder / "splits").is_dir():
-        unpack(kept, folder)
-    outcomes = source.read(folder)
-    splits = draw_splits(outcomes, settings)
+    unpacked = kept is not None and kept.is_file() and not (folder / "splits").is_dir()
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    check_agents(agents, splits)
-    begin()
-    keep_splits(folder / "splits", {key: plain[key] for key in MADE_BY}, outcomes.models)
+    try:
+        if kept is not None and unpacked:
+            unpack(kept, folder)
+        outcomes = source.read(folder)
+        splits = draw_splits(outcomes, settings)
+        check_agents(agents, splits)
+        begin()
+        keep_splits(folder / "splits", {key: plain[key] for key in MADE_BY}, outcomes.models)
+    except ValueError as error:
+        if unpacked:
+            remove(folder)
+            raise ValueError(
+                f"{kept} does not go with these settings; say results=null, or another file: {error}"
+            ) from error
+        raise
     with tracking.open(folder, plain, "queries") as track:
         routed = route_splits(outcomes, splits, embedding, agents, settings.seed, folder / "splits", track)
         results = QueryResults(source.name, outcomes, splits, routed)

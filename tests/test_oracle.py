@@ -14,10 +14,11 @@ from agents.common.rollout import Scheduling, decode
 from agents.distillation import OracleDistillation
 from agents.heuristics import Always, Random
 from agents.oracle import Oracle
+from agents.rl.branching import branch_loss
 from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from agents.searched_states import OracleStates, SearchedStates
-from agents.tapo import Tapo, _Improvement, branch_loss
+from agents.tapo import Tapo, _Improvement
 from envs.costs import ALL_COSTS, PASSES, MemoryTraffic, response_entries
 from envs.decoding.decoder import since_at_each, since_llm
 from envs.decoding.judges import FirstDisagreement, Gap, TopK

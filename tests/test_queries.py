@@ -317,6 +317,10 @@ def test_what_is_kept_as_one_file_is_gone_on_from(tmp_path, monkeypatch):
     names = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first" / "splits").iterdir()]
     for name in names:
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    config.embedding.dimensions = 5
+    with pytest.raises(ValueError, match=r"study.tar.xz does not go with these settings; say results=null"):
+        compare(config, tmp_path / "other")
+    assert not (tmp_path / "other" / "splits").exists()
     kept.write_bytes(packed[: len(packed) // 2])
     with pytest.raises(ValueError, match=r"study.tar.xz cannot be read .*delete it to make it anew"):
         compare(config, tmp_path / "third")

@@ -25,7 +25,7 @@ STARTS = {
         "experiment=changing_pool", "~outcomes.tasks.plus_minus", "~outcomes.tasks.times_over",
         "~outcomes.tasks.plus_times", "~outcomes.tasks.minus_over", "~outcomes.tasks.easy", "outcomes.examples=16",
         "outcomes.max_new_tokens=32", "validation_queries=5", "splits=2", "bootstrap=5", "~agents.mlp",
-        "~agents.uniroute_learned",
+        "~agents.uniroute_learned", "results=null",
     ],
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -44,3 +45,13 @@ def unpack(path: Path, folder: Path) -> None:
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to make it anew") from error
+
+
+def remove(folder: Path) -> None:
+    """Take what was unpacked out of the folder of a run again."""
+    for name in KEPT:
+        place = folder / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
