@@ -110,9 +110,11 @@ def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> di
         write_query_report(summary, results.rows(), folder)
         track.summary(flat_measures(summary), {"curve": folder / "curve.png"})
     if kept is not None:
+        table = kept.with_name(f"{kept.name.partition('.')[0]}.md")
         if not kept.is_file():
             pack(folder, kept)
-        write_text(kept.with_name(f"{kept.name.partition('.')[0]}.md"), (folder / "table.md").read_text())
+        if not table.is_file():  # other splits, or another bootstrap, would make another one of it
+            write_text(table, (folder / "table.md").read_text())
     print(f"wrote {folder}")
     return summary
 

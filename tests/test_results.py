@@ -123,7 +123,7 @@ def test_the_tables_of_query_level_agents_are_what_their_choices_say(study, tmp_
     if study == "two_llms" and not outcomes.is_file():
         pytest.skip("its file of outcomes is not part of the repository")
     shipped = ARITHMETIC.folder.parent / "queries"
-    shutil.copytree(shipped, tmp_path / "kept")
+    shutil.copytree(shipped, tmp_path / "kept", ignore=shutil.ignore_patterns("*.md"))
     places = [f"results={tmp_path / 'kept' / study}.tar.xz", f"hydra.run.dir={tmp_path / 'run'}"]
     if study == "two_llms":  # the file is named as in what made them
         monkeypatch.chdir(outcomes.parent)
