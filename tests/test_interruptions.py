@@ -108,7 +108,8 @@ PROGRAMS = {
     "queries": Program(
         "queries",
         (
-            "threads=1", "experiment=changing_pool", "~outcomes.tasks.plus_minus", "~outcomes.tasks.times_over",
+            "threads=1", "experiment=changing_pool", "results=null", "~outcomes.tasks.plus_minus",
+            "~outcomes.tasks.times_over",
             "~outcomes.tasks.plus_times", "~outcomes.tasks.minus_over", "outcomes.examples=24",
             "outcomes.max_new_tokens=40", "validation_queries=8", "splits=4", "bootstrap=10", "~agents.mlp",
             "~agents.uniroute_learned",

@@ -365,7 +365,7 @@ def test_the_embedded_pool_is_ordered_by_cost():
 def test_routers_beat_guessing_on_real_outcomes(tmp_path):
     config = settings(
         "experiment=two_llms", f"outcomes.path={REAL}", "splits=1", "bootstrap=100", "embedding.dimensions=64",
-        "~agents.mlp", "~agents.uniroute_learned", "~agents.routellm_classifier",
+        "results=null", "~agents.mlp", "~agents.uniroute_learned", "~agents.routellm_classifier",
     )  # fmt: skip
     summary = compare(config, tmp_path)
     for name in ("routellm_mf", "routellm_sw", "uniroute_kmeans", "knn"):
