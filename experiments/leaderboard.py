@@ -69,6 +69,9 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     runs = runs_of(config, folder)
     store = Store(Path(config.results)) if config.results else None
     experiment = HydraConfig.get().runtime.choices.get("experiment")
+    command = f"{COMMAND} experiment={experiment}" if experiment else COMMAND
+    if experiment == PAGE:
+        command = "make benchmark"
     made_on = {**machine(), "commit": commit()}
 
     def keep(run: Run) -> None:
@@ -99,11 +102,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         further=list(config.further),
         train=list(config.train),
         title="Benchmark" if experiment in (None, PAGE) else f"Leaderboard {experiment}",
-        command="make benchmark"
-        if experiment == PAGE
-        else f"{COMMAND} experiment={experiment}"
-        if experiment
-        else COMMAND,
+        command=command,
         latency=json.loads(latency.read_text())["ratios"] if latency.is_file() else {},
         departures={name: list(config.departures[name]) for name in {run.agent for run in runs} & {*config.departures}},
     )

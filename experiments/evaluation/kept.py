@@ -189,15 +189,15 @@ def told_apart(settings: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> l
         and not (key.split(".")[-1] == "seed" and all(one.get(key) == seed for one, seed in runs))
     ]
     everywhere = [key for key in differing if all(key in one for one in known)]
-    whole, short = ([[json.dumps(one.get(key)) for key in keys] for one in known] for keys in (differing, everywhere))
-    # settings that came later are no part of a name, so long as the others say as much
-    if all(
-        (ours == theirs) == (a == b)
-        for ours, a in zip(whole, short, strict=True)
-        for theirs, b in zip(whole, short, strict=True)
-    ):
+    # settings that came later are no part of a name, so long as the others tell as many runs apart
+    if len({_told(one, everywhere) for one in known}) == len({_told(one, differing) for one in known}):
         differing = everywhere
     return [{key: one[key] for key in differing if key in one} for one in settings]
+
+
+def _told(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The values of some settings as one text; what is not there is as what is None."""
+    return json.dumps([settings.get(key) for key in keys])
 
 
 def _yaml(path: Path) -> dict[str, Any]:
