@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ CONTINUING = Continuing(
         "agents",
         "further",
         "seeds",
+        "more_seeds",
         "untrained",
         "first",
         "live",
@@ -93,11 +95,13 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     seconds = measure_seconds(core, config.seeds[0], config.timings, timings, config.timed)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
     training = training_of(runs)
+    counts = Counter(run.agent for run in runs)
     latency = store.folder / LATENCY if store else folder / LATENCY
     how = HowMade(
         machine=machine(),
         commit=commit(),
         seeds=list(config.seeds),
+        more_seeds={name: count - len(config.seeds) for name, count in counts.items() if count > len(config.seeds)},
         training=training,
         further=list(config.further),
         train=list(config.train),

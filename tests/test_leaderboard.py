@@ -75,6 +75,8 @@ def test_nothing_else_opens_the_test_problems_of_the_core_table():
         ("seeds=[]", "seed"),
         ("timings=0", "timings"),
         ("agents=citer", r"agents is a list, such as agents=\[citer\]"),
+        ("+more_seeds.ppo=3", r"more_seeds.ppo is a list, such as more_seeds.ppo=\[3\]"),
+        ("+more_seeds.ppoo=[3]", "ppoo"),
     ],
 )
 def test_bad_settings_are_named(override, message, tmp_path):
@@ -101,6 +103,12 @@ def test_settings_that_an_agent_does_not_take_are_named_before_anything_runs(ove
         run.folder.mkdir(parents=True)
         (run.folder / "summary.json").write_text("{}")
     check(runs)  # what is done is not made
+
+
+def test_an_agent_has_the_seeds_of_all_and_those_that_are_its_own(tmp_path):
+    chosen = settings("agents=[citer,ppo,entropy]", "seeds=[0,1]", "+more_seeds.ppo=[1,4]", "+more_seeds.entropy=[5]")
+    seeds = [(run.agent, run.seed) for run in runs_of(chosen, tmp_path)]
+    assert seeds == [("citer", 0), ("citer", 1), ("entropy", 0), ("ppo", 0), ("ppo", 1), ("ppo", 4)]
 
 
 def test_a_class_is_an_agent_too(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ TRACKS = {
     "citer_settings": "arithmetic_validation",
 }
 """Studies whose rows ship, and where."""
+STORES = [ARITHMETIC, *(Store(ARITHMETIC.folder.parent / track) for track in TRACKS.values())]
+SHIPPED = [(store, path) for store in STORES for path in store.rows()]
+"""Every row of the embedded pair."""
 SOAK = os.environ.get("CITER_SOAK")
 
 
@@ -161,18 +165,22 @@ def verified(folder, pool, task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ROWS] if SOAK else [*ROWS][:1])
-def test_shipped_traces_are_verified_and_what_is_changed_in_them_is_found(name, tmp_path, pool, task):
-    published = PublishedRun.read(ROWS[name])
+@pytest.mark.parametrize(
+    ("store", "row"),
+    SHIPPED if SOAK else SHIPPED[:1],
+    ids=lambda it: it.stem if isinstance(it, Path) else it.folder.name,
+)
+def test_shipped_traces_are_verified_and_what_is_changed_in_them_is_found(store, row, tmp_path, pool, task):
+    published = PublishedRun.read(row)
     if SOAK:
-        ARITHMETIC.unpack(name, published, tmp_path / "whole", baselines=True)
+        store.unpack(row.stem, published, tmp_path / "whole", baselines=True)
         assert not verified(tmp_path / "whole", pool, task).faults
-    ARITHMETIC.unpack(name, published, tmp_path / "part", EPISODES, baselines=True)
+    store.unpack(row.stem, published, tmp_path / "part", EPISODES, baselines=True)
     findings = verified(tmp_path / "part", pool, task)
     assert not findings.faults
     assert findings.counts["tokens"] > 5_000
     kinds, rng = [*CORRUPTIONS], np.random.default_rng(0)
-    every = SOAK and name == next(iter(ROWS))  # a hundred of one row, a sample of the others
+    every = SOAK and row == SHIPPED[0][1]  # a hundred of one row, a sample of the others
     for seed in range(100) if every else rng.choice(len(kinds), 8, replace=False).tolist():
         kind = kinds[seed % len(kinds)]
         changed = copied(tmp_path / "part", tmp_path / "changed")

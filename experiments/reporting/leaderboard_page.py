@@ -26,6 +26,7 @@ class HowMade:
         machine: processor, cores and versions, as `experiments.common.timing.machine` gives them.
         commit: of the code.
         seeds: of training.
+        more_seeds: how many others there are, of agents that have some.
         training: what each agent had for it: problems, features, parameters, LLM tokens, minutes.
         further: agents in a table of their own.
         train: overrides of every run.
@@ -38,6 +39,7 @@ class HowMade:
     machine: Mapping[str, Any]
     commit: str
     seeds: Sequence[int]
+    more_seeds: Mapping[str, int]
     training: Mapping[str, Mapping[str, Any]]
     further: Sequence[str]
     train: Sequence[str]
@@ -77,6 +79,8 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
     """
     models, machine = summary["models"], how.machine
     seeds = ", ".join(map(str, how.seeds))
+    if how.more_seeds:
+        seeds += "; " + ", ".join(f"{more} more of {name}" for name, more in how.more_seeds.items())
     core = ranked(summary, how.further)
     timed = seconds if any(one is not None for one in seconds.values()) else None
     unseen = "no training and no tuning" if summary["split"] == "test" else "no training"

@@ -104,7 +104,10 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
         check_list(key, config[key] or [])
     known = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
     names = list(dict.fromkeys([*(config.agents or known), *config.further]))
-    for name in (*names, *config.departures, *config.live, *config.untrained):
+    more_seeds = config.more_seeds or {}
+    for name in more_seeds:
+        check_list(f"more_seeds.{name}", more_seeds[name])
+    for name in (*names, *config.departures, *config.live, *config.untrained, *more_seeds):
         if "." in name:
             imported(name)  # a class that lies outside
         elif name not in known:
@@ -128,8 +131,13 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
             name in config.live,
         )
         for name in names
-        for seed in (config.seeds[:1] if name in config.untrained else config.seeds)
+        for seed in (config.seeds[:1] if name in config.untrained else seeds_of(config, name))
     ]
+
+
+def seeds_of(config: DictConfig, name: str) -> list[int]:
+    """The training seeds of an agent: those of all, and those that it has besides."""
+    return list(dict.fromkeys([*config.seeds, *(config.more_seeds or {}).get(name, [])]))
 
 
 def check_list(key: str, value: object) -> None:
