@@ -7,8 +7,9 @@
 
 Policies are told apart by the settings in which they differ (`ppo cost_weight=0.02`), then by their training seeds;
 over the settings of one agent a front is drawn. Every run must have evaluated the same problems with the same models
-and settings. Of results that ship, the files of `experiments.leaderboard`, `--agents` names those that are wanted. The
-report's folder receives `summary.json`, `table.md`, `curve.png` and `results.jsonl`, of all runs together.
+and settings. Of results that ship, the files of `experiments.leaderboard`, `--agents` names those that are wanted.
+`--transcripts 3` shows what each policy answered to the first problems, side by side, as traces have it. The report's
+folder receives `summary.json`, `table.md`, `curve.png` and `results.jsonl`, of all runs together.
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cost", default="bytes", choices=UNITS, help="unit of curves")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamplings for the intervals")
     parser.add_argument("--columns", default="few", choices=("few", "all"), help="of the table that is printed")
+    parser.add_argument("--transcripts", type=int, default=0, help="problems whose answers the page shows side by side")
     parser.add_argument("--partial", action="store_true", help="leave out runs that are not finished")
     options = parser.parse_intermixed_args(arguments)
     if options.bootstrap < 1:
         parser.error(f"--bootstrap must be at least 1, is {options.bootstrap}")
+    if options.transcripts < 0:
+        parser.error(f"--transcripts must be 0 or more, is {options.transcripts}")
     from experiments.common.locks import only_writer
     from experiments.evaluation.merge import report
     from experiments.published.store import Store, tracks_in
@@ -92,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     partial=options.partial,
                     columns=options.columns,
                     agents=agents,
+                    transcripts=options.transcripts,
                 )
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")

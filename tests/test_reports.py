@@ -222,9 +222,10 @@ def test_transcripts_are_of_any_policy(evaluated):
         again(transcripts_of=of)
         assert title in page.read_text()
         assert page.read_text().count("<article") == 2
-        assert "<details>" not in page.read_text()
+        assert '<details class="problem"' not in page.read_text()
     again(transcripts_of="all")
-    assert page.read_text().count("<details>") == 2
+    assert page.read_text().count('<details class="problem"') == 2
+    assert page.read_text().count('<details class="problem" open>') == 1  # the first one
     assert page.read_text().count("<article") == 4
     page.unlink()
     with pytest.raises(ValueError, match="transcripts_of is 'citer'; choose one of entropy, random, or all"):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from experiments.published.run_file import RUNS, PublishedRun
 from experiments.published.store import Store
 from experiments.report import main as report
 from experiments.reporting.tables import with_interval
+from experiments.traces.trace import read_trace
 from experiments.training.many import runs_of
 from experiments.verification.evaluation import Verification
 from tests.corruptions import CORRUPTIONS, NothingToChangeError, copied, corrupt
@@ -57,6 +59,22 @@ def test_shipped_rows_are_reported_on_beside_others(tmp_path, capsys):
         report([*shipped, "--agents", "entropy,entropi", "--out", str(tmp_path / "report")])
     with pytest.raises(SystemExit, match="entropy with seed 0 is there twice"):
         report([*shipped, str(tmp_path / "others"), "--agents", "entropy", "--out", str(tmp_path / "report")])
+
+
+def test_answers_of_shipped_traces_are_shown_side_by_side(tmp_path):
+    shipped = [str(ARITHMETIC.folder), "--bootstrap", "5", "--agents", "entropy,checked_entropy", "--transcripts", "3"]
+    report([*shipped, "--out", str(tmp_path)])
+    page = (tmp_path / "index.html").read_text()
+    for name in ("the SLM alone", "the LLM alone", "entropy", "checked_entropy"):
+        assert page.count(f'<h3 class="quiet">{name}</h3>') == 3
+    trace = read_trace(ARITHMETIC.folder / "traces" / "entropy-seed0.parquet")
+    shown = re.findall(r'<h3 class="quiet">entropy</h3>\n<pre>(.*?)</pre>', page, re.DOTALL)
+    texts = [unescape(re.sub(r"</?mark[^>]*>", "", one)) for one in shown]
+    assert texts == [one.text for one in trace.episodes[:3]]
+    assert any("<mark" in one for one in shown)
+    shutil.copytree(ARITHMETIC.folder, tmp_path / "bare", ignore=shutil.ignore_patterns("traces"))
+    with pytest.raises(SystemExit, match=r"entropy.*\.parquet: answers are shown of evaluations with traces"):
+        report([str(tmp_path / "bare"), *shipped[1:], "--out", str(tmp_path / "none")])
 
 
 def remade(experiment, track, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,6 @@ import numpy.typing as npt
 from envs.arrays import FloatArray, IntArray
 from envs.costs import PASSES
 from envs.decoding.observation import TakenBack
-
-if TYPE_CHECKING:
-    from envs.models.pool import ModelPool
 
 Colour = TypeVar("Colour")
 PROMPT, STANDS = -1, -2
@@ -31,6 +28,19 @@ ANSI_TAKEN_BACK = "\033[2;9m"
 """Struck through, and faint, which a terminal shows that knows no strike-through."""
 ANSI_STANDS = "\033[32m|"
 HTML_COLOURS = ("transparent", "#ffb3a7", "#a7c7ff", "#e3b3ff", "#ffe08a", "#a7f0e0")
+
+
+class Decodes(Protocol):
+    """What turns token ids into text: a pool, or a tokenizer alone."""
+
+    @property
+    def end_tokens(self) -> IntArray:
+        """Those that end a response, (n,)."""
+        ...
+
+    def decode(self, tokens: IntArray) -> str:
+        """The text of `tokens`, (n,), special tokens left out."""
+        ...
 
 
 class Stretch(NamedTuple):
@@ -75,7 +85,7 @@ class Checked(NamedTuple):
 
 
 def stretches_of(
-    pool: ModelPool, tokens: IntArray, writers: npt.NDArray[np.int8], checked: Checked | None = None
+    pool: Decodes, tokens: IntArray, writers: npt.NDArray[np.int8], checked: Checked | None = None
 ) -> Iterator[Stretch]:
     """Stretches of a response, each decoded behind what stands in front of it.
 
@@ -105,7 +115,7 @@ def stretches_of(
         yield from marks.get(end, ())
 
 
-def gained(pool: ModelPool, front: IntArray, tokens: IntArray) -> str:
+def gained(pool: Decodes, front: IntArray, tokens: IntArray) -> str:
     """The text that tokens, (n,), add behind those in front of them; END for an end of sequence."""
     before, after = pool.decode(front), pool.decode(np.concatenate([front, tokens]))
     ended = len(tokens) > 0 and int(tokens[-1]) in pool.end_tokens

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from experiments.common.continuing import SETTINGS
 from experiments.common.multirun import JOBS, SHARDS, jobs_of
 from experiments.evaluation.answers import Answers
-from experiments.evaluation.baselines import EXHAUSTED
+from experiments.evaluation.baselines import EXHAUSTED, Baselines
+from experiments.evaluation.operating_points import threshold_to_use
 
 MANIFEST = "manifest.json"
 CHOSEN = "thresholds.json"
@@ -114,6 +115,13 @@ class KeptEvaluation:
         """The same to the validation problems, where they were tried; None in evaluations that did not keep them."""
         paths = self._paths(policy, VALIDATED)
         return [Answers.load(path) if path.is_file() else None for path in paths] if self.thresholds_chosen else None
+
+    def number_to_trace(self, policy: str) -> int:
+        """The threshold whose trace ships: of the operating point for 95 %; if there is none, of most LLM tokens."""
+        thresholds, tried = self.thresholds[policy], self.validated(policy)
+        ends = Baselines.load(self.runs).validation
+        chosen = None if tried is None or ends is None else threshold_to_use(tried, ends[1], "bytes")
+        return thresholds.index(max(thresholds)) if chosen is None else chosen
 
     def _paths(self, policy: str, under: str = "") -> list[Path]:
         return [self.runs / under / policy / f"{i:02d}.safetensors" for i in range(len(self.thresholds[policy]))]

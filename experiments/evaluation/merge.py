@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from envs.environments.render import Checked
+from envs.models.source import ModelSpec, Source
 from envs.storage import write_text
 from experiments.common.multirun import JOBS
 from experiments.evaluation.answers import Answered, Answers
@@ -18,7 +20,12 @@ from experiments.evaluation.operating_points import Tried
 from experiments.evaluation.report import RESULTS, write_report
 from experiments.evaluation.summary import Front, Results, summarize
 from experiments.reporting.page import PAGE, PageParts
+from experiments.reporting.transcripts import Tokenized, transcript
+from experiments.traces.schema import CHECKED
+from experiments.traces.trace import SUFFIX, Trace, TracedEpisode, read_trace
 
+ALONE = {"the SLM alone": "slm", "the LLM alone": "llm"}
+"""Whose answers are shown above those of policies, and their traces."""
 LONGEST = 60
 """Characters that settings take in a name."""
 
@@ -214,6 +221,48 @@ def _fronts(
     return fronts
 
 
+def side_by_side(runs: Sequence[NamedRun], count: int) -> dict[str, list[dict[str, Any]]]:
+    """The first answers of each model alone and of each policy, as traces have them: a tokenizer is all that runs.
+
+    Args:
+        runs: one of each policy, of the same problems; shown is its operating point for 95 % of the LLM's accuracy.
+        count: answers of each; fewer where a trace holds fewer.
+
+    Returns:
+        By policy, as `experiments.reporting.transcripts` gives them.
+
+    Raises:
+        ValueError: an evaluation has no traces, or the tokenizer of its models cannot be read.
+    """
+    traces: dict[str, Trace] = {}
+    for name, piece in ALONE.items():
+        found = [path for run in runs if (path := run.evaluation.runs / f"{piece}{SUFFIX}").is_file()]
+        if found:
+            traces[name] = read_trace(found[0])
+    for run in runs:
+        kept = run.evaluation
+        path = kept.runs / run.agent / f"{kept.number_to_trace(run.agent):02d}{SUFFIX}"
+        if not path.is_file():
+            raise ValueError(
+                f"there is no {path}: answers are shown of evaluations with traces (evaluation.traces=true)"
+            )
+        traces[run.name] = read_trace(path)
+    head = next(iter(traces.values())).head
+    text = Tokenized(Source.find(ModelSpec(head.models[0])).tokenizer, head.settings["end_tokens"])
+    count = min(count, *(len(trace.episodes) for trace in traces.values()))
+    return {name: [_shown(text, trace, one) for one in trace.episodes[:count]] for name, trace in traces.items()}
+
+
+def _shown(text: Tokenized, trace: Trace, one: TracedEpisode) -> dict[str, Any]:
+    checked = Checked.of(one.taken_back, one.ledger) if trace.head.decoding == CHECKED else None
+    about = {"id": one.example, "prompt": text.decode(one.prompt).strip(), "right": one.correct, "answer": None}
+    return about | transcript(text, one.response, one.writers, checked)
+
+
+def _seed(run: NamedRun) -> int:
+    return run.evaluation.seed
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -245,6 +294,7 @@ def report(
     seconds: Mapping[str, float | None] | None = None,
     parts: PageParts | None = None,
     agents: Sequence[str] = (),
+    transcripts: int = 0,
 ) -> dict[str, Any]:
     """Write the merged report.
 
@@ -260,6 +310,10 @@ def report(
             apart.
         parts: what the page shows besides.
         agents: see `gather`.
+        transcripts: problems whose answers the page shows side by side, as traces have them; 0 for none.
+
+    Raises:
+        ValueError: see `gather`; answers are to be shown, and an evaluation has no traces.
 
     Returns:
         The contents of `summary.json`.
@@ -267,7 +321,12 @@ def report(
     places = [folders] if isinstance(folders, Path) else list(folders)
     place = out or places[0]
     named = named_runs(_finished(places, partial), agents)
-    summary = summarize(_merged(named, first), unit, samples, seed=0)
+    results = _merged(named, first)
+    if transcripts:
+        of_first_seed = {run.name: run for run in sorted(named, key=_seed, reverse=True)}
+        shown = [of_first_seed[name] for name in results.policies]
+        parts = replace(parts or PageParts(), transcripts=side_by_side(shown, transcripts))
+    summary = summarize(results, unit, samples, seed=0)
     for name, ratio in (seconds or {}).items():
         summary["policies"][name]["cost_at_by_unit"]["seconds"] = {"0.95": ratio}
     # what evaluations of before do not say stays unsaid

@@ -17,7 +17,6 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import EXHAUSTED, Baselines
 from experiments.evaluation.baselines import MANIFEST as LIMITS
 from experiments.evaluation.kept import CHOSEN, MANIFEST, VALIDATED, KeptEvaluation
-from experiments.evaluation.operating_points import threshold_to_use
 from experiments.evaluation.report import RESULTS
 from experiments.published.answer_table import read_answers, write_answers
 from experiments.training.run import SUMMARY, TRAINED
@@ -72,7 +71,7 @@ class PublishedRun:
         names = [f"{agent}/{number:02d}" for number in range(len(kept.thresholds[agent]))]
         names += [name for n in names if (kept.runs / f"{(name := f'{VALIDATED}/{n}')}{ANSWERS}").is_file()]
         answers = {name: _without_seconds(Answers.load(kept.runs / f"{name}{ANSWERS}")) for name in names}
-        return cls(agent, kept.seed, texts, answers, f"{agent}/{_number_to_trace(kept, agent):02d}", made_on)
+        return cls(agent, kept.seed, texts, answers, f"{agent}/{kept.number_to_trace(agent):02d}", made_on)
 
     @classmethod
     def read(cls, path: Path) -> PublishedRun:
@@ -113,12 +112,6 @@ class PublishedRun:
 
 
 _PLAIN = ("agent", "seed", "traced", "made_on")
-
-
-def _number_to_trace(kept: KeptEvaluation, agent: str) -> int:
-    thresholds, tried, ends = kept.thresholds[agent], kept.validated(agent), Baselines.load(kept.runs).validation
-    chosen = None if tried is None or ends is None else threshold_to_use(tried, ends[1], "bytes")
-    return thresholds.index(max(thresholds)) if chosen is None else chosen
 
 
 def pack_baselines(runs: Path, path: Path) -> None:

@@ -86,7 +86,7 @@ def page(summary: Summary, parts: PageParts) -> str:
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": lambda share: f"{100 * share:.0f} %", "duration": _duration}
-    environment.filters["markup"] = markup
+    environment.filters |= {"markup": markup, "by_problem": lambda answers: list(zip(*answers, strict=True))}
     return environment.from_string(TEMPLATE.read_text()).render(shown)
 
 

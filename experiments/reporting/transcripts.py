@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from agents.common.rollout import Episode
 from envs.arrays import IntArray
-from envs.environments.render import HTML_COLOURS, STANDS, Checked, Stretch, colour_of, gained, stretches_of
+from envs.environments.render import HTML_COLOURS, STANDS, Checked, Decodes, Stretch, colour_of, gained, stretches_of
 from envs.models.pool import ModelPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TAKEN_BACK, STOOD = "taken back", "stands"
 """What a stretch says in its fourth place: it was taken back; a call, without text, that let all stand that was
 drafted."""
 LINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 """What a new line inside a token is shown as."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What turns token ids into text where there is no pool.
+
+    Args:
+        tokenizer: of the models that wrote them.
+        end_tokens: that end a response, (n,).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    end_tokens: IntArray
+
+    def decode(self, tokens: IntArray) -> str:
+        """The text of `tokens`, (n,), special tokens left out."""
+        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def transcripts(
@@ -31,10 +53,10 @@ def transcripts(
         checking: the policies whose calls check drafts.
 
     Returns:
-        For each answer its `id`, `prompt`, whether it is `right`, the `answer` it should give, its number of `tokens`,
-        the `llm_share` of them, and its `stretches`: the model that wrote each, the colour of that model, and the text.
-        Where drafts are checked also how often larger models were called (`calls`), how many tokens were `taken_back`,
-        and among the stretches those with TAKEN_BACK or STOOD in a fourth place.
+        For each answer its `id`, `prompt`, whether it is `right`, the `answer` it should give (None where that is not
+        known), its number of `tokens`, the `llm_share` of them, and its `stretches`: the model that wrote each, the
+        colour of that model, and the text. Where drafts are checked also how often larger models were called (`calls`),
+        how many tokens were `taken_back`, and among the stretches those with TAKEN_BACK or STOOD in a fourth place.
     """
     return {name: [_answer(pool, episode, name in checking) for episode in some] for name, some in episodes.items()}
 
@@ -76,21 +98,36 @@ def call_by_call(pool: ModelPool, episode: Episode) -> str:
     return f'<figure class="calls">\n{inside}\n</figure>'
 
 
+def transcript(
+    pool: Decodes, tokens: IntArray, writers: npt.NDArray[np.int8], checked: Checked | None
+) -> dict[str, Any]:
+    """What `transcripts` says of a response itself.
+
+    Args:
+        pool: the models that wrote it, or their tokenizer.
+        tokens: token ids, (n,).
+        writers: of each, (n,).
+        checked: what was checked; None where drafts are not.
+    """
+    said = {
+        "tokens": len(tokens),
+        "llm_share": float((writers > 0).mean()),
+        "stretches": [_plain(stretch) for stretch in stretches_of(pool, tokens, writers, checked)],
+    }
+    if checked is None:
+        return said
+    return said | {"calls": checked.calls, "taken_back": sum(len(back.tokens) for back in checked.taken_back)}
+
+
 def _answer(pool: ModelPool, episode: Episode, checking: bool) -> dict[str, Any]:
     checked = Checked.of(episode.taken_back, episode.ledger) if checking else None
-    stretches = stretches_of(pool, episode.tokens, episode.writers, checked)
-    answer = {
+    about = {
         "id": episode.example.id,
         "prompt": episode.example.prompt.strip(),
         "right": bool(episode.correct),
         "answer": f"{episode.example.answer}",
-        "tokens": len(episode.tokens),
-        "llm_share": float((episode.writers > 0).mean()),
-        "stretches": [_plain(stretch) for stretch in stretches],
     }
-    if checked is None:
-        return answer
-    return answer | {"calls": checked.calls, "taken_back": sum(len(back.tokens) for back in checked.taken_back)}
+    return about | transcript(pool, episode.tokens, episode.writers, checked)
 
 
 def _plain(stretch: Stretch) -> list[Any]:
