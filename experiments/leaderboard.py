@@ -62,8 +62,10 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     from experiments.evaluation.merge import report
     from experiments.published.canaries import restore
     from experiments.published.entries import entries, training_of, write_leaderboard
+    from experiments.published.run_file import PublishedRun
     from experiments.published.store import Store
-    from experiments.reporting.leaderboard_page import HowMade, page, picture
+    from experiments.reporting.leaderboard_page import page, picture
+    from experiments.reporting.leaderboard_tables import HowMade
     from experiments.training.launching import make_all
     from experiments.training.many import Run, check, runs_of
     from experiments.training.seconds import measure_seconds
@@ -99,7 +101,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     latency = store.folder / LATENCY if store else folder / LATENCY
     how = HowMade(
         machine=machine(),
-        commit=commit(),
+        runs_made_on=[PublishedRun.read(store.row(run)).made_on for run in runs] if store else [],
         seeds=list(config.seeds),
         more_seeds={name: count - len(config.seeds) for name, count in counts.items() if count > len(config.seeds)},
         training=training,

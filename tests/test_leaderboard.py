@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import HydraException
 
 from experiments.common.config import CONF
-from experiments.reporting.leaderboard_page import headline, ranked, standing
+from experiments.reporting.leaderboard_tables import headline, ranked, standing
 from experiments.reporting.paper import headlines
 from experiments.training.many import Run, check, runs_of
 from tests.programs import composed

@@ -13,13 +13,14 @@ from envs.environments.render import Checked
 from envs.models.source import ModelSpec, Source
 from envs.storage import write_text
 from experiments.common.multirun import JOBS
+from experiments.common.tracking import METRICS
 from experiments.evaluation.answers import Answered, Answers
 from experiments.evaluation.baselines import Baselines
-from experiments.evaluation.kept import KeptEvaluation, kept_below, lost_jobs, not_evaluated_yet, told_apart
+from experiments.evaluation.kept import KeptEvaluation, kept_below, lost_jobs, not_evaluated_yet, run_folder, told_apart
 from experiments.evaluation.operating_points import Tried
 from experiments.evaluation.report import RESULTS, write_report
 from experiments.evaluation.summary import Front, Results, summarize
-from experiments.reporting.page import PAGE, PageParts
+from experiments.reporting.page import PAGE, PageParts, Training
 from experiments.reporting.transcripts import Tokenized, transcript
 from experiments.traces.schema import CHECKED
 from experiments.traces.trace import SUFFIX, Trace, TracedEpisode, read_trace
@@ -51,6 +52,11 @@ class NamedRun:
         if len(words) > LONGEST:
             words = f"{words[: LONGEST - 9]}~{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         return f"{self.agent} {words}".strip()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything was learned for it."""
+        return self.agent in self.evaluation.manifest["trained"]
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -157,7 +163,7 @@ def _merged(named: Sequence[NamedRun], first: str | None) -> Results:
         if seed in runs.setdefault(run.name, {}):
             raise ValueError(f"{run.evaluation.runs}: {run.name} with seed {seed} is there twice; report on fewer runs")
         runs[run.name][seed] = run
-    trained = {run.name for run in named if run.agent in run.evaluation.manifest["trained"]}
+    trained = {run.name for run in named if run.is_trained}
     any_run = {name: next(iter(of_seeds.values())) for name, of_seeds in runs.items()}
     if first is not None and first not in runs:
         of_agent = [name for name, run in any_run.items() if run.agent == first]
@@ -219,6 +225,19 @@ def _fronts(
                 else None,
             )
     return fronts
+
+
+def trainings(runs: Sequence[NamedRun]) -> list[Training]:
+    """The learning curves of each policy's first seed, where its run has measured any."""
+    first: dict[str, NamedRun] = {}
+    for run in sorted(runs, key=_seed):
+        first.setdefault(run.name, run)
+    paths = {name: run_folder(run.evaluation.runs) / METRICS for name, run in first.items() if run.is_trained}
+    return [
+        Training(name, None, [json.loads(line) for line in path.read_text().splitlines()])
+        for name, path in paths.items()
+        if path.is_file()
+    ]
 
 
 def side_by_side(runs: Sequence[NamedRun], count: int) -> dict[str, list[dict[str, Any]]]:
@@ -326,6 +345,8 @@ def report(
         of_first_seed = {run.name: run for run in sorted(named, key=_seed, reverse=True)}
         shown = [of_first_seed[name] for name in results.policies]
         parts = replace(parts or PageParts(), transcripts=side_by_side(shown, transcripts))
+    if parts is None or not parts.trainings:
+        parts = replace(parts or PageParts(), trainings=trainings(named))
     summary = summarize(results, unit, samples, seed=0)
     for name, ratio in (seconds or {}).items():
         summary["policies"][name]["cost_at_by_unit"]["seconds"] = {"0.95": ratio}

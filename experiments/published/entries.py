@@ -11,7 +11,7 @@ import numpy as np
 
 from envs.storage import write_text
 from experiments.evaluation.kept import flat
-from experiments.reporting.leaderboard_page import ranked
+from experiments.reporting.leaderboard_tables import ranked
 from experiments.training.many import Run
 from experiments.training.run import TRAINED
 
@@ -26,10 +26,10 @@ def training_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         runs: that are complete.
 
     Returns:
-        For each agent: `labels`, what those that ask for the LLM are made of, shares by case and kind of token, in the
-        last round; `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM read or wrote in
-        training, `minutes` of processors; None where there is none of it. Of a seed whose training was interrupted the
-        last two are not known, and it is left out of their means.
+        For each agent: `seeds`, how many; `labels`, what those that ask for the LLM are made of, shares by case and
+        kind of token, in the last round; `problems`, `features`, `parameters` of a decision, `llm_tokens` that the LLM
+        read or wrote in training, `minutes` of processors; None where there is none of it. Of a seed whose training was
+        interrupted the last two are not known, and it is left out of their means.
     """
     told: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -47,14 +47,20 @@ def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     read, computed = ([one.get(key) for one in seeds] for key in ("tokens_read", "cpu_seconds"))
     learned = "examples" in first
     return {
+        "seeds": len(seeds),
         "labels": _llm_labels([one["composition"] for one in seeds if "composition" in one]),
         "problems": first.get("examples"),
-        # a router that another agent's begins with sees what that one saw
-        "features": first.get(f"{first.get('start')}.features", first.get("features")),
+        "features": _features(first),
         "parameters": first.get("parameters"),
         "llm_tokens": mean([None if one is None else one[-1] for one in read]) if learned else None,
         "minutes": mean([None if one is None else one / 60 for one in computed]) if learned else None,
     }
+
+
+def _features(settings: Mapping[str, Any]) -> str | None:
+    """What an agent sees, by name; a router that another agent's begins with sees what that one saw."""
+    features = settings.get(f"{settings.get('start')}.features", settings.get("features", settings.get("sees")))
+    return " and ".join(features) if isinstance(features, list) else features
 
 
 def _llm_labels(seeds: Sequence[Mapping[str, Mapping[str, Mapping[str, int]]]]) -> dict[str, dict[str, float]] | None:

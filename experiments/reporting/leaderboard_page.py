@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from experiments.reporting.figures import BASELINE_NAMES, plot_curves
+from experiments.reporting.figures import plot_curves
+from experiments.reporting.leaderboard_tables import (
+    HowMade,
+    Summary,
+    chosen_table,
+    headline,
+    label_shares,
+    ranked,
+    results_table,
+    seconds_key,
+    trainings,
+)
 from experiments.reporting.paper import LEVEL, headlines
-from experiments.reporting.tables import markdown_table, measured, number, with_interval
+from experiments.reporting.tables import number
 
 DRAWN = 9
 """Policies in the picture, besides the first one."""
-BATCHES = """ Seconds are of passes and decisions, in which the rows of a batch share
-passes, over those of LLM-only decoding (first seed, all in turn; none where validation chooses no threshold)."""
-Summary = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class HowMade:
-    """What the page says of how it was made.
-
-    Attributes:
-        machine: processor, cores and versions, as `experiments.common.timing.machine` gives them.
-        commit: of the code.
-        seeds: of training.
-        more_seeds: how many others there are, of agents that have some.
-        training: what each agent had for it: problems, features, parameters, LLM tokens, minutes.
-        further: agents in a table of their own.
-        train: overrides of every run.
-        departures: overrides of some agents' runs, by agent.
-        latency: what `experiments.speed suite=latency` measured, by name; empty where it did not.
-        title: of the page.
-        command: that makes it.
-    """
-
-    machine: Mapping[str, Any]
-    commit: str
-    seeds: Sequence[int]
-    more_seeds: Mapping[str, int]
-    training: Mapping[str, Mapping[str, Any]]
-    further: Sequence[str]
-    train: Sequence[str]
-    departures: Mapping[str, Sequence[str]]
-    latency: Mapping[str, float]
-    title: str
-    command: str
+BATCHES = """ Seconds in batches are of passes and decisions of the first seed at its chosen threshold, where
+rows share passes, over those of LLM-only decoding, all in turn (none where validation chooses no threshold)."""
 
 
 def picture(summary: Summary, path: Path, further: Sequence[str] = ()) -> None:
@@ -60,12 +38,6 @@ def picture(summary: Summary, path: Path, further: Sequence[str] = ()) -> None:
     names = ranked(summary, further)[:DRAWN]
     shown = {name: summary["policies"][name] for name in dict.fromkeys([*names, summary["first"]])}
     plot_curves({**summary, "policies": shown}, path, logarithmic=True)
-
-
-def ranked(summary: Summary, but: Sequence[str] = ()) -> list[str]:
-    """Policies but for some, by their cost at 95 % of the LLM's accuracy, those that never reach it last."""
-    costs = {name: policy["cost_at"][LEVEL] for name, policy in summary["policies"].items() if name not in but}
-    return sorted(costs, key=lambda name: (costs[name] is None, costs[name] or 0.0))
 
 
 def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, curve: str) -> str:
@@ -92,6 +64,8 @@ The {summary["examples"]} {summary["split"]} problems
 were seen in {unseen}; alone, the SLM is right on {models["slm"]["accuracy"]:.1%} of them, the LLM on
 {models["llm"]["accuracy"]:.1%}. Training seeds: {seeds}.
 
+{saved_where(summary, timed, how)}
+
 ![accuracy over cost]({curve})
 
 The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summary["first"]}; all are in the table.
@@ -102,7 +76,7 @@ The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summa
 At 95 % of the LLM's accuracy (speculative decoding: at all of it), relative to LLM-only decoding of the same problems.
 The order of policies is that of memory traffic, the paper's measure, which is what one user waits for where weights
 are read anew for every token; where passes are bound by arithmetic (large batches) FLOPs count, of which every token of
-the SLM takes some.{measured_latency(how)}
+the SLM takes some.{measured_latency(how)}{"" if timed is None else BATCHES}
 
 ## What a user gets
 
@@ -111,7 +85,7 @@ the SLM takes some.{measured_latency(how)}
 here {float(LEVEL) * models["llm"]["accuracy"]:.1%}, and the accuracy and cost it then has on these problems. Costs are
 memory traffic, relative to LLM-only decoding of the same problems. In brackets: 95 % intervals over problems
 (resampled) and training seeds (a t interval), whose number stands behind the name. "Over {summary["first"]}'s" is the
-paired ratio of costs, whatever the accuracies.{"" if timed is None else BATCHES}
+paired ratio of costs, whatever the accuracies.
 
 ## Cost at equal accuracy
 
@@ -131,17 +105,56 @@ Query-level agents decide once a response, and the SLM then reads no more than t
 {trainings(how)}
 Problems are those of the train split that labels, preferences or episodes are made of; LLM tokens are all that the LLM
 read or wrote while the agent was trained; minutes are those of one processor core; weights are those of a decision.
-Means over seeds, of tokens and minutes over those whose training was not interrupted.
+Means over seeds, of tokens and minutes over those whose training was not interrupted.{trained_for(how)}
 
 {label_section(how)}{headline_section(summary)}## How it was made
 
-{machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, Python {machine["python"]}; commit
-`{how.commit}`; each run in a process of one thread. One row:
+{made_on(how)}
+The page was written on {machine["processor"]}, {machine["cores"]} cores, torch {machine["torch"]}, Python
+{machine["python"]}. One row:
 
 ```
 {reproduce(how)}
 ```
 {departures(how)}"""
+
+
+def saved_where(summary: Summary, seconds: Mapping[str, float | None] | None, how: HowMade) -> str:
+    """In which units something is saved, and in which next to nothing: what a reader must know first."""
+    names = [*dict.fromkeys((summary["first"], summary["cheapest"]))]
+    costs = {name: summary["policies"][name]["cost_at_by_unit"] for name in names}
+    costs["a coin per query"] = summary["limits"]["line"]["cost_at_by_unit"]
+
+    def listed(values: Mapping[str, float | None]) -> str:
+        return ", ".join(f"{name} {number(value)}" for name, value in values.items() if value is not None)
+
+    traffic, flops = ({name: one[unit][LEVEL] for name, one in costs.items()} for unit in ("bytes", "flops"))
+    said = f"""Of the LLM's memory traffic, which one user waits for at batch 1, is taken at 95 % of its accuracy:
+{listed(traffic)}. Of its floating-point operations, which large batches wait for: {listed(flops)}."""
+    alone = {name: how.latency.get(seconds_key(name)) for name in names}
+    if any(alone.values()):
+        said += f"\nOf its seconds, measured at batch 1: {listed(alone)}"
+        said += "." if seconds is None else f"; in batches: {listed({name: seconds.get(name) for name in names})}."
+    return said
+
+
+def made_on(how: HowMade) -> str:
+    """Which machines made the runs, and how many commits."""
+    if not how.runs_made_on:
+        return "Each run in a process of one thread."
+    machines = Counter(f"{one['processor']}, {one['cores']} cores, torch {one['torch']}" for one in how.runs_made_on)
+    commits = {one["commit"] for one in how.runs_made_on}
+    lines = "".join(f"- {count} runs on {machine}\n" for machine, count in machines.most_common())
+    plural = "s" * (len(commits) != 1)
+    return f"""Each run in a process of one thread; each row names its commit, {len(commits)} commit{plural} in all.
+
+{lines}"""
+
+
+def trained_for(how: HowMade) -> str:
+    """How long all of the training took; empty where nothing was trained, or not all of it is known."""
+    minutes = sum((had["minutes"] or 0.0) * had["seeds"] for had in how.training.values())
+    return f" All of it took {minutes / 60:.1f} hours of one core." if minutes else ""
 
 
 def label_section(how: HowMade) -> str:
@@ -180,65 +193,9 @@ def measured_latency(how: HowMade) -> str:
     """How seconds at batch 1 were measured, where they were."""
     if not how.latency:
         return ""
-    return """ Seconds at batch 1 are those of a pair of 26 and 296 million random weights, which writes what this pair
-decides, one response at a time ([measured latency](docs/costs.md#measured-latency))."""
-
-
-def headline(summary: Summary, seconds: Mapping[str, float | None] | None, latency: Mapping[str, float]) -> str:
-    """The first policy, the cheapest, speculative decoding and a coin per query, in every unit."""
-
-    def alone(name: str) -> list[str]:
-        value = latency.get(f"{name}_seconds_over_llm_only")
-        return ["" if value is None else number(value)] if latency else []
-
-    def batches(name: str) -> list[str]:
-        return [] if seconds is None else [number(seconds[name]) if name in seconds else ""]
-
-    units = ("bytes", "flops", "llm_tokens", "dollars")
-    rows = []
-    for name in dict.fromkeys((summary["first"], summary["cheapest"])):
-        costs = summary["policies"][name]["cost_at_by_unit"]
-        rows.append([name, *(number(costs[unit][LEVEL]) for unit in units), *alone(name), *batches(name)])
-    for name in ("speculative", "line"):
-        limit = summary["limits"].get(name)
-        if limit is not None:
-            costs = limit.get("cost_at_by_unit")
-            values = [limit[f"cost_{unit}"] if costs is None else costs[unit][LEVEL] for unit in units]
-            rows.append([f"*{BASELINE_NAMES[name]}*", *map(number, values), *alone(name), *batches("")])
-    timed = [*(["seconds, batch 1"] if latency else []), *([] if seconds is None else ["seconds, in batches"])]
-    return markdown_table(["", "memory traffic", "FLOPs", "LLM tokens", "dollars", *timed], rows)
-
-
-def trainings(how: HowMade) -> str:
-    """What each agent had for its training."""
-
-    def whole(value: float | None) -> str:
-        return "" if value is None else f"{value:,.0f}"
-
-    rows = [
-        [
-            name,
-            whole(had["problems"]),
-            had["features"] or "",
-            whole(had["parameters"]),
-            whole(had["llm_tokens"]),
-            "" if had["minutes"] is None else f"{had['minutes']:.1f}",
-        ]
-        for name, had in sorted(how.training.items())
-    ]
-    return markdown_table(["agent", "problems", "features", "weights", "LLM tokens", "minutes"], rows)
-
-
-def label_shares(how: HowMade) -> str:
-    """What labels that ask for the LLM are made of, by case and kind of token: a row an agent that has labels."""
-    labels = {name: had["labels"] for name, had in sorted(how.training.items()) if had.get("labels")}
-    columns = sorted({(case, kind) for cases in labels.values() for case, kinds in cases.items() for kind in kinds})
-    rows = [
-        [name, *(share(cases.get(case, {}).get(kind, 0.0)) for case, kind in columns)] for name, cases in labels.items()
-    ]
-    if not rows:
-        return ""
-    return markdown_table(["agent", *(f"{case.replace('_', ' ')}: {kind}" for case, kind in columns)], rows)
+    return """ Seconds at batch 1 are those of the thresholds that are chosen for 95 %, on some validation problems: a
+pair of 26 and 296 million random weights writes what this pair decides, one response at a time
+([measured latency](docs/costs.md#measured-latency))."""
 
 
 def further_tables(summary: Summary, how: HowMade, core: Sequence[str]) -> str:
@@ -255,88 +212,6 @@ On the same problems, by the same rules, and not in the tables above:
 """
 
 
-def chosen_table(
-    summary: Summary, how: HowMade, names: Sequence[str], seconds: Mapping[str, float | None] | None = None
-) -> str:
-    """The operating points: a row a policy, with its seconds where some are given."""
-    first, levels = summary["first"], (LEVEL, "0.99")
-    headers = ["policy (seeds)"]
-    for level in levels:
-        headers += [f"chosen for {float(level):.0%}: {what}" for what in ("accuracy", "cost", f"over {first}'s")]
-    rows = []
-    for name in names:
-        policy = summary["policies"][name]
-        row = [_named(summary, name, how)]
-        for level in levels:
-            point = policy["operating_points"].get(level)
-            ratio = policy[f"against_{first}"].get(f"chosen_ratio_at_{level}")
-            keys = ("accuracy", f"cost_{summary['cost']}")
-            row += ["", ""] if point is None else [measured(point[key]) for key in keys]
-            row.append("" if ratio is None or name == first else measured(ratio))
-        rows.append([*row, *([] if seconds is None else [number(seconds.get(name))])])
-    return markdown_table([*headers, *([] if seconds is None else ["seconds"])], rows)
-
-
-def results_table(summary: Summary, how: HowMade, names: Sequence[str], limits: bool = True) -> str:
-    """Costs on the hull: a row a policy, the baselines below where `limits` are wanted."""
-    first = summary["first"]
-    headers = [
-        "policy (seeds)",
-        *(f"hull: cost at {float(level):.0%}" for level in summary["policies"][first]["cost_at"]),
-        "LLM tokens",
-        "FLOPs",
-        "dollars",
-        "AIQ",
-        f"hull: over {first}'s",
-        "",
-    ]
-    policies = [_policy_row(summary, name, how) for name in names]
-    baselines = [_baseline_row(summary, name) for name in summary["limits"]] if limits else []
-    return markdown_table(headers, policies + baselines)
-
-
-def _named(summary: Summary, name: str, how: HowMade) -> str:
-    """A policy with the number of its seeds, and a star where it was run with settings of its own."""
-    return f"{name} ({summary['policies'][name]['seeds']}){' *' if name in how.departures else ''}"
-
-
-def _policy_row(summary: Summary, name: str, how: HowMade) -> list[str]:
-    policy, first = summary["policies"][name], summary["first"]
-    intervals, units = policy["cost_at_interval"], policy["cost_at_by_unit"]
-    return [
-        _named(summary, name, how),
-        *(with_interval(cost, intervals[level]) for level, cost in policy["cost_at"].items()),
-        share(units["llm_tokens"][LEVEL]),
-        number(units["flops"][LEVEL]),
-        number(units["dollars"][LEVEL]),
-        number(policy["measures"]["aiq"]["value"]),
-        "" if name == first else measured(policy[f"against_{first}"][f"ratio_at_{LEVEL}"]),
-        standing(summary, name),
-    ]
-
-
-def _baseline_row(summary: Summary, name: str) -> list[str]:
-    baseline, unit = summary["limits"][name], summary["cost"]
-    if "curve" in baseline:
-        costs = baseline["cost_at_by_unit"]
-        at_levels = [number(cost) for cost in costs[unit].values()]
-        tokens, flops, dollars = (costs[other][LEVEL] for other in ("llm_tokens", "flops", "dollars"))
-    else:  # one point, at the LLM's own accuracy
-        at_levels = ["", "", number(baseline[f"cost_{unit}"])]
-        tokens, flops, dollars = (baseline[f"cost_{other}"] for other in ("llm_tokens", "flops", "dollars"))
-    costs_at_level = [share(tokens), number(flops), number(dollars)]
-    return [f"*{BASELINE_NAMES[name]}*", *at_levels, *costs_at_level, "", "", "limit"]
-
-
-def standing(summary: Summary, name: str) -> str:
-    """Whether a row is the cheapest, or costs no more, as far as the interval says: their paired ratio may be 1."""
-    cheapest = summary["cheapest"]
-    if name == cheapest:
-        return "cheapest"
-    low, high = summary["policies"][name][f"against_{cheapest}"][f"ratio_at_{LEVEL}"]["interval"]
-    return "not significantly costlier" if low is None or high is None or low <= 1 <= high else ""
-
-
 def reproduce(how: HowMade) -> str:
     """The command that makes one row."""
     return f"python -m experiments.train {' '.join(how.train)} agent=NAME seed={how.seeds[0]}"
@@ -348,8 +223,3 @@ def departures(how: HowMade) -> str:
         return ""
     lines = "".join(f"- {name}: `{' '.join(changes)}`\n" for name, changes in sorted(how.departures.items()))
     return f"\nRows with a star were made with settings other than their defaults; add to the command:\n\n{lines}"
-
-
-def share(value: float | None) -> str:
-    """A share as a percentage with one digit."""
-    return "none" if value is None else f"{value:.1%}"
