@@ -96,6 +96,15 @@ def test_an_interval_over_problems_is_that_of_a_mean():
     assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.01)
 
 
+def test_three_seeds_are_too_few_to_resample():
+    rng = np.random.default_rng(0)
+    seeds, weights = rng.normal(size=(2000, 3)), resampled(3, 2000, seed=0)[1:]
+    low, high = np.quantile(seeds @ weights.T, (0.025, 0.975), axis=1)
+    assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(0.75, abs=0.03)  # 1 - 2 / 2**3: from least to largest
+    intervals = [Estimate(np.repeat(some[:, None], 2, axis=1)).interval() for some in seeds]
+    assert np.mean([low <= 0 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.015)
+
+
 def test_an_interval_over_seeds_is_a_t_interval():
     of_seed = np.array([0.2, 0.4, 0.6])
     low, high = Estimate(np.repeat(of_seed[:, None], 11, axis=1)).interval()

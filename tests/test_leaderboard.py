@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import subprocess
@@ -48,6 +49,23 @@ def test_the_core_table_has_one_budget_rule_and_twenty_agents_at_most(tmp_path):
 
 
 STARTS = re.compile(r"\bstart\b\s*[=:]\s*(\d[\d_]*)")
+OPENED = range(4000, 5000)
+"""The problems of the test split that only the core table's program opens."""
+
+
+def problems_named(text):
+    """Of Python code: the problems of the test split that calls of a task name by plain numbers, a range a call."""
+    named = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        keys = {"example": ("split", "start"), "examples": ("split", "count", "start")}.get(node.func.attr, ())
+        values = [*zip(keys, node.args, strict=False), *((keyword.arg, keyword.value) for keyword in node.keywords)]
+        known = {key: value.value for key, value in values if isinstance(value, ast.Constant)}
+        if known.get("split") == "test":
+            start = known.get("start") or 0
+            named.append(range(start, start + (known.get("count") or 1)))
+    return named
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the files lie outside a repository")
@@ -63,6 +81,16 @@ def test_nothing_else_opens_the_test_problems_of_the_core_table():
         and any(3000 < int(start) < 5000 for start in STARTS.findall((ROOT / name).read_text()))
     }
     assert found == {"conf/experiment/benchmark.yaml"}
+    code = [name for name in listed if Path(name).suffix == ".py"]
+    assert not [
+        name
+        for name in code
+        if any(
+            some.start < OPENED.stop and some.stop > OPENED.start for some in problems_named((ROOT / name).read_text())
+        )
+    ]
+    calls = "task.examples('test', 1000, 4000); task.example('test', 4999); task.examples('test', 30, start=7)"
+    assert problems_named(calls) == [range(4000, 5000), range(4999, 5000), range(7, 37)]
 
 
 @pytest.mark.parametrize(

@@ -198,14 +198,17 @@ def test_shipped_traces_are_verified_and_what_is_changed_in_them_is_found(store,
     assert not findings.faults
     assert findings.counts["tokens"] > 5_000
     kinds, rng = [*CORRUPTIONS], np.random.default_rng(0)
-    every = SOAK and row == SHIPPED[0][1]  # a hundred of one row, a sample of the others
-    for seed in range(100) if every else rng.choice(len(kinds), 8, replace=False).tolist():
-        kind = kinds[seed % len(kinds)]
+    wanted = 100 if SOAK and row == SHIPPED[0][1] else 8  # a hundred of one row, a sample of the others
+    order, made, seed = rng.permutation(len(kinds)), 0, 0
+    while made < wanted:
+        kind, seed = kinds[order[seed % len(kinds)]], seed + 1
+        assert seed < 3 * wanted + len(kinds), f"of {seed} corruptions only {made} could be made"
         changed = copied(tmp_path / "part", tmp_path / "changed")
         try:
             file = corrupt(changed / "evaluation", kind, np.random.default_rng(seed), EPISODES)
         except (NothingToChangeError, FileNotFoundError):
             continue  # there is no refused draft, say, or no summary beside a run of many
+        made += 1
         found = verified(changed, pool, task)
         # when drafts end is decided anew on the kind of machine that decided it alone, and this is said elsewhere
         elsewhere = "score" in kind and any(f"{file}: scores" in said for said in found.unchecked)

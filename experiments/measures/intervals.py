@@ -1,7 +1,7 @@
 """95 % intervals over problems and training seeds, for one policy and for two that are compared.
 
 Problems are resampled, the same ones for all policies: comparisons are paired. There are too few training seeds to
-resample (a percentile bootstrap of three covers 74 % where 95 % are said); theirs is a t interval. For one policy both
+resample (a percentile bootstrap of three covers 75 % where 95 % are said); theirs is a t interval. For one policy both
 half-widths are added in quadrature (MOVER, Zou and Donner 2008), those of costs and of their ratios in logarithms; for
 two, where that is too wide, both variances are, and the degrees of freedom are Satterthwaite's, as in Welch's test. The
 problems' part stays as skewed as it is. What a seed does to some problems and not to others is in the differences
