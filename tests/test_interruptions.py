@@ -98,10 +98,11 @@ PROGRAMS = {
         "leaderboard",
         (
             "agents=[citer_s,entropy]", "first=citer_s", "seeds=[0]", "timings=1", "bootstrap=20",
+            "results=${hydra:run.dir}/results",
             '+departures.citer_s=["agent.examples=12","agent.training.epochs=3"]',
             f"train={json.dumps(['experiment=benchmark', *(f'evaluation.{setting}' for setting in EVALUATING)])}",
         ),
-        ("runs/*/policy/*",),
+        ("runs/*/policy/*", "results/policies/*/*"),
         ("runs/*/metrics.jsonl", "runs/*/evaluation/results.jsonl"),
         ("runs/summary.json",),
     ),
