@@ -151,6 +151,34 @@ def share(value):
     return f"{value:.1%}".replace("%", " %")
 
 
+def latency():
+    """What the suite `latency` measured, by way to answer: milliseconds, and ratios to LLM-only decoding and others."""
+    measured = json.loads((RESULTS / CORE / "latency.json").read_text())
+    ratios, rates = measured["ratios"], measured["rates"]
+    said = {}
+    for way in (key.removesuffix("_ms_per_token") for key in rates if key.endswith("_ms_per_token")):
+        told = {
+            "ms_token": f"{rates[f'{way}_ms_per_token']:.1f}",
+            "ms_response": f"{rates[f'{way}_ms_per_response']:.0f}",
+        }
+        for part in ("slm", "llm", "decisions"):
+            if f"{way}_{part}_ms_per_response" in rates:
+                told[f"{part}_ms"] = f"{rates[f'{way}_{part}_ms_per_response']:.0f}"
+        for other in ("llm_only", "speculative", "speculative_adaptive"):
+            key = f"{way}_seconds_over_{other}"
+            if key in ratios:
+                told[f"over_{other}"] = with_interval(ratios[key], [ratios[f"{key}_low"], ratios[f"{key}_high"]])
+        if f"{way}_bytes_over_llm_only" in ratios:
+            units = {"seconds": "seconds", "traffic": "bytes", "flops": "flops"}
+            told |= {name: number(ratios[f"{way}_{unit}_over_llm_only"]) for name, unit in units.items()}
+            told["seconds_interval"] = told["over_llm_only"]
+        said[way] = SimpleNamespace(**told)
+    for model in ("slm", "llm"):
+        passes = {f"of_{read}": f"{rates[f'{model}_pass_ms_of_{read}']:.0f}" for read in (1, 8, 44)}
+        said[f"{model}_pass"] = SimpleNamespace(**passes)
+    return SimpleNamespace(**said)
+
+
 @cache
 def names(track=CORE):
     """What claims may say: the numbers of a track as they are written, by agent and by limit.
@@ -174,8 +202,11 @@ def names(track=CORE):
             over_cheapest=against(row, cheapest),
             tokens95=share(costs["llm_tokens"]["0.95"]),
             flops95=number(costs["flops"]["0.95"]),
+            traffic95=number(costs["bytes"]["0.95"]),
             labels=SimpleNamespace(wording=share(sum(kinds.get("wording", 0) for kinds in labels.values()))),
         )
+    if track == CORE:
+        said["latency"] = latency()
     others = {} if track != CORE else {other: SimpleNamespace(**names(other)) for other in TRACKS if other != CORE}
     return said | others | {"test": SimpleNamespace(examples=f"{board['examples']:,}")}
 
