@@ -66,7 +66,7 @@ bench: $(STAMP) ## measure speed: prints one JSON object per suite
 	$(BIN)/python -m experiments.speed suite=rl
 	$(BIN)/python -m experiments.speed suite=latency
 
-benchmark: $(STAMP) ## train and compare agents, three seeds each, and write BENCHMARK.md; makes only what is not in its results
+benchmark: $(STAMP) ## train and compare agents, three seeds or more each, and write BENCHMARK.md; makes only what is not in its results
 	$(BIN)/python -m experiments.leaderboard experiment=benchmark_page
 
 numbers: $(STAMP) ## fill the numbers of README and docs in anew, from BENCHMARK.md and the leaderboard

@@ -64,7 +64,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     from experiments.published.entries import entries, training_of, write_leaderboard
     from experiments.published.run_file import PublishedRun
     from experiments.published.store import Store
-    from experiments.reporting.leaderboard_page import page, picture
+    from experiments.reporting.leaderboard_page import BENCHMARK, page, picture
     from experiments.reporting.leaderboard_tables import HowMade
     from experiments.training.launching import make_all
     from experiments.training.many import Run, check, runs_of
@@ -107,7 +107,7 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
         training=training,
         further=list(config.further),
         train=list(config.train),
-        title="Benchmark" if experiment in (None, PAGE) else f"Leaderboard {experiment}",
+        title=BENCHMARK if experiment in (None, PAGE) else f"Leaderboard {experiment}",
         command=command,
         latency=json.loads(latency.read_text())["ratios"] if latency.is_file() else {},
         departures={name: list(config.departures[name]) for name in {run.agent for run in runs} & {*config.departures}},

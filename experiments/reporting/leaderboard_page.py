@@ -23,6 +23,9 @@ from experiments.reporting.tables import number
 
 DRAWN = 9
 """Policies in the picture, besides the first one."""
+BENCHMARK = "Benchmark"
+"""The title of the page that has a study of its own in the docs."""
+EQUAL = "\n[What was equal, and what was not](docs/studies/benchmark.md#what-was-equal)."
 BATCHES = """ Seconds in batches are of passes and decisions of the first seed at its chosen threshold, where
 rows share passes, over those of LLM-only decoding, all in turn (none where validation chooses no threshold)."""
 
@@ -53,7 +56,7 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
     seeds = ", ".join(map(str, how.seeds))
     if how.more_seeds:
         seeds += "; " + ", ".join(f"{more} more of {name}" for name, more in how.more_seeds.items())
-    core = ranked(summary, how.further)
+    core, equal = ranked(summary, how.further), EQUAL if how.title == BENCHMARK else ""
     timed = seconds if any(one is not None for one in seconds.values()) else None
     unseen = "no training and no tuning" if summary["split"] == "test" else "no training"
     return f"""# {how.title}
@@ -68,7 +71,7 @@ were seen in {unseen}; alone, the SLM is right on {models["slm"]["accuracy"]:.1%
 
 ![accuracy over cost]({curve})
 
-The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summary["first"]}; all are in the table.
+The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summary["first"]}; all are in the table.{equal}
 
 ## What is saved, in every unit
 
