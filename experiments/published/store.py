@@ -14,14 +14,15 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from envs.storage import copy_files, write_text, write_whole
-from experiments.common.continuing import TRAINING
+from experiments.common.continuing import SETTINGS, TRAINING
 from experiments.evaluation.kept import SHIPPED
 from experiments.published.run_file import (
     RUNS,
@@ -134,6 +135,8 @@ class Store:
             shipped[published.traced] = _copy_trace(self._trace(name), place, episodes)
         write_text(runs / SHIPPED, json.dumps(shipped, indent=1) + "\n")
         published.unpack(folder)
+        # so that runs with and without a setting that came later are runs of one agent
+        write_text(folder / SETTINGS, OmegaConf.to_yaml(OmegaConf.create(_completed(published.settings))))
 
     def unpack_all(self, folder: Path, agents: Sequence[str] = ()) -> None:
         """Write every run into a folder of its own below `folder`.
@@ -201,6 +204,30 @@ def _defaults(run: Run, kind: str) -> dict[str, Any]:
     alone = tuple(change for change in run.overrides if not change.lstrip("+").startswith("agent."))
     config: Any = OmegaConf.to_container(replace(run, agent=kind, overrides=alone).config(), resolve=True)
     return dict(config["agent"])
+
+
+@cache
+def _defaults_of(kind: str) -> dict[str, Any]:
+    """The settings of an agent of the class `kind` where none is set; none where that class is not here."""
+    try:
+        return _defaults(Run("citer", 0, (), Path(), Path()), kind)
+    except (HydraException, ValueError):  # of somebody else's
+        return {}
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with the defaults of those that its agent was given later."""
+    agent = settings["agent"]
+    return {**settings, "agent": _filled(agent, _defaults_of(agent["_target_"]))}
+
+
+def _filled(there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    whole = {**defaults, **there}
+    for key, default in defaults.items():
+        old = whole[key]
+        if isinstance(old, Mapping) and isinstance(default, Mapping) and old.get("_target_") == default.get("_target_"):
+            whole[key] = _filled(old, default)
+    return whole
 
 
 def _known_to(there: Mapping[str, Any], here: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

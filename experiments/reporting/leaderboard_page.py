@@ -71,7 +71,8 @@ were seen in {unseen}; alone, the SLM is right on {models["slm"]["accuracy"]:.1%
 
 ![accuracy over cost]({curve})
 
-The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summary["first"]}; all are in the table.{equal}
+The {DRAWN} policies that are cheapest at 95 % of the LLM's accuracy, and {summary["first"]}; all are in the
+table.{equal}
 
 ## What is saved, in every unit
 
