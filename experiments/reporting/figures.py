@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from experiments.reporting.labels import Label, place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 UNITS = {
     "bytes": "memory traffic",
@@ -57,10 +59,24 @@ def _figure(target: Path | IO[bytes], dpi: int, columns: int, size: tuple[float,
     FigureCanvasAgg(figure)
     yield list(figure.subplots(1, columns, squeeze=False)[0])
     if isinstance(target, Path):
-        write_whole(target, lambda partial: figure.savefig(partial, dpi=dpi, format="png"))
+        about = {"Description": json.dumps(drawn(figure))}  # whether a picture is of today's numbers can be told
+        write_whole(target, lambda partial: figure.savefig(partial, dpi=dpi, format="png", metadata=about))
     else:
         with mpl.rc_context({"svg.hashsalt": "citer-gym"}):  # the same drawing has the same bytes
             figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+
+
+def drawn(figure: Figure) -> list[dict[str, Any]]:
+    """The lines of a figure as plain data: of each its label, and its points with six digits."""
+
+    def rounded(values: Any) -> list[float]:
+        return [float(f"{value:.6g}") for value in values]
+
+    lines = [line for panel in figure.axes for line in panel.get_lines()]
+    return [
+        {"label": f"{line.get_label()}", "x": rounded(line.get_xdata()), "y": rounded(line.get_ydata())}
+        for line in lines
+    ]
 
 
 def _svg(draw: Callable[[IO[bytes]], object]) -> str:
