@@ -82,6 +82,68 @@ def test_intervals_cover_what_they_say_and_equal_policies_are_rarely_told_apart(
     assert max(shares) <= 0.09, found
 
 
+def reported(seeds, others, sigma, count, repeats, samples):
+    """How often each comparison that a summary reports tells two policies apart that are equal in distribution.
+
+    They have so many seeds; thresholds are chosen on a hundred other problems, as in the benchmark.
+    """
+    rng, found = np.random.default_rng(2), {}
+
+    def answered(sweep):
+        return [
+            Answers(
+                right, np.ones_like(right), 10 * cost, np.full(len(cost), 10.0), {"bytes": cost, "llm_tokens": cost}
+            )
+            for right, cost in zip(sweep.correct, sweep.costs, strict=True)
+        ]
+
+    for _ in range(repeats):
+        difficulty, lengths = problems(rng, count + 100)
+        runs = {
+            name: [answered(one) for one in policy(rng, difficulty, lengths, some, sigma)]
+            for name, some in (("ours", seeds), ("theirs", others))
+        }
+        tested, tried = ({name: [part_of(some, these) for some in runs[name]] for name in runs}
+            for these in (slice(count), slice(count, None)))  # fmt: skip
+        ends, tuned = ((parts["ours"][0][0], parts["ours"][0][-1]) for parts in (tested, tried))
+        inner = {name: [some[1:-1] for some in parts] for name, parts in tested.items()}
+        chosen = {name: [[*SHARES[1:-1]]] * len(inner[name]) for name in inner}
+        results = Results(
+            {},
+            Baselines(*ends, None, None, 0, validation=tuned),
+            inner,
+            frozenset(inner),
+            chosen,
+            validated={name: [some[1:-1] for some in parts] for name, parts in tried.items()},
+        )
+        for name, said in summarize(results, samples=samples)["policies"]["theirs"]["against_ours"].items():
+            low, high = said["interval"]
+            neutral = 1.0 if "ratio" in name else 0.0
+            found.setdefault(name, []).append(low is not None and not low <= neutral <= high)
+    return {name: float(np.mean(times)) for name, times in found.items()}
+
+
+def part_of(runs, these):
+    """Answers to some of the problems."""
+    return [
+        Answers(
+            *(getattr(run, key)[these] for key in ("correct", "terminated", "llm_tokens", "tokens")),
+            costs={unit: cost[these] for unit, cost in run.costs.items()},
+        )
+        for run in runs
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "others"), [(3, 3), (5, 3), (12, 5)])
+def test_no_comparison_that_is_reported_tells_equal_policies_apart_too_often(seeds, others):
+    found = reported(seeds, others, sigma=0.05, count=300, repeats=200, samples=200)
+    print(seeds, others, found)
+    assert {"ratio_at_0.95", "gain_at_0.25", "chosen_ratio_at_0.95"} <= found.keys()
+    assert 0.01 <= np.mean(list(found.values())) <= 0.09, found
+    assert max(found.values()) <= 0.09, found
+
+
 def test_a_sample_of_intervals_covers_what_it_says():
     covered, found = simulated(3, 0.1, 150, repeats=40, samples=60)
     assert np.mean(list(covered.values())) > 0.9
