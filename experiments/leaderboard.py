@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,13 +96,12 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
     seconds = measure_seconds(core, config.seeds[0], config.timings, timings, config.timed)
     summary = report(folder / "runs", config.first, "bytes", config.bootstrap, partial=True)
     training = training_of(runs)
-    counts = Counter(run.agent for run in runs)
     latency = store.folder / LATENCY if store else folder / LATENCY
     how = HowMade(
         machine=machine(),
         runs_made_on=[PublishedRun.read(store.row(run)).made_on for run in runs] if store else [],
         seeds=list(config.seeds),
-        more_seeds={name: count - len(config.seeds) for name, count in counts.items() if count > len(config.seeds)},
+        more_seeds=any(run.seed not in config.seeds for run in runs),
         training=training,
         further=list(config.further),
         train=list(config.train),

@@ -53,9 +53,7 @@ def page(summary: Summary, seconds: Mapping[str, float | None], how: HowMade, cu
         curve: where the picture is, from the page.
     """
     models, machine = summary["models"], how.machine
-    seeds = ", ".join(map(str, how.seeds))
-    if how.more_seeds:
-        seeds += "; " + ", ".join(f"{more} more of {name}" for name, more in how.more_seeds.items())
+    seeds = ", ".join(map(str, how.seeds)) + ", and more of some (behind the name stands how many)" * how.more_seeds
     core, equal = ranked(summary, how.further), EQUAL if how.title == BENCHMARK else ""
     timed = seconds if any(one is not None for one in seconds.values()) else None
     unseen = "no training and no tuning" if summary["split"] == "test" else "no training"
@@ -133,13 +131,16 @@ def saved_where(summary: Summary, seconds: Mapping[str, float | None] | None, ho
         return ", ".join(f"{name} {number(value)}" for name, value in values.items() if value is not None)
 
     traffic, flops = ({name: one[unit][LEVEL] for name, one in costs.items()} for unit in ("bytes", "flops"))
-    said = f"""Of the LLM's memory traffic, which one user waits for at batch 1, is taken at 95 % of its accuracy:
-{listed(traffic)}. Of its floating-point operations, which large batches wait for: {listed(flops)}."""
     alone = {name: how.latency.get(seconds_key(name)) for name in names}
-    if any(alone.values()):
-        said += f"\nOf its seconds, measured at batch 1: {listed(alone)}"
-        said += "." if seconds is None else f"; in batches: {listed({name: seconds.get(name) for name in names})}."
-    return said
+    batches = {name: (seconds or {}).get(name) for name in names}
+    said = {
+        "memory traffic, which one user waits for at batch 1": traffic,
+        "floating-point operations, which large batches wait for": flops,
+        "seconds, measured at batch 1": alone,
+        "seconds, measured in batches": batches,
+    }
+    lines = [f"- {what}: {listed(values)}" for what, values in said.items() if listed(values)]
+    return "\n".join(["At 95 % of the LLM's accuracy is taken, of what it takes alone:", "", *lines])
 
 
 def made_on(how: HowMade) -> str:

@@ -21,7 +21,7 @@ class HowMade:
         machine: processor, cores and versions, as `experiments.common.timing.machine` gives them.
         runs_made_on: for each run the machine and the commit that made it.
         seeds: of training.
-        more_seeds: how many others there are, of agents that have some.
+        more_seeds: some agents have others besides.
         training: what each agent had for it: problems, features, parameters, LLM tokens, minutes.
         further: agents in a table of their own.
         train: overrides of every run.
@@ -34,7 +34,7 @@ class HowMade:
     machine: Mapping[str, Any]
     runs_made_on: Sequence[Mapping[str, Any]]
     seeds: Sequence[int]
-    more_seeds: Mapping[str, int]
+    more_seeds: bool
     training: Mapping[str, Mapping[str, Any]]
     further: Sequence[str]
     train: Sequence[str]
