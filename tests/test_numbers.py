@@ -192,6 +192,9 @@ def names(track=CORE):
         for name, costs in units.items()
         if costs
     }
+    if "oracle" in said:
+        said["oracle"].solved = share(board["limits"]["oracle"]["solved"])
+        said["oracle"].ran_out = f"{board['limits']['oracle']['ran_out_of_budget']}"
     said |= {name: SimpleNamespace(accuracy=share(model["accuracy"])) for name, model in board["models"].items()}
     cheapest = board["agents"][0]["agent"]
     for row in board["agents"]:
@@ -203,7 +206,14 @@ def names(track=CORE):
             tokens95=share(costs["llm_tokens"]["0.95"]),
             flops95=number(costs["flops"]["0.95"]),
             traffic95=number(costs["bytes"]["0.95"]),
-            labels=SimpleNamespace(wording=share(sum(kinds.get("wording", 0) for kinds in labels.values()))),
+            chosen95=SimpleNamespace(
+                accuracy=share(row["operating_points"]["0.95"]["accuracy"]["value"]),
+                cost=number(row["operating_points"]["0.95"]["cost_bytes"]["value"]),
+            ),
+            labels=SimpleNamespace(
+                wording=share(sum(kinds.get("wording", 0) for kinds in labels.values())),
+                **{case: share(sum(kinds.values())) for case, kinds in labels.items()},
+            ),
         )
     if track == CORE:
         said["latency"] = latency()
