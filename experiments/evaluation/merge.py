@@ -227,12 +227,14 @@ def _fronts(
     return fronts
 
 
+def of_first_seed(runs: Sequence[NamedRun]) -> dict[str, NamedRun]:
+    """The run of each policy's first seed."""
+    return {run.name: run for run in sorted(runs, key=lambda run: run.evaluation.seed, reverse=True)}
+
+
 def trainings(runs: Sequence[NamedRun]) -> list[Training]:
-    """The learning curves of each policy's first seed, where its run has measured any."""
-    first: dict[str, NamedRun] = {}
-    for run in sorted(runs, key=_seed):
-        first.setdefault(run.name, run)
-    paths = {name: run_folder(run.evaluation.runs) / METRICS for name, run in first.items() if run.is_trained}
+    """The learning curves of runs of trained policies, as far as they have measured any."""
+    paths = {run.name: run_folder(run.evaluation.runs) / METRICS for run in runs if run.is_trained}
     return [
         Training(name, None, [json.loads(line) for line in path.read_text().splitlines()])
         for name, path in paths.items()
@@ -276,10 +278,6 @@ def _shown(text: Tokenized, trace: Trace, one: TracedEpisode) -> dict[str, Any]:
     checked = Checked.of(one.taken_back, one.ledger) if trace.head.decoding == CHECKED else None
     about = {"id": one.example, "prompt": text.decode(one.prompt).strip(), "right": one.correct, "answer": None}
     return about | transcript(text, one.response, one.writers, checked)
-
-
-def _seed(run: NamedRun) -> int:
-    return run.evaluation.seed
 
 
 def _is_number(value: Any) -> bool:
@@ -340,13 +338,12 @@ def report(
     places = [folders] if isinstance(folders, Path) else list(folders)
     place = out or places[0]
     named = named_runs(_finished(places, partial), agents)
-    results = _merged(named, first)
+    results, firsts, parts = _merged(named, first), of_first_seed(named), parts or PageParts()
+    shown = [firsts[name] for name in results.policies]
     if transcripts:
-        of_first_seed = {run.name: run for run in sorted(named, key=_seed, reverse=True)}
-        shown = [of_first_seed[name] for name in results.policies]
-        parts = replace(parts or PageParts(), transcripts=side_by_side(shown, transcripts))
-    if parts is None or not parts.trainings:
-        parts = replace(parts or PageParts(), trainings=trainings(named))
+        parts = replace(parts, transcripts=side_by_side(shown, transcripts))
+    if not parts.trainings:
+        parts = replace(parts, trainings=trainings(shown))
     summary = summarize(results, unit, samples, seed=0)
     for name, ratio in (seconds or {}).items():
         summary["policies"][name]["cost_at_by_unit"]["seconds"] = {"0.95": ratio}

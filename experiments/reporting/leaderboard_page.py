@@ -157,7 +157,7 @@ def made_on(how: HowMade) -> str:
 
 
 def trained_for(how: HowMade) -> str:
-    """How long all of the training took; empty where nothing was trained, or not all of it is known."""
+    """How long all of the training took, as far as it is known; empty where nothing was trained."""
     minutes = sum((had["minutes"] or 0.0) * had["seeds"] for had in how.training.values())
     return f" All of it took {minutes / 60:.1f} hours of one core." if minutes else ""
 
