@@ -138,12 +138,16 @@ def estimate(measure):
     return with_interval(measure["value"], measure["interval"])
 
 
+LEVELS_OF = ("0.90", "0.95", "0.99")
+"""Shares of the LLM's accuracy at which costs are compared."""
+
+
 def against(row, other):
     """Ratios of costs to another agent's."""
     found = row["against"].get(other, {})
     return SimpleNamespace(
-        **{f"hull{level[2:]}": estimate(found[f"ratio_at_{level}"]) for level in ("0.90", "0.95", "0.99") if found},
-        **{f"chosen{level[2:]}": estimate(found[f"chosen_ratio_at_{level}"]) for level in ("0.95", "0.99") if found},
+        **{f"hull{level[2:]}": estimate(found[f"ratio_at_{level}"]) for level in LEVELS_OF if found},
+        **{f"chosen{level[2:]}": estimate(found[f"chosen_ratio_at_{level}"]) for level in LEVELS_OF if found},
     )
 
 

@@ -79,6 +79,26 @@ def test_answers_of_shipped_traces_are_shown_side_by_side(tmp_path):
         report([str(tmp_path / "bare"), *shipped[1:], "--out", str(tmp_path / "none")])
 
 
+SHOWN = re.compile(r"<!-- answers: (\S+) (\d+) -->\n\n.*\n.*\n((?:\|.*\n)+)")
+"""Answers on a page of the docs: their track, the number of the problem, a table of them."""
+
+
+def test_answers_on_pages_are_those_of_traces():
+    pages = sorted((CONF.parent / "docs").rglob("*.md"))
+    shown = [found.groups() for path in pages for found in SHOWN.finditer(path.read_text())]
+    assert shown
+    for track, problem, lines in shown:
+        traces = ARITHMETIC.folder.parent / track / "traces"
+        for line in lines.splitlines():
+            policy, verdict, answer = (cell.strip() for cell in line.strip("|").split("|"))
+            alone = {"the SLM alone": "slm", "the LLM alone": "llm"}.get(policy)
+            name = f"baselines-tree/{alone}" if alone else f"{policy.strip('`')}-seed0"
+            traced = read_trace(traces / f"{name}.parquet").episodes[int(problem)]
+            written = re.sub(r"<del>.*?</del>|</?mark>", "", answer)
+            assert unescape(written).split() == traced.text.split()
+            assert verdict == ("right" if traced.correct else "wrong")
+
+
 def remade(experiment, track, tmp_path):
     """All of a leaderboard but training, on a copy of the results: its page, and what it says of itself."""
     results, page = shutil.copytree(ARITHMETIC.folder.parent, tmp_path / "results"), tmp_path / "PAGE.md"
