@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.common.config import CONF
+from experiments.measures.metrics import LEVELS as COMPARED
 from experiments.reporting.tables import number, with_interval
 
 ROOT = CONF.parent
@@ -138,16 +139,12 @@ def estimate(measure):
     return with_interval(measure["value"], measure["interval"])
 
 
-LEVELS_OF = ("0.90", "0.95", "0.99")
-"""Shares of the LLM's accuracy at which costs are compared."""
-
-
 def against(row, other):
     """Ratios of costs to another agent's."""
-    found = row["against"].get(other, {})
+    found, levels = row["against"].get(other, {}), [f"{level:.2f}" for level in COMPARED]
     return SimpleNamespace(
-        **{f"hull{level[2:]}": estimate(found[f"ratio_at_{level}"]) for level in LEVELS_OF if found},
-        **{f"chosen{level[2:]}": estimate(found[f"chosen_ratio_at_{level}"]) for level in LEVELS_OF if found},
+        **{f"hull{level[2:]}": estimate(found[f"ratio_at_{level}"]) for level in levels if found},
+        **{f"chosen{level[2:]}": estimate(found[f"chosen_ratio_at_{level}"]) for level in levels if found},
     )
 
 
@@ -175,7 +172,6 @@ def latency():
         if f"{way}_bytes_over_llm_only" in ratios:
             units = {"seconds": "seconds", "traffic": "bytes", "flops": "flops"}
             told |= {name: number(ratios[f"{way}_{unit}_over_llm_only"]) for name, unit in units.items()}
-            told["seconds_interval"] = told["over_llm_only"]
         said[way] = SimpleNamespace(**told)
     for model in ("slm", "llm"):
         passes = {f"of_{read}": f"{rates[f'{model}_pass_ms_of_{read}']:.0f}" for read in (1, 8, 44)}
@@ -210,10 +206,6 @@ def names(track=CORE):
             tokens95=share(costs["llm_tokens"]["0.95"]),
             flops95=number(costs["flops"]["0.95"]),
             traffic95=number(costs["bytes"]["0.95"]),
-            chosen95=SimpleNamespace(
-                accuracy=share(row["operating_points"]["0.95"]["accuracy"]["value"]),
-                cost=number(row["operating_points"]["0.95"]["cost_bytes"]["value"]),
-            ),
             labels=SimpleNamespace(
                 wording=share(sum(kinds.get("wording", 0) for kinds in labels.values())),
                 **{case: share(sum(kinds.values())) for case, kinds in labels.items()},

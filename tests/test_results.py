@@ -13,6 +13,7 @@ from PIL import Image
 
 from experiments.common.config import CONF
 from experiments.evaluation.kept import MANIFEST, KeptEvaluation
+from experiments.evaluation.merge import ALONE
 from experiments.published.entries import entries
 from experiments.published.run_file import RUNS, PublishedRun
 from experiments.published.store import Store
@@ -91,8 +92,7 @@ def test_answers_on_pages_are_those_of_traces():
         traces = ARITHMETIC.folder.parent / track / "traces"
         for line in lines.splitlines():
             policy, verdict, answer = (cell.strip() for cell in line.strip("|").split("|"))
-            alone = {"the SLM alone": "slm", "the LLM alone": "llm"}.get(policy)
-            name = f"baselines-tree/{alone}" if alone else f"{policy.strip('`')}-seed0"
+            name = f"baselines-tree/{ALONE[policy]}" if policy in ALONE else f"{policy.strip('`')}-seed0"
             traced = read_trace(traces / f"{name}.parquet").episodes[int(problem)]
             written = re.sub(r"<del>.*?</del>|</?mark>", "", answer)
             assert unescape(written).split() == traced.text.split()

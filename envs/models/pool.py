@@ -211,7 +211,12 @@ class ModelPool:
 
     def decode(self, tokens: IntArray) -> str:
         """The text of `tokens`, special tokens left out."""
-        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text_of(self.tokenizer, tokens)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: IntArray) -> str:
+    """The text of `tokens`, (n,), special tokens left out."""
+    return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def tokens_with(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:

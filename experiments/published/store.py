@@ -134,9 +134,9 @@ class Store:
             place = runs / f"{published.traced}{SUFFIX}"
             shipped[published.traced] = _copy_trace(self._trace(name), place, episodes)
         write_text(runs / SHIPPED, json.dumps(shipped, indent=1) + "\n")
-        published.unpack(folder)
         # so that runs with and without a setting that came later are runs of one agent
-        write_text(folder / SETTINGS, OmegaConf.to_yaml(OmegaConf.create(_completed(published.settings))))
+        settings = OmegaConf.to_yaml(OmegaConf.create(_completed(published.settings)))
+        replace(published, texts={**published.texts, SETTINGS: settings}).unpack(folder)
 
     def unpack_all(self, folder: Path, agents: Sequence[str] = ()) -> None:
         """Write every run into a folder of its own below `folder`.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from agents.common.rollout import Episode
 from envs.arrays import IntArray
 from envs.environments.render import HTML_COLOURS, STANDS, Checked, Decodes, Stretch, colour_of, gained, stretches_of
-from envs.models.pool import ModelPool
+from envs.models.pool import ModelPool, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ class Tokenized:
 
     def decode(self, tokens: IntArray) -> str:
         """The text of `tokens`, (n,), special tokens left out."""
-        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text_of(self.tokenizer, tokens)
 
 
 def transcripts(

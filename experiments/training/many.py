@@ -121,6 +121,7 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
         )
     names.sort(key=lambda name: (name != config.first, name not in config.departures, name))
     shared = folder / "shared"
+    seeds = {name: dict.fromkeys([*config.seeds, *more_seeds.get(name, [])]) for name in names}
     return [
         Run(
             name,
@@ -131,13 +132,8 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
             name in config.live,
         )
         for name in names
-        for seed in (config.seeds[:1] if name in config.untrained else seeds_of(config, name))
+        for seed in (config.seeds[:1] if name in config.untrained else seeds[name])
     ]
-
-
-def seeds_of(config: DictConfig, name: str) -> list[int]:
-    """The training seeds of an agent: those of all, and those that it has besides."""
-    return list(dict.fromkeys([*config.seeds, *(config.more_seeds or {}).get(name, [])]))
 
 
 def check_list(key: str, value: object) -> None:
