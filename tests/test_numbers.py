@@ -73,7 +73,7 @@ PRINTED = {
     "docs/guides/traces.md": "python -m experiments.verify",
     "docs/real-pair.md": "python -m experiments.leaderboard experiment=real_pair launcher=basic first=entropy",
     "docs/guides/large_pairs.md": "python -m pytest -m '' tests/test_large_pairs.py",
-    "docs/studies/checking.md": "print(compare(",
+    "docs/studies/checking.md": "at_99_percent(replace(saved, **settings))",
     "docs/studies/policy_optimization.md": "python -m experiments.report experiments/results/arithmetic",
     "docs/studies/whole_queries.md": "python -m experiments.queries",
 }
