@@ -9,6 +9,7 @@ import numpy as np
 
 from agents.common.curves import Hull
 from envs.arrays import FloatArray
+from envs.decoding.judges import Judge
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
 from experiments.measures.intervals import Estimate, described, estimates, resampled
@@ -56,11 +57,17 @@ def try_thresholds(
     quantiles: Sequence[float],
     unit: str,
     refine: int,
+    judge: Judge | None = None,
 ) -> tuple[list[float], list[Answers | None]]:
     """Find where a policy reaches each share of the LLM's accuracy on validation problems, by bisection.
 
     The dearer a threshold the more accurate it is taken to be, so that few are tried. Where the two that a share lies
     between are further apart in cost than the interval of the cost there, another is put between them.
+
+    The cost of a policy that checks drafts need not rise with the threshold: what is drafted behind a token that does
+    not stand is thrown away, and a later call throws away more. So all its thresholds are tried, and others beside the
+    cheapest that reaches a share, on that side where the next one is further away, until two of them bring less than
+    WORTH.
 
     Args:
         thresholds: to choose among.
@@ -69,11 +76,15 @@ def try_thresholds(
         quantiles: of the score, at SHARES; needed where others may be put between.
         unit: of costs.
         refine: how many are put between for each share, at most.
+        judge: of drafts; None where none are checked.
 
     Returns:
         All thresholds, those that were put between last, and the answers at those that were tried.
     """
+    if judge is not None:
+        return _try_all(thresholds, answers, ends, quantiles, unit, refine)
     all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
+    in_vain = 0
     for level in LEVELS:
         wanted, left = level * float(ends[1].correct.mean()), refine
         while True:
@@ -87,13 +98,44 @@ def try_thresholds(
             between = _between(stands, low, high, quantiles) if left else None
             if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
                 break
+            found = answers(between, len(all_of_them))
             all_of_them.append(between)
-            tried.append(None)
+            tried.append(found)
             left -= 1
+            in_vain = in_vain + 1 if any(_same(found, steps[end], unit) for end in (low, high)) else 0
+            if in_vain > 1:  # a score of few values has nothing between them
+                break
     return all_of_them, tried
 
 
-def try_all_thresholds(
+def sweep_thresholds(
+    thresholds: Sequence[float],
+    answers: Callable[[float, int], Answers],
+    ends: tuple[Answers, Answers],
+    quantiles: Sequence[float],
+    unit: str,
+    refine: int,
+) -> tuple[list[float], list[Answers]]:
+    """Answer problems at every threshold, and at others wherever the cost of a share would be read off a wide gap.
+
+    They are found as `try_thresholds` finds those of validation problems, and choose no operating point: a curve of
+    few points lies below the one that a policy has.
+
+    Returns:
+        All thresholds, those that were put between last, and the answers at each.
+    """
+    runs = [answers(threshold, number) for number, threshold in enumerate(thresholds)]
+
+    def answered(threshold: float, number: int) -> Answers:
+        if number == len(runs):
+            runs.append(answers(threshold, number))
+        return runs[number]
+
+    all_of_them, _ = try_thresholds(thresholds, answered, ends, quantiles, unit, refine)
+    return all_of_them, runs
+
+
+def _try_all(
     thresholds: Sequence[float],
     answers: Callable[[float, int], Answers],
     ends: tuple[Answers, Answers],
@@ -101,12 +143,7 @@ def try_all_thresholds(
     unit: str,
     refine: int,
 ) -> tuple[list[float], list[Answers | None]]:
-    """The same for a policy that checks drafts, whose cost need not rise with the threshold.
-
-    What is drafted behind a token that does not stand is thrown away, and a later call throws away more. So all
-    thresholds are tried, and others beside the cheapest that reaches a share, on that side where the next one is
-    further away, until two of them bring less than WORTH.
-    """
+    """See `try_thresholds`, where drafts are checked."""
     all_of_them: list[float] = list(thresholds)
     tried: list[Answers | None] = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
     settled: set[float | None] = set()
@@ -178,6 +215,15 @@ def _wider_side(thresholds: Sequence[float], step: int, quantiles: Sequence[floa
     at = _shares(thresholds, quantiles)
     sides = [(low, low + 1) for low in (step - 1, step) if 0 <= low < len(at) - 1]
     return max(sides, key=lambda side: at[side[1]] - at[side[0]])
+
+
+def _same(one: Answers, other: Answers | None, unit: str) -> bool:
+    """Whether two thresholds gave the same answers, as far as they are measured."""
+    return (
+        other is not None
+        and np.array_equal(one.correct, other.correct)
+        and np.array_equal(one.costs[unit], other.costs[unit])
+    )
 
 
 def _wide(steps: Tried, low: int, high: int, accuracy: float, unit: str) -> bool:

@@ -7,9 +7,7 @@ From a pool, a task and policies to a curve:
     summary = summarize(results)
     plot_curves(summary, Path("curve.png"))
 
-Each stage can be called by itself: `thresholds`, `baselines`, `validate` and `sweep` of an `Evaluation`, then
-`summarize` and `write_report`. Given a folder, an evaluation keeps every piece that is made, and goes on after the last
-one when it is started again.
+Each stage can be called by itself, see `Evaluation.run`. Given a folder, every piece is kept, and none is made again.
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from agents.common.policy import Policy, Track, untracked
 from agents.oracle import Oracle
 from envs.models.pool import ModelPool, models_manifest
@@ -37,11 +33,11 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.kept import CHOSEN, VALIDATED
-from experiments.evaluation.operating_points import SHARES, threshold_to_use, try_all_thresholds, try_thresholds
+from experiments.evaluation.operating_points import sweep_thresholds, threshold_to_use, try_thresholds
 from experiments.evaluation.report import RESULTS, ResultRows, baseline_runs, write_report
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, ran_out, summarize
-from experiments.evaluation.threshold_sweep import choose_thresholds, record_scores
+from experiments.evaluation.threshold_sweep import choose_thresholds, quantiles, record_scores
 from experiments.reporting.page import PAGE, PageParts, Training
 from experiments.reporting.transcripts import transcripts
 from experiments.traces.recorder import Recorder
@@ -58,8 +54,7 @@ class Evaluation:
         pool: the models, SLM first.
         task: where problems come from, and who judges the answers.
         settings: see `EvaluationSettings`; its defaults where None.
-        folder: receives `results.jsonl` and, in `runs/`, every piece when it is made, which is not made again where it
-            is there; nothing is kept where None.
+        folder: receives `results.jsonl` and, in `runs/`, every piece when it is made; nothing is kept where None.
         track: receives the rows of `results.jsonl`.
         first: the number of the first problem, where other processes answer those before it.
 
@@ -157,14 +152,14 @@ class Evaluation:
         first = self.thresholds(policies, trained, seed)
         baselines = self.baselines()
         thresholds, validated = self.validate(policies, first, baselines)
-        runs = self.sweep(policies, thresholds, baselines, seed)
+        swept, runs = self.sweep(policies, thresholds, baselines, seed)
         return Results(
             self.about(),
             baselines,
             policies={name: [runs[name]] for name in policies},
             trained=frozenset(trained),
-            thresholds={name: [thresholds[name]] for name in policies},
-            validated={name: [validated[name]] for name in policies},
+            thresholds={name: [swept[name]] for name in policies},
+            validated={name: [[*tried, *[None] * (len(runs[name]) - len(tried))]] for name, tried in validated.items()},
         )
 
     def thresholds(
@@ -183,10 +178,10 @@ class Evaluation:
 
         def chosen() -> dict[str, Any]:
             scores = record_scores(self.validation, policies)
-            self._quantiles = {name: np.quantile(some, SHARES).tolist() for name, some in scores.items()}
+            self._quantiles = quantiles(scores)
             return {
                 "thresholds": choose_thresholds(scores, self.settings.llm_shares),
-                "quantiles": self._quantiles if self.settings.refine else {},
+                "quantiles": self._quantiles,
                 "trained": list(trained),
                 "seed": seed,
                 "parameters": [profile.parameters for profile in self.pool.profiles],
@@ -196,11 +191,7 @@ class Evaluation:
             return dict(chosen()["thresholds"])
         manifest = {
             **self._problems,
-            "thresholds_at": {
-                "llm_shares": list(self.settings.llm_shares),
-                "examples": self.settings.threshold_examples,
-                "refine": self.settings.refine,
-            },
+            "thresholds_at": self.settings.thresholds_at,
             "timed": self.settings.tree is None,
             "policies": {name: policy.fingerprint for name, policy in policies.items()},
         }
@@ -248,7 +239,7 @@ class Evaluation:
             baselines: with the models' answers to the same problems.
 
         Returns:
-            All thresholds of each policy, those that were added last, and its answers at those that were tried.
+            All thresholds of each policy, those added last, and its answers at those that were tried.
         """
         assert baselines.validation is not None
         chosen, validated = {}, {}
@@ -257,13 +248,10 @@ class Evaluation:
             def tried(threshold: float, number: int, name: str = name, policy: Policy = policy) -> Answers:
                 return self.answers(policy, threshold, name, number, self.validation)
 
-            quantiles, settings = self._quantiles.get(name, ()), self.settings
-            search = try_thresholds if policy.judge is None else try_all_thresholds
-            chosen[name], validated[name] = search(
-                thresholds[name], tried, baselines.validation, quantiles, settings.cost, settings.refine
+            between, unit, refine = self._quantiles.get(name, ()), self.settings.cost, self.settings.refine
+            chosen[name], validated[name] = try_thresholds(
+                thresholds[name], tried, baselines.validation, between, unit, refine, policy.judge
             )
-        if self.runs is not None:
-            write_text(self.runs / CHOSEN, json.dumps(chosen, indent=1) + "\n")
         return chosen, validated
 
     def sweep(
@@ -272,26 +260,40 @@ class Evaluation:
         thresholds: Mapping[str, Sequence[float]],
         baselines: Baselines,
         seed: int = 0,
-    ) -> dict[str, list[Answers]]:
+    ) -> tuple[dict[str, list[float]], dict[str, list[Answers]]]:
         """The answers of every policy at each of its thresholds; rows go to `results.jsonl` as they come.
+
+        Others are put between them where costs would be read off wide gaps, see `sweep_thresholds`.
 
         Args:
             policies: by name.
             thresholds: of each policy.
             baselines: of the same problems; their rows come first.
             seed: that the policies were trained with, named in the rows.
+
+        Returns:
+            All thresholds of each policy, those added last, and its answers at each.
         """
         rows = ResultRows(baselines.llm, seed, self.folder and self.folder / RESULTS, self.track)
         for name, answers in baseline_runs(baselines, self.settings.cost):
             rows.record(name, None, answers)
-        runs: dict[str, list[Answers]] = {name: [] for name in policies}
+        swept, runs, ends = {}, {}, (baselines.slm, baselines.llm)
         with ProgressBar(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
             for name, policy in policies.items():
-                for number, threshold in enumerate(thresholds[name]):
-                    runs[name].append(self.answers(policy, threshold, name, number))
-                    rows.record(name, threshold, runs[name][-1])
+
+                def answered(threshold: float, number: int, name: str = name, policy: Policy = policy) -> Answers:
+                    found = self.answers(policy, threshold, name, number)
+                    rows.record(name, threshold, found)
                     progress.update()
-        return runs
+                    return found
+
+                between, settings = self._quantiles.get(name, ()), self.settings
+                swept[name], runs[name] = sweep_thresholds(
+                    thresholds[name], answered, ends, between, settings.cost, settings.refine_curve
+                )
+        if self.runs is not None:
+            write_text(self.runs / CHOSEN, json.dumps(swept, indent=1) + "\n")
+        return swept, runs
 
     def answers(
         self, policy: Policy, threshold: float, name: str, number: int, decoder: ExampleDecoder | None = None

@@ -33,6 +33,7 @@ class EvaluationSettings:
         refine: how many thresholds are put between two that a share of the LLM's accuracy lies between, at most; it
             ends where their costs are as close as can be measured. Of a policy with a judge, those beside the
             cheapest.
+        refine_curve: the same on the problems themselves, for the curve: such thresholds choose no operating point.
         report: whether a table, pictures and a page are made; where not, `experiments.report` can make them later.
         bootstrap: resamplings behind every interval.
         transcripts: problems whose answers the page shows; 0 for none.
@@ -62,6 +63,7 @@ class EvaluationSettings:
     llm_shares: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.21, 0.28, 0.4, 0.6, 0.8)
     threshold_examples: int = 200
     refine: int = 6
+    refine_curve: int = 6
     report: bool = True
     bootstrap: int = 1000
     transcripts: int = 10
@@ -113,6 +115,13 @@ class EvaluationSettings:
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, Path(getattr(self, key)))
 
+    @property
+    def thresholds_at(self) -> dict[str, object]:
+        """What thresholds are found by, as manifests say it; curves were not refined in those of before."""
+        curve = {"refine_curve": self.refine_curve} if self.refine_curve else {}
+        shares = list(self.llm_shares)
+        return {"llm_shares": shares, "examples": self.threshold_examples, "refine": self.refine, **curve}
+
     def shown(self, policies: Sequence[str]) -> list[str]:
         """Of these policies, those whose answers are shown.
 
@@ -134,6 +143,7 @@ _AT_LEAST = {
     "examples": 1,
     "threshold_examples": 1,
     "refine": 0,
+    "refine_curve": 0,
     "bootstrap": 1,
     "max_new_tokens": 1,
     "start": 0,

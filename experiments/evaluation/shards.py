@@ -65,6 +65,7 @@ def of_shard(settings: EvaluationSettings, shard: int, shards: int, folder: Path
         examples=last - first,
         report=False,
         transcripts=0,
+        refine_curve=0,  # all problems together say where that is
         shared=None,
         tree=None if settings.tree is None else folder / TREE,
     )
@@ -88,7 +89,7 @@ def put_together(folders: Sequence[Path], settings: EvaluationSettings, folder: 
         ValueError: shards are not of one evaluation; the error says what differs.
     """
     runs, places = folder / "runs", [one / "runs" for one in folders]
-    whole = {"start": settings.start, "examples": settings.examples}
+    whole = {"start": settings.start, "examples": settings.examples, "thresholds_at": settings.thresholds_at}
     manifests = {name: _agreed(places, name, OF_PROBLEMS) for name in (LIMITS, MANIFEST)}
     chosen = _agreed(places, CHOSEN)
     counts = [int(json.loads((place / MANIFEST).read_text())["examples"]) for place in places]

@@ -12,6 +12,7 @@ from agents.common.policy import DRAFTED, VIEWS, Policy, as_tensor, check_scores
 from envs.arrays import FloatArray, IntArray
 from envs.decoding.observation import Observation
 from experiments.evaluation.decoder import ExampleDecoder
+from experiments.evaluation.operating_points import SHARES
 
 
 class ScoreRecorder(Policy):
@@ -85,3 +86,8 @@ def choose_thresholds(scores: Mapping[str, FloatArray], llm_shares: Sequence[flo
         Rising thresholds of each policy, those that are equal once.
     """
     return {name: np.unique(np.quantile(some, np.array(llm_shares))).tolist() for name, some in scores.items()}
+
+
+def quantiles(scores: Mapping[str, FloatArray]) -> dict[str, list[float]]:
+    """The quantiles of each policy's score at SHARES, between which further thresholds are found."""
+    return {name: np.quantile(some, SHARES).tolist() for name, some in scores.items()}
