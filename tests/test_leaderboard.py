@@ -104,6 +104,7 @@ def test_nothing_else_opens_the_test_problems_of_the_core_table():
         ("timings=0", "timings"),
         ("agents=citer", r"agents is a list, such as agents=\[citer\]"),
         ("+more_seeds.ppo=3", r"more_seeds.ppo is a list, such as more_seeds.ppo=\[3\]"),
+        ("+more_seeds.ppo=[3,-1]", r"more_seeds.ppo is \[3, -1\]; name seeds of 0 or more"),
         ("+more_seeds.ppoo=[3]", "ppoo"),
     ],
 )

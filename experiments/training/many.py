@@ -107,6 +107,8 @@ def runs_of(config: DictConfig, folder: Path) -> list[Run]:
     more_seeds = config.more_seeds or {}
     for name in more_seeds:
         check_list(f"more_seeds.{name}", more_seeds[name])
+        if min(more_seeds[name], default=0) < 0:
+            raise ValueError(f"more_seeds.{name} is {list(more_seeds[name])}; name seeds of 0 or more")
     for name in (*names, *config.departures, *config.live, *config.untrained, *more_seeds):
         if "." in name:
             imported(name)  # a class that lies outside
