@@ -165,7 +165,7 @@ class StableBaselines(Learner[Sb3Policy]):
 
     algorithm: Literal["ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"] = "ppo"
     environment: Literal["tree", "checked_tree", "token", "shortcut"] = "tree"
-    steps: int = 1_000_000
+    steps: int = 2_000_000
     num_envs: int = 256
     examples: int = 2000
     cost_weight: float = 0.03
