@@ -84,7 +84,6 @@ def try_thresholds(
     if judge is not None:
         return _try_all(thresholds, answers, ends, quantiles, unit, refine)
     all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
-    in_vain = 0
     for level in LEVELS:
         wanted, left = level * float(ends[1].correct.mean()), refine
         while True:
@@ -98,13 +97,9 @@ def try_thresholds(
             between = _between(stands, low, high, quantiles) if left else None
             if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
                 break
-            found = answers(between, len(all_of_them))
             all_of_them.append(between)
-            tried.append(found)
+            tried.append(None)
             left -= 1
-            in_vain = in_vain + 1 if any(_same(found, steps[end], unit) for end in (low, high)) else 0
-            if in_vain > 1:  # a score of few values has nothing between them
-                break
     return all_of_them, tried
 
 
@@ -118,21 +113,31 @@ def sweep_thresholds(
 ) -> tuple[list[float], list[Answers]]:
     """Answer problems at every threshold, and at others wherever the cost of a share would be read off a wide gap.
 
-    They are found as `try_thresholds` finds those of validation problems, and choose no operating point: a curve of
-    few points lies below the one that a policy has.
+    A curve of few points lies below the one that a policy has. What is wide is said at `try_thresholds`; those that are
+    put between choose no operating point.
 
     Returns:
         All thresholds, those that were put between last, and the answers at each.
     """
+    all_of_them = list(thresholds)
     runs = [answers(threshold, number) for number, threshold in enumerate(thresholds)]
-
-    def answered(threshold: float, number: int) -> Answers:
-        if number == len(runs):
-            runs.append(answers(threshold, number))
-        return runs[number]
-
-    all_of_them, _ = try_thresholds(thresholds, answered, ends, quantiles, unit, refine)
-    return all_of_them, runs
+    left, in_vain = dict.fromkeys(LEVELS, refine), dict.fromkeys(LEVELS, 0)
+    while True:
+        stands, steps, _ = _in_order(all_of_them, runs, ends)
+        for level in LEVELS:  # what is put between for one share says more of the others too
+            wanted = level * float(ends[1].correct.mean())
+            low, high = _bracket(steps, wanted)
+            between = _between(stands, low, high, quantiles) if left[level] and in_vain[level] < 2 else None
+            if between is not None and between not in all_of_them and _wide(steps, low, high, wanted, unit):
+                break
+        else:
+            return all_of_them, runs
+        found = answers(between, len(runs))
+        all_of_them.append(between)
+        runs.append(found)
+        left[level] -= 1
+        # a score of few values has nothing between them
+        in_vain[level] = in_vain[level] + 1 if any(_same(found, steps[end], unit) for end in (low, high)) else 0
 
 
 def _try_all(
