@@ -33,7 +33,7 @@ QUICK = [
     "threads=1", "examples=4", "threshold_examples=3", "llm_shares=[0.1,0.5]", "bootstrap=20", "transcripts=2",
     "max_new_tokens=48", "oracle_budget=20", "draft_tokens=8",
     "refine=0",
-    "refine_curve=0",
+    "refine_curve=null",
 ]  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def test_five_lines_lead_from_a_pool_a_task_and_policies_to_a_curve(pool, task, 
         threshold_examples=4,
         llm_shares=[0.1, 0.5],
         refine=0,
-        refine_curve=0,
+        refine_curve=None,
         oracle=5,
         draft_tokens=4,
         max_new_tokens=64,

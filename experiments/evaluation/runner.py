@@ -289,7 +289,7 @@ class Evaluation:
 
                 between, settings = self._quantiles.get(name, ()), self.settings
                 swept[name], runs[name] = sweep_thresholds(
-                    thresholds[name], answered, ends, between, settings.cost, settings.refine_curve
+                    thresholds[name], answered, ends, between, settings.cost, settings.refine_curve or 0
                 )
         if self.runs is not None:
             write_text(self.runs / CHOSEN, json.dumps(swept, indent=1) + "\n")

@@ -33,7 +33,8 @@ class EvaluationSettings:
         refine: how many thresholds are put between two that a share of the LLM's accuracy lies between, at most; it
             ends where their costs are as close as can be measured. Of a policy with a judge, those beside the
             cheapest.
-        refine_curve: the same on the problems themselves, for the curve: such thresholds choose no operating point.
+        refine_curve: the same on the problems themselves, for the curve, not at all where None: such thresholds choose
+            no operating point.
         report: whether a table, pictures and a page are made; where not, `experiments.report` can make them later.
         bootstrap: resamplings behind every interval.
         transcripts: problems whose answers the page shows; 0 for none.
@@ -63,7 +64,7 @@ class EvaluationSettings:
     llm_shares: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.21, 0.28, 0.4, 0.6, 0.8)
     threshold_examples: int = 200
     refine: int = 6
-    refine_curve: int = 6
+    refine_curve: int | None = 6
     report: bool = True
     bootstrap: int = 1000
     transcripts: int = 10
@@ -92,6 +93,8 @@ class EvaluationSettings:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{key} must be a whole number, is {value!r}")
+        if self.refine_curve is not None and (not isinstance(self.refine_curve, int) or self.refine_curve < 1):
+            raise ValueError(f"refine_curve must be at least 1 or None, is {self.refine_curve!r}")
         if not isinstance(self.traces, bool):
             raise ValueError(f"traces must be true or false, is {self.traces!r}")
         if self.draft_tokens < 0:
@@ -143,7 +146,6 @@ _AT_LEAST = {
     "examples": 1,
     "threshold_examples": 1,
     "refine": 0,
-    "refine_curve": 0,
     "bootstrap": 1,
     "max_new_tokens": 1,
     "start": 0,

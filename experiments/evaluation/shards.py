@@ -65,7 +65,7 @@ def of_shard(settings: EvaluationSettings, shard: int, shards: int, folder: Path
         examples=last - first,
         report=False,
         transcripts=0,
-        refine_curve=0,  # all problems together say where that is
+        refine_curve=None,  # all problems together say where that is
         shared=None,
         tree=None if settings.tree is None else folder / TREE,
     )
