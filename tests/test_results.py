@@ -162,8 +162,8 @@ def test_the_pages_of_other_tracks_are_what_their_rows_say(experiment, track, tm
 @pytest.mark.parametrize(
     ("agent", "less", "more"),
     [
-        ("ppo", "steps=1000000", "steps=2000000"),
-        ("dqn", "steps=1000000", "steps=2000000"),
+        ("ppo", "steps=2000000", "steps=4000000"),
+        ("dqn", "steps=2000000", "steps=4000000"),
         ("tapo", "iterations=20", "iterations=40"),
     ],
 )
