@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 
 from agents.common.curves import Sweep
-from envs.decoding.judges import Gap
 from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines
 from experiments.evaluation.operating_points import (
+    ThresholdSearch,
     cheapest_reaching,
     operating_points,
-    sweep_thresholds,
     threshold_to_use,
-    try_thresholds,
 )
 from experiments.evaluation.summary import Results, summarize
 from experiments.measures.intervals import Estimate, estimates, resampled
@@ -297,7 +295,7 @@ def test_the_cheapest_that_reaches_is_chosen_whatever_the_order():
     assert cheapest_reaching(runs[3:], 0.95, "bytes") == 0
 
 
-def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share, search=try_thresholds, **how):
+def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share, search="try_few"):
     """A policy whose LLM share is its threshold: which thresholds are tried, in turn, and what comes out."""
     order = []
 
@@ -307,7 +305,7 @@ def tried_by(accuracy, thresholds, refine, cost=lambda share: 0.1 + 0.9 * share,
         return answers(right(accuracy(threshold)), cost(threshold))
 
     quantiles = np.linspace(0, 1, 1001)
-    return order, *search(thresholds, at, (SLM, LLM), quantiles, "bytes", refine, **how)
+    return order, *getattr(ThresholdSearch((SLM, LLM), quantiles, "bytes", refine), search)(thresholds, at)
 
 
 def test_thresholds_are_bisected_not_all_tried():
@@ -335,10 +333,10 @@ def test_where_costs_need_not_rise_all_thresholds_are_tried_and_others_beside_th
         return 0.2 + (share - 0.46) ** 2
 
     thresholds = [0.7, 0.1, 0.3]
-    order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, judge=Gap())
+    order, found, runs = tried_by(accuracy, thresholds, refine=0, cost=cost, search="try_all")
     assert order == found == thresholds
     assert threshold_to_use(runs, LLM, "bytes", 0.99) == 2
-    order, found, runs = tried_by(accuracy, thresholds, refine=6, cost=cost, judge=Gap())
+    order, found, runs = tried_by(accuracy, thresholds, refine=6, cost=cost, search="try_all")
     assert order == found
     assert None not in runs
     # beside 0.3, and then 0.5, the cheapest so far, on that side where the next one is further away; 0.4 and 0.6 bring
@@ -367,7 +365,7 @@ def test_a_curve_is_swept_until_no_share_lies_in_a_gap_wider_than_its_interval()
     def accuracy(share):
         return min(1.0, 0.3 + share)
 
-    order, thresholds, runs = tried_by(accuracy, [0.9, 0.1, 0.2], refine=6, search=sweep_thresholds)
+    order, thresholds, runs = tried_by(accuracy, [0.9, 0.1, 0.2], refine=6, search="sweep")
     assert order == thresholds
     assert thresholds[:3] == [0.9, 0.1, 0.2]
     assert [run.correct.mean() for run in runs] == [round(accuracy(at) * 20) / 20 for at in thresholds]
@@ -376,11 +374,11 @@ def test_a_curve_is_swept_until_no_share_lies_in_a_gap_wider_than_its_interval()
         at = 0.1 + 0.9 * level
         gap = min(cost for cost in costs if cost >= at) - max(cost for cost in costs if cost < at)
         assert gap < 0.1
-    assert tried_by(accuracy, [0.9, 0.1], refine=0, search=sweep_thresholds)[1] == [0.9, 0.1]
+    assert tried_by(accuracy, [0.9, 0.1], refine=0, search="sweep")[1] == [0.9, 0.1]
 
 
 def test_between_two_values_of_a_score_nothing_is_looked_for_twice_in_vain():
     _, thresholds, _ = tried_by(
-        lambda share: float(share > 0.8), [0.1, 0.9], 6, lambda share: 0.1 + 0.8 * (share > 0.8), sweep_thresholds
+        lambda share: float(share > 0.8), [0.1, 0.9], 6, lambda share: 0.1 + 0.8 * (share > 0.8), "sweep"
     )
     assert len(thresholds) <= 2 + 2 * 3

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from agents.common.curves import Hull
 from envs.arrays import FloatArray
-from envs.decoding.judges import Judge
 from experiments.evaluation.answers import Answered, Answers, sweep
 from experiments.evaluation.baselines import Baselines
 from experiments.measures.intervals import Estimate, described, estimates, resampled
@@ -50,129 +50,135 @@ def threshold_to_use(runs: Tried, llm: Answers, unit: str, level: float = 0.95) 
     return None if number == len(runs) else number
 
 
-def try_thresholds(
-    thresholds: Sequence[float],
-    answers: Callable[[float, int], Answers],
-    ends: tuple[Answers, Answers],
-    quantiles: Sequence[float],
-    unit: str,
-    refine: int,
-    judge: Judge | None = None,
-) -> tuple[list[float], list[Answers | None]]:
-    """Find where a policy reaches each share of the LLM's accuracy on validation problems, by bisection.
+@dataclass(frozen=True)
+class ThresholdSearch:
+    """Looks for thresholds at which a policy reaches shares of the LLM's accuracy, LEVELS.
 
-    The dearer a threshold the more accurate it is taken to be, so that few are tried. Where the two that a share lies
-    between are further apart in cost than the interval of the cost there, another is put between them.
-
-    The cost of a policy that checks drafts need not rise with the threshold: what is drafted behind a token that does
-    not stand is thrown away, and a later call throws away more. So all its thresholds are tried, and others beside the
-    cheapest that reaches a share, on that side where the next one is further away, until two of them bring less than
-    WORTH.
-
-    Args:
-        thresholds: to choose among.
-        answers: at a threshold with a number.
+    Attributes:
         ends: the SLM's and the LLM's answers to the same problems.
-        quantiles: of the score, at SHARES; needed where others may be put between.
+        quantiles: of the score, at SHARES; needed where others may be put between those that are there.
         unit: of costs.
         refine: how many are put between for each share, at most.
-        judge: of drafts; None where none are checked.
-
-    Returns:
-        All thresholds, those that were put between last, and the answers at those that were tried.
     """
-    if judge is not None:
-        return _try_all(thresholds, answers, ends, quantiles, unit, refine)
-    all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
-    for level in LEVELS:
-        wanted, left = level * float(ends[1].correct.mean()), refine
+
+    ends: tuple[Answers, Answers]
+    quantiles: Sequence[float]
+    unit: str
+    refine: int
+
+    def try_few(
+        self, thresholds: Sequence[float], answers: Callable[[float, int], Answers]
+    ) -> tuple[list[float], list[Answers | None]]:
+        """Find where validation problems reach each share, by bisection, to choose an operating point.
+
+        The dearer a threshold the more accurate it is taken to be, so that few are tried. Where the two that a share
+        lies between are further apart in cost than the interval of the cost there, another is put between them.
+
+        Args:
+            thresholds: to choose among.
+            answers: at a threshold with a number.
+
+        Returns:
+            All thresholds, those that were put between last, and the answers at those that were tried.
+        """
+        all_of_them, tried = list(thresholds), list[Answers | None]([None] * len(thresholds))
+        for level in LEVELS:
+            left = self.refine
+            while True:
+                low, high, steps, order = self._around(level, all_of_them, tried)
+                untried = (low + high) // 2
+                if steps[untried] is None:
+                    number = order[untried - 1]
+                    tried[number] = answers(all_of_them[number], number)
+                    continue
+                between = self._between_wide(level, all_of_them, tried) if left else None
+                if between is None:
+                    break
+                all_of_them.append(between)
+                tried.append(None)
+                left -= 1
+        return all_of_them, tried
+
+    def try_all(
+        self, thresholds: Sequence[float], answers: Callable[[float, int], Answers]
+    ) -> tuple[list[float], list[Answers | None]]:
+        """The same for a policy that checks drafts, whose cost need not rise with the threshold.
+
+        What is drafted behind a token that does not stand is thrown away, and a later call throws away more. So all
+        thresholds are tried, and others beside the cheapest that reaches a share, on that side where the next one is
+        further away, until two of them bring less than WORTH.
+        """
+        all_of_them: list[float] = list(thresholds)
+        tried: list[Answers | None] = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
+        settled: set[float | None] = set()
+        for level in LEVELS:
+            wanted, in_vain = self._wanted(level), 0
+            for _ in range(self.refine):
+                stands, steps, _ = _in_order(all_of_them, tried, self.ends)
+                step = cheapest_reaching(steps, wanted, self.unit)
+                cheapest = steps[step]
+                threshold = stands[step - 1] if 0 < step <= len(stands) else None
+                between = _between(stands, *_wider_side(stands, step, self.quantiles), self.quantiles)
+                if threshold in settled or between is None or between in all_of_them:
+                    break
+                found = answers(between, len(tried))
+                all_of_them.append(between)
+                tried.append(found)
+                assert cheapest is not None
+                reaches = found.correct.mean() >= wanted
+                better = reaches and found.costs[self.unit].sum() < (1 - WORTH) * cheapest.costs[self.unit].sum()
+                in_vain = 0 if better else in_vain + 1
+                if in_vain == 2:
+                    settled.add(threshold)
+                    break
+        return all_of_them, tried
+
+    def sweep(
+        self, thresholds: Sequence[float], answers: Callable[[float, int], Answers]
+    ) -> tuple[list[float], list[Answers]]:
+        """Answer at every threshold, and at others wherever the cost of a share would be read off a wide gap.
+
+        A curve of few points lies below the one that a policy has. What is put between chooses no operating point.
+
+        Returns:
+            All thresholds, those that were put between last, and the answers at each.
+        """
+        all_of_them = list(thresholds)
+        runs = [answers(threshold, number) for number, threshold in enumerate(thresholds)]
+        left, in_vain = dict.fromkeys(LEVELS, self.refine), dict.fromkeys(LEVELS, 0)
         while True:
-            stands, steps, order = _in_order(all_of_them, tried, ends)
-            low, high = _bracket(steps, wanted)
-            untried = (low + high) // 2
-            if steps[untried] is None:
-                number = order[untried - 1]
-                tried[number] = answers(all_of_them[number], number)
-                continue
-            between = _between(stands, low, high, quantiles) if left else None
-            if between is None or between in all_of_them or not _wide(steps, low, high, wanted, unit):
-                break
+            for level in LEVELS:  # what is put between for one share says more of the others too
+                between = self._between_wide(level, all_of_them, runs) if left[level] and in_vain[level] < 2 else None
+                if between is not None:
+                    break
+            else:
+                return all_of_them, runs
+            low, high, steps, _ = self._around(level, all_of_them, runs)
+            found = answers(between, len(runs))
             all_of_them.append(between)
-            tried.append(None)
-            left -= 1
-    return all_of_them, tried
+            runs.append(found)
+            left[level] -= 1
+            # a score of few values has nothing between them
+            in_vain[level] = in_vain[level] + 1 if any(_same(found, steps[at], self.unit) for at in (low, high)) else 0
 
+    def _wanted(self, level: float) -> float:
+        """The accuracy at a share of the LLM's."""
+        return level * float(self.ends[1].correct.mean())
 
-def sweep_thresholds(
-    thresholds: Sequence[float],
-    answers: Callable[[float, int], Answers],
-    ends: tuple[Answers, Answers],
-    quantiles: Sequence[float],
-    unit: str,
-    refine: int,
-) -> tuple[list[float], list[Answers]]:
-    """Answer problems at every threshold, and at others wherever the cost of a share would be read off a wide gap.
+    def _around(
+        self, level: float, thresholds: Sequence[float], tried: Tried
+    ) -> tuple[int, int, list[Answers | None], list[int]]:
+        """The two steps that a share lies between, all steps, see `_in_order`, and the numbers of thresholds."""
+        _, steps, order = _in_order(thresholds, tried, self.ends)
+        return *_bracket(steps, self._wanted(level)), steps, order
 
-    A curve of few points lies below the one that a policy has. What is wide is said at `try_thresholds`; those that are
-    put between choose no operating point.
-
-    Returns:
-        All thresholds, those that were put between last, and the answers at each.
-    """
-    all_of_them = list(thresholds)
-    runs = [answers(threshold, number) for number, threshold in enumerate(thresholds)]
-    left, in_vain = dict.fromkeys(LEVELS, refine), dict.fromkeys(LEVELS, 0)
-    while True:
-        stands, steps, _ = _in_order(all_of_them, runs, ends)
-        for level in LEVELS:  # what is put between for one share says more of the others too
-            wanted = level * float(ends[1].correct.mean())
-            low, high = _bracket(steps, wanted)
-            between = _between(stands, low, high, quantiles) if left[level] and in_vain[level] < 2 else None
-            if between is not None and between not in all_of_them and _wide(steps, low, high, wanted, unit):
-                break
-        else:
-            return all_of_them, runs
-        found = answers(between, len(runs))
-        all_of_them.append(between)
-        runs.append(found)
-        left[level] -= 1
-        # a score of few values has nothing between them
-        in_vain[level] = in_vain[level] + 1 if any(_same(found, steps[end], unit) for end in (low, high)) else 0
-
-
-def _try_all(
-    thresholds: Sequence[float],
-    answers: Callable[[float, int], Answers],
-    ends: tuple[Answers, Answers],
-    quantiles: Sequence[float],
-    unit: str,
-    refine: int,
-) -> tuple[list[float], list[Answers | None]]:
-    """See `try_thresholds`, where drafts are checked."""
-    all_of_them: list[float] = list(thresholds)
-    tried: list[Answers | None] = [answers(threshold, number) for number, threshold in enumerate(all_of_them)]
-    settled: set[float | None] = set()
-    for level in LEVELS:
-        wanted, in_vain = level * float(ends[1].correct.mean()), 0
-        for _ in range(refine):
-            stands, steps, _ = _in_order(all_of_them, tried, ends)
-            step = cheapest_reaching(steps, wanted, unit)
-            cheapest = steps[step]
-            threshold = stands[step - 1] if 0 < step <= len(stands) else None
-            between = _between(stands, *_wider_side(stands, step, quantiles), quantiles)
-            if threshold in settled or between is None or between in all_of_them:
-                break
-            found = answers(between, len(tried))
-            all_of_them.append(between)
-            tried.append(found)
-            assert cheapest is not None
-            reaches = found.correct.mean() >= wanted
-            better = reaches and found.costs[unit].sum() < (1 - WORTH) * cheapest.costs[unit].sum()
-            in_vain = 0 if better else in_vain + 1
-            if in_vain == 2:
-                settled.add(threshold)
-                break
-    return all_of_them, tried
+    def _between_wide(self, level: float, thresholds: Sequence[float], tried: Tried) -> float | None:
+        """A threshold between the two that a share lies between; None where they are close, or nothing lies there."""
+        low, high, steps, order = self._around(level, thresholds, tried)
+        between = _between([thresholds[number] for number in order], low, high, self.quantiles)
+        if between is None or between in thresholds or not _wide(steps, low, high, self._wanted(level), self.unit):
+            return None
+        return between
 
 
 def _in_order(

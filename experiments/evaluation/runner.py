@@ -33,7 +33,7 @@ from experiments.evaluation.answers import Answers
 from experiments.evaluation.baselines import Baselines, measure_baselines
 from experiments.evaluation.decoder import ExampleDecoder
 from experiments.evaluation.kept import CHOSEN, VALIDATED
-from experiments.evaluation.operating_points import sweep_thresholds, threshold_to_use, try_thresholds
+from experiments.evaluation.operating_points import ThresholdSearch, threshold_to_use
 from experiments.evaluation.report import RESULTS, ResultRows, baseline_runs, write_report
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.evaluation.summary import Results, ran_out, summarize
@@ -231,7 +231,7 @@ class Evaluation:
     def validate(
         self, policies: Mapping[str, Policy], thresholds: Mapping[str, Sequence[float]], baselines: Baselines
     ) -> tuple[dict[str, list[float]], dict[str, list[Answers | None]]]:
-        """The answers to the validation problems that operating points are chosen by, see `try_thresholds`.
+        """The answers to the validation problems that operating points are chosen by, see `ThresholdSearch`.
 
         Args:
             policies: by name.
@@ -248,10 +248,9 @@ class Evaluation:
             def tried(threshold: float, number: int, name: str = name, policy: Policy = policy) -> Answers:
                 return self.answers(policy, threshold, name, number, self.validation)
 
-            between, unit, refine = self._quantiles.get(name, ()), self.settings.cost, self.settings.refine
-            chosen[name], validated[name] = try_thresholds(
-                thresholds[name], tried, baselines.validation, between, unit, refine, policy.judge
-            )
+            search = self._search(name, baselines.validation, self.settings.refine)
+            find = search.try_few if policy.judge is None else search.try_all
+            chosen[name], validated[name] = find(thresholds[name], tried)
         return chosen, validated
 
     def sweep(
@@ -263,7 +262,7 @@ class Evaluation:
     ) -> tuple[dict[str, list[float]], dict[str, list[Answers]]]:
         """The answers of every policy at each of its thresholds; rows go to `results.jsonl` as they come.
 
-        Others are put between them where costs would be read off wide gaps, see `sweep_thresholds`.
+        Others are put between them where costs would be read off wide gaps, see `ThresholdSearch`.
 
         Args:
             policies: by name.
@@ -277,7 +276,7 @@ class Evaluation:
         rows = ResultRows(baselines.llm, seed, self.folder and self.folder / RESULTS, self.track)
         for name, answers in baseline_runs(baselines, self.settings.cost):
             rows.record(name, None, answers)
-        swept, runs, ends = {}, {}, (baselines.slm, baselines.llm)
+        swept, runs = {}, {}
         with ProgressBar(total=sum(map(len, thresholds.values())), desc="evaluate", mininterval=0.5) as progress:
             for name, policy in policies.items():
 
@@ -287,13 +286,14 @@ class Evaluation:
                     progress.update()
                     return found
 
-                between, settings = self._quantiles.get(name, ()), self.settings
-                swept[name], runs[name] = sweep_thresholds(
-                    thresholds[name], answered, ends, between, settings.cost, settings.refine_curve or 0
-                )
+                search = self._search(name, (baselines.slm, baselines.llm), self.settings.refine_curve or 0)
+                swept[name], runs[name] = search.sweep(thresholds[name], answered)
         if self.runs is not None:
             write_text(self.runs / CHOSEN, json.dumps(swept, indent=1) + "\n")
         return swept, runs
+
+    def _search(self, name: str, ends: tuple[Answers, Answers], refine: int) -> ThresholdSearch:
+        return ThresholdSearch(ends, self._quantiles.get(name, ()), self.settings.cost, refine)
 
     def answers(
         self, policy: Policy, threshold: float, name: str, number: int, decoder: ExampleDecoder | None = None
