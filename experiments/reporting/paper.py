@@ -74,9 +74,9 @@ def _in_brackets(shown: Callable[[float | None], str], value: float | None, inte
 
 def percent(value: float | None) -> str:
     """A share as a whole percentage."""
-    return "none" if value is None else f"{value:.0%}"
+    return "none" if value is None else f"{value:z.0%}"  # no -0%
 
 
 def points(loss: float | None) -> str:
     """A rival's gain as the points that it is below, with one digit."""
-    return "none" if loss is None else f"{-100 * loss:.1f}"
+    return "none" if loss is None else f"{-100 * loss:z.1f}"
