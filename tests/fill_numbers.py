@@ -6,7 +6,8 @@ numbers. Whether a sentence is still true is for its reader: it is printed where
 
 import re
 
-from tests.test_numbers import CLAIMS, PAGES, ROOT, cells, checked_tables, name_of, names, page_of, plain
+from tests.pages import cells
+from tests.test_numbers import CLAIMS, PAGES, ROOT, checked_tables, name_of, names, page_of, plain
 
 FIELD = re.compile(r"\{[\w.]+\}")
 NUMBER = r"(?:none|-?\d[\d,]*(?:\.\d+)?)(?:\s%)?(?:\s+\[[^\]]*\])?"

@@ -75,6 +75,11 @@ class Block:
         return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
 
+def cells(line):
+    """Those of a line of a table."""
+    return [cell.strip() for cell in line[1:-1].split(" |")]
+
+
 def blocks(page):
     """The blocks of a page."""
     text, found = (ROOT / page).read_text(), []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import PAGES, ROOT, blocks, check_command, first_job, programs, run_page, short
+from tests.pages import PAGES, ROOT, blocks, cells, check_command, first_job, programs, run_page, short
 from tests.programs import WARM, call
 
 RUN = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
@@ -116,20 +116,12 @@ def test_figures_of_checking_come_out_again():
     code = next(block.text for block in blocks(page) if block.language == "python").replace("range(3)", "range(1)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    printed = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    said = {
-        tuple(cells[:2]): cells[2:]
-        for cells in map(cells_of, (ROOT / page).read_text().splitlines())
-        if len(cells) == 5
-    }
+    printed = [cells(line) for line in done.stdout.splitlines() if line.startswith("|")]
+    said = {tuple(row[:2]): row[2:] for row in map(cells, (ROOT / page).read_text().splitlines()) if len(row) == 5}
     assert len(printed) == 9
     for *row, accuracy, _, cost in printed:
         assert float(said[tuple(row)][0]) == pytest.approx(float(accuracy), abs=0.005)
         assert float(said[tuple(row)][2]) == pytest.approx(float(cost), abs=0.005)
-
-
-def cells_of(line):
-    return line.strip("| ").split(" | ")
 
 
 @pytest.mark.slow

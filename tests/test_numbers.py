@@ -15,6 +15,7 @@ import pytest
 from experiments.common.config import CONF
 from experiments.measures.metrics import LEVELS as COMPARED
 from experiments.reporting.tables import number, with_interval
+from tests.pages import cells
 
 ROOT = CONF.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -76,10 +77,6 @@ PRINTED = {
 }
 """Pages whose other numbers a command prints, or a test, which stands there: measured on machines and models that are
 not here, but for those of checking and of CITER's labels, which `test_docs.py` prints again, and of named tests."""
-
-
-def cells(line):
-    return [cell.strip() for cell in line[1:-1].split(" |")]
 
 
 def name_of(cell):

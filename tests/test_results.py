@@ -244,7 +244,7 @@ def verified(folder, pool, task):
 def test_shipped_traces_are_verified_and_what_is_changed_in_them_is_found(store, row, tmp_path, pool, task):
     published = PublishedRun.read(row)
     if SOAK:  # the baselines, which rows and tracks share, once
-        baselines = (store.folder / f"baselines-{'live' if published.manifest['timed'] else 'tree'}.parquet").resolve()
+        baselines = store.baselines_of(published).resolve()
         store.unpack(row.stem, published, tmp_path / "whole", baselines=baselines not in VERIFIED)
         assert not verified(tmp_path / "whole", pool, task).faults
         VERIFIED.add(baselines)

@@ -25,6 +25,8 @@ SAMPLES = 200
 
 Tried = Sequence[Answers | None]
 """Of one policy: the answers at each threshold, None where it was not tried."""
+Around = tuple[int, int, list[Answers | None], list[int]]
+"""The two steps that a share lies between, all steps and the numbers of their thresholds, see `_in_order`."""
 
 
 def cheapest_reaching(runs: Tried, accuracy: float, unit: str) -> int:
@@ -85,13 +87,13 @@ class ThresholdSearch:
         for level in LEVELS:
             left = self.refine
             while True:
-                low, high, steps, order = self._around(level, all_of_them, tried)
+                low, high, steps, order = around = self._around(level, all_of_them, tried)
                 untried = (low + high) // 2
                 if steps[untried] is None:
                     number = order[untried - 1]
                     tried[number] = answers(all_of_them[number], number)
                     continue
-                between = self._between_wide(level, all_of_them, tried) if left else None
+                between = self._between_wide(level, all_of_them, around) if left else None
                 if between is None:
                     break
                 all_of_them.append(between)
@@ -148,12 +150,13 @@ class ThresholdSearch:
         left, in_vain = dict.fromkeys(LEVELS, self.refine), dict.fromkeys(LEVELS, 0)
         while True:
             for level in LEVELS:  # what is put between for one share says more of the others too
-                between = self._between_wide(level, all_of_them, runs) if left[level] and in_vain[level] < 2 else None
+                low, high, steps, _ = around = self._around(level, all_of_them, runs)
+                more = left[level] > 0 and in_vain[level] < 2
+                between = self._between_wide(level, all_of_them, around) if more else None
                 if between is not None:
                     break
             else:
                 return all_of_them, runs
-            low, high, steps, _ = self._around(level, all_of_them, runs)
             found = answers(between, len(runs))
             all_of_them.append(between)
             runs.append(found)
@@ -165,16 +168,14 @@ class ThresholdSearch:
         """The accuracy at a share of the LLM's."""
         return level * float(self.ends[1].correct.mean())
 
-    def _around(
-        self, level: float, thresholds: Sequence[float], tried: Tried
-    ) -> tuple[int, int, list[Answers | None], list[int]]:
-        """The two steps that a share lies between, all steps, see `_in_order`, and the numbers of thresholds."""
+    def _around(self, level: float, thresholds: Sequence[float], tried: Tried) -> Around:
+        """Where a share of the LLM's accuracy lies, as far as thresholds were tried."""
         _, steps, order = _in_order(thresholds, tried, self.ends)
         return *_bracket(steps, self._wanted(level)), steps, order
 
-    def _between_wide(self, level: float, thresholds: Sequence[float], tried: Tried) -> float | None:
+    def _between_wide(self, level: float, thresholds: Sequence[float], around: Around) -> float | None:
         """A threshold between the two that a share lies between; None where they are close, or nothing lies there."""
-        low, high, steps, order = self._around(level, thresholds, tried)
+        low, high, steps, order = around
         between = _between([thresholds[number] for number in order], low, high, self.quantiles)
         if between is None or between in thresholds or not _wide(steps, low, high, self._wanted(level), self.unit):
             return None

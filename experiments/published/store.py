@@ -97,7 +97,7 @@ class Store:
         if self.has(run):
             raise ValueError(f"{self.row(run)} is there already, and is never rewritten")
         published = PublishedRun.of(run.folder, run.agent, made_on)
-        runs, baselines = run.folder / RUNS, self._baselines(published)
+        runs, baselines = run.folder / RUNS, self.baselines_of(published)
         if baselines.is_file() and (piece := same_baselines(runs, baselines)) is not None:
             raise ValueError(
                 f"{run.folder} was measured beside another {piece} than {baselines} holds: other models or another "
@@ -124,7 +124,7 @@ class Store:
             episodes: how many of the trace at most; all where None.
             baselines: write the traces of the baselines too.
         """
-        runs, shipped, of = folder / RUNS, {}, self._baselines(published)
+        runs, shipped, of = folder / RUNS, {}, self.baselines_of(published)
         unpack_baselines(of, runs)
         if baselines:
             for path in sorted(self._traces(of).glob(f"*{SUFFIX}")):
@@ -153,7 +153,7 @@ class Store:
             if agents and SEED.sub("", path.stem) not in agents:
                 continue
             published = PublishedRun.read(path)
-            of = self._baselines(published)
+            of = self.baselines_of(published)
             self.unpack(path.stem, published, folder / path.stem, baselines=of not in seen)
             seen.add(of)
 
@@ -165,7 +165,8 @@ class Store:
                 unpack_baselines(path, place)
                 copy_files(self._traces(path), place, f"*{SUFFIX}")
 
-    def _baselines(self, published: PublishedRun) -> Path:
+    def baselines_of(self, published: PublishedRun) -> Path:
+        """The file of the baselines that a run stands beside."""
         return self._baselines_made(published.manifest["timed"])
 
     def _baselines_made(self, live: bool) -> Path:
