@@ -19,11 +19,12 @@ from agents.common.saving import load_policy
 from agents.common.selection import Selection
 from agents.rl.algorithms import ALGORITHMS, DEFAULTS, value_probability
 from agents.rl.cost_weights import GRID, CostWeights
+from agents.rl.environments import ENVIRONMENTS
 from agents.rl.inputs import Standardised, input_statistics
 from agents.rl.sb3_extensions import Rows
 from agents.rl.sb3_policy import Sb3Policy
 from agents.rl.vec_env import VectorEnvBridge
-from agents.sb3 import ENVIRONMENTS, StableBaselines, train
+from agents.sb3 import StableBaselines, train
 from envs.costs import PASSES, Flops, MemoryTraffic
 from envs.decoding.judges import Gap
 from envs.decoding.observation import Observation

@@ -59,11 +59,23 @@ def _figure(target: Path | IO[bytes], dpi: int, columns: int, size: tuple[float,
     FigureCanvasAgg(figure)
     yield list(figure.subplots(1, columns, squeeze=False)[0])
     if isinstance(target, Path):
-        about = {"Description": json.dumps(drawn(figure))}  # whether a picture is of today's numbers can be told
-        write_whole(target, lambda partial: figure.savefig(partial, dpi=dpi, format="png", metadata=about))
+        write_whole(target, lambda partial: _write_png(partial, figure))
     else:
         with mpl.rc_context({"svg.hashsalt": "citer-gym"}):  # the same drawing has the same bytes
             figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+
+
+def _write_png(path: Path, figure: Figure) -> None:
+    """A PNG file of 256 colours, which takes a third of one of all, and says what is drawn."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    about = PngInfo()
+    about.add_text("Description", json.dumps(drawn(figure)))  # whether a picture is of today's numbers can be told
+    whole = BytesIO()
+    figure.savefig(whole, format="png")
+    with Image.open(whole) as picture:
+        picture.convert("RGB").quantize(256).save(path, format="png", optimize=True, pnginfo=about)
 
 
 def drawn(figure: Figure) -> list[dict[str, Any]]:
