@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,12 +20,14 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from agents.checking.checked import Checked
 from agents.common.checkpoints import Checkpoints, described, plain
 from agents.common.policy import Learner, Policy, Track, TrainingRun
 from agents.common.selection import BestPolicy, Selection, Validation
 from agents.rl.algorithms import DEFAULTS, algorithm_named, check_arguments
 from agents.rl.cost_weights import CostWeights
 from agents.rl.environments import ENVIRONMENTS, EnvSettings
+from agents.rl.imitation import clone, decisions_of
 from agents.rl.sb3_policy import Sb3Policy
 from envs.costs import ALL_COSTS
 from envs.decoding.judges import Gap, Judge
@@ -44,6 +47,28 @@ if TYPE_CHECKING:
 STATISTICS_STEPS = 64
 ROWS_REPORTED = 50
 CHECKPOINTS = 20
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """How an actor begins with the decisions of `checked`: it imitates them before it plays (behavioural cloning).
+
+    Args:
+        teacher: how that policy is trained, first; it answers with its own `threshold`.
+        epochs: passes over its decisions on the training problems.
+        smoothing: share of the probability that goes to all actions evenly, so that the actor goes on exploring.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    teacher: Checked = field(default_factory=Checked)
+    epochs: int = 10
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not 0 <= self.smoothing < 1:
+            raise ValueError(f"epochs ({self.epochs}) must be at least 1, smoothing ({self.smoothing}) in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -91,6 +116,8 @@ class StableBaselines(Learner[Sb3Policy]):
         arguments: further arguments of the algorithm's class, and in `policy_kwargs` of its network's.
         conditioned: draw a cost weight for every episode and show it to the agent, so that one policy covers them all;
             `cost_weight` is not used then.
+        start: imitate a policy that checks drafts by risk before playing, of actors on the checked tree; the actor
+            begins at random where None.
 
     Raises:
         ValueError: a setting is unknown or out of range; the error names it.
@@ -117,6 +144,7 @@ class StableBaselines(Learner[Sb3Policy]):
     selection: Selection = field(default_factory=Selection)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     conditioned: CostWeights | None = None
+    start: Imitation | None = None
 
     def __post_init__(self) -> None:
         algorithm = algorithm_named(self.algorithm)
@@ -146,10 +174,22 @@ class StableBaselines(Learner[Sb3Policy]):
             )
         if self.conditioned is not None and not isinstance(self.conditioned, CostWeights):
             raise ValueError(f"conditioned must be CostWeights or None, is {self.conditioned}")
+        if self.start is not None:
+            self._check_start(self.start)
         if self.arguments:
             given = plain(self.arguments)
             check_arguments(given, algorithm.kind, "arguments")
             check_arguments(given.get("policy_kwargs") or {}, algorithm.network, "arguments.policy_kwargs")
+
+    def _check_start(self, start: Imitation) -> None:
+        if self.algorithm not in ("ppo", "a2c") or not self.checks or self.conditioned is not None:
+            raise ValueError(
+                "start is of ppo and a2c on environment=checked_tree, where one cost weight is played for; leave it out"
+            )
+        if start.teacher.judge != self.judge:
+            raise ValueError(
+                f"start.teacher.judge ({start.teacher.judge}) must be the judge played with ({self.judge})"
+            )
 
     @property
     def checks(self) -> bool:
@@ -174,20 +214,43 @@ class StableBaselines(Learner[Sb3Policy]):
             # a tree has a task of its own, those examples alone that are trained on; it judges as the whole one does
             judge, rows = (run.task, None) if tree is None else (tree.task, self.num_envs)
             validation = Validation(self.selection, problems, run.pool, judge, self.max_new_tokens, rows, tree)
-            choosing = BestPolicy(validation, self.selection.evaluations, self.steps, made=0), policy_of
+            begun = 0 if self.start is None else -1  # what has learned before it plays is measured then too
+            choosing = BestPolicy(validation, self.selection.evaluations, self.steps, begun), policy_of
         try:
-            learner = train(environment, self, run.seed, run.track, run.pool.slm.device, checkpoints, choosing)
+            begin = None
+            if self.start is not None:
+                begin = partial(self._imitate, run=run, environment=environment, start=self.start)
+            learner = train(environment, self, run.seed, run.track, run.pool.slm.device, checkpoints, choosing, begin)
         finally:
             environment.close()
         policy = policy_of(learner)
         checkpoints.finish(policy)
         return policy
 
+    def _imitate(self, learner: Any, run: TrainingRun, environment: Any, start: Imitation) -> None:
+        """Train the teacher, and the learner's actor to decide likewise."""
+        teacher = start.teacher.train(replace(run, folder=run.file("start")))
+        decisions = decisions_of(
+            replace(teacher, looks_ahead=True),  # as an actor does, which sees what the SLM has read
+            start.teacher.threshold,
+            self.features,
+            run.pool,
+            environment.tree.task,
+            run.task.examples("train", self.examples, start=run.task.training_start(run.seed)),
+            environment.tree,
+        )
+        found = clone(learner.policy, decisions, start.epochs, start.smoothing, self.lr, learner.batch_size, run.seed)
+        run.track({"run": "imitated", **found})
+
     def about(self, run: TrainingRun) -> dict[str, Any]:
         """What makes the policy of a run."""
         start = run.task.training_start(run.seed)
         settings = asdict(self)
         del settings["judge"]  # runs without one are known by the settings of before there were judges
+        if self.start is None:
+            del settings["start"]  # likewise
+        else:
+            settings["start"]["teacher"]["judge"] = judge_description(self.start.teacher.judge)
         if self.checks:
             settings["judge"] = judge_description(self.judge)
         return {
@@ -251,6 +314,7 @@ def train(
     device: torch.device,
     checkpoints: Checkpoints | None = None,
     choosing: tuple[BestPolicy, Callable[[BaseAlgorithm], Policy]] | None = None,
+    begin: Callable[[BaseAlgorithm], None] | None = None,
 ) -> BaseAlgorithm:
     """Train an algorithm of Stable-Baselines3 in an environment of same-step autoreset.
 
@@ -264,6 +328,7 @@ def train(
             where None.
         choosing: keeps the best weights of the training, of the policies that its second part makes of a learner; the
             last ones are kept where None.
+        begin: does something to the learner before it plays.
 
     Returns:
         The trained algorithm of Stable-Baselines3.
@@ -301,6 +366,8 @@ def train(
             others = head.bias.shape[0] - 1
             with torch.no_grad():
                 head.bias[0] = math.log(settings.slm_prior * others / (1 - settings.slm_prior))
+        if newest is None and begin is not None:
+            begin(learner)
         learner.set_logger(Logger(None, [Rows(track, settings.algorithm)]))
         reporting = Reporting(settings.steps // ROWS_REPORTED, progress)
         callbacks: list[BaseCallback] = [reporting]

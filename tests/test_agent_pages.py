@@ -85,10 +85,13 @@ def configured(name):
     for entry in config.pop("defaults"):
         schemas |= entry if isinstance(entry, dict) else {}
     kind = imported(schemas.pop("/schema@_here_"))
-    given = flat(config)
-    for place, schema in schemas.items():
-        given |= flat(defaults_of(imported(schema)), f"{place.removeprefix('/schema@')}.")
-    defaults = flat(defaults_of(kind))
+    given, defaults = {}, flat(defaults_of(kind))
+    for place, schema in schemas.items():  # of what is null in the class: it is named, and what differs inside of it
+        own, prefix = defaults_of(imported(schema)), f"{place.removeprefix('/schema@')}."
+        inside = {key: value for key, value in own.items() if is_dataclass(value)}
+        given |= flat({key: value for key, value in own.items() if key not in inside}, prefix)
+        defaults |= flat(inside, prefix)
+    given |= flat(config)
     # the run's own seed is no setting of the agent
     return kind, {k: v for k, v in given.items() if "${" not in str(v) and defaults.get(k) != v}
 

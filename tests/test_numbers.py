@@ -147,9 +147,9 @@ def share(value):
     return f"{value:.1%}".replace("%", " %")
 
 
-def latency():
+def latency(file):
     """What the suite `latency` measured, by way to answer: milliseconds, and ratios to LLM-only decoding and others."""
-    measured = json.loads((RESULTS / CORE / "latency.json").read_text())
+    measured = json.loads((RESULTS / CORE / file).read_text())
     ratios, rates = measured["ratios"], measured["rates"]
     said = {}
     for way in (key.removesuffix("_ms_per_token") for key in rates if key.endswith("_ms_per_token")):
@@ -207,7 +207,7 @@ def names(track=CORE):
             ),
         )
     if track == CORE:
-        said["latency"] = latency()
+        said["latency"], said["latency_batch8"] = latency("latency.json"), latency("latency_batch8.json")
     others = {} if track != CORE else {other: SimpleNamespace(**names(other)) for other in TRACKS if other != CORE}
     return said | others | {"test": SimpleNamespace(examples=f"{board['examples']:,}")}
 

@@ -24,7 +24,7 @@ from agents.rl.inputs import Standardised, input_statistics
 from agents.rl.sb3_extensions import Rows
 from agents.rl.sb3_policy import Sb3Policy
 from agents.rl.vec_env import VectorEnvBridge
-from agents.sb3 import StableBaselines, train
+from agents.sb3 import Imitation, StableBaselines, train
 from envs.costs import PASSES, Flops, MemoryTraffic
 from envs.decoding.judges import Gap
 from envs.decoding.observation import Observation
@@ -34,6 +34,7 @@ from envs.tasks.task import Example
 from experiments.common.config import CONF, build, register_schemas
 
 CPU = torch.device("cpu")
+CHECKED = {"environment": "checked_tree", "features": "hidden_logits_history_drafts"}
 
 
 class Toy(VectorEnv):
@@ -594,6 +595,9 @@ def test_policies_of_others_and_broken_ones_are_refused(tiny_pool, pools, tmp_pa
         ({"gamma": 1.5}, "gamma"),
         ({"slm_prior": 1.0}, "slm_prior"),
         ({"conditioned": {"low": 1}}, "CostWeights"),
+        ({"start": Imitation()}, "start is of ppo and a2c on environment=checked_tree"),
+        ({"start": Imitation(), "judge": Gap(1.0)} | CHECKED, "start.teacher.judge .* must be the judge played with"),
+        ({"start": Imitation(), "algorithm": "dqn"} | CHECKED, "start is of ppo and a2c"),
         ({"arguments": {"nsteps": 5}}, "PPO takes no 'nsteps' here; it takes n_steps"),
         ({"algorithm": "dqn", "arguments": {"gae_lambda": 1}}, "DQN takes no 'gae_lambda'"),
         ({"arguments": {"learning_rate": 1}}, "learning_rate has a place of its own: lr"),
