@@ -116,8 +116,8 @@ class StableBaselines(Learner[Sb3Policy]):
         arguments: further arguments of the algorithm's class, and in `policy_kwargs` of its network's.
         conditioned: draw a cost weight for every episode and show it to the agent, so that one policy covers them all;
             `cost_weight` is not used then.
-        start: imitate a policy that checks drafts by risk before playing, of actors on the checked tree; the actor
-            begins at random where None.
+        start: imitate a policy that checks drafts by risk before playing, of PPO on the checked tree; the actor begins
+            at random where None.
 
     Raises:
         ValueError: a setting is unknown or out of range; the error names it.
@@ -182,9 +182,9 @@ class StableBaselines(Learner[Sb3Policy]):
             check_arguments(given.get("policy_kwargs") or {}, algorithm.network, "arguments.policy_kwargs")
 
     def _check_start(self, start: Imitation) -> None:
-        if self.algorithm not in ("ppo", "a2c") or not self.checks or self.conditioned is not None:
+        if self.algorithm != "ppo" or not self.checks or self.conditioned is not None:
             raise ValueError(
-                "start is of ppo and a2c on environment=checked_tree, where one cost weight is played for; leave it out"
+                "start is of ppo on environment=checked_tree, where one cost weight is played for; leave it out"
             )
         if start.teacher.judge != self.judge:
             raise ValueError(

@@ -165,6 +165,7 @@ def test_the_pages_of_other_tracks_are_what_their_rows_say(experiment, track, tm
     ("agent", "less", "more"),
     [
         ("ppo", "steps=2000000", "steps=4000000"),
+        ("ppo_conditioned", "steps=2000000", "steps=4000000"),
         ("dqn", "steps=2000000", "steps=4000000"),
         ("tapo", "iterations=20", "iterations=40"),
     ],

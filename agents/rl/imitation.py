@@ -134,6 +134,5 @@ def clone(
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
-    return {
-        "decisions": len(targets), "calls": decisions.calls.float().mean().item(), "loss": total / len(targets)
-    }  # fmt: skip
+    calls = decisions.calls.float().mean().item()
+    return {"decisions": len(targets), "calls": calls, "loss": total / len(targets)}
