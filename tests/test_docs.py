@@ -118,7 +118,7 @@ def test_figures_of_checking_come_out_again():
     assert done.returncode == 0, done.stderr
     printed = [cells(line) for line in done.stdout.splitlines() if line.startswith("|")]
     said = {tuple(row[:2]): row[2:] for row in map(cells, (ROOT / page).read_text().splitlines()) if len(row) == 5}
-    assert len(printed) == 9
+    assert len(printed) == 10
     for *row, accuracy, _, cost in printed:
         assert float(said[tuple(row)][0]) == pytest.approx(float(accuracy), abs=0.005)
         assert float(said[tuple(row)][2]) == pytest.approx(float(cost), abs=0.005)
