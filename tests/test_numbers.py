@@ -67,7 +67,6 @@ DEFINED = {
 PRINTED = {
     "CONTRIBUTING.md": "make bench",
     "docs/agents/citer.md": "python -m experiments.train experiment=demo agent=citer agent.sample.positions=500",
-    "docs/costs.md": "python -m experiments.speed suite=latency",
     "docs/evaluation.md": "tests/test_intervals.py",
     "docs/guides/clusters.md": "python plan.py",
     "docs/guides/traces.md": "python -m experiments.verify",

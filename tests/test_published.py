@@ -202,3 +202,11 @@ def test_labels_are_told_by_their_share_of_those_that_ask_for_the_llm(tmp_path):
     had = training_of(runs)["citer"]
     assert had["labels"] == {"case_2": {"number": 0.875}, "case_3": {"wording": 0.125}}
     assert (had["llm_tokens"], had["minutes"]) == (5.0, 1.0)  # of the training that was not interrupted
+
+
+@pytest.mark.parametrize(("start", "problems"), [(None, 4), ("citer", 4), ({"teacher": {"examples": 9}}, 9)])
+def test_who_imitates_another_had_the_problems_of_both(start, problems, tmp_path):
+    run = trained_with(tmp_path, 0, {}, tokens_read=None, cpu_seconds=None)
+    kept = {"made_by": {"agent": {"examples": 4, "start": start}}, "summary": {}}
+    (run.folder / TRAINED).write_text(json.dumps(kept))
+    assert training_of([run])["citer"]["problems"] == problems

@@ -49,12 +49,17 @@ def _training(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "seeds": len(seeds),
         "labels": _llm_labels([one["composition"] for one in seeds if "composition" in one]),
-        "problems": first.get("examples"),
+        "problems": _problems(first),
         "features": _features(first),
         "parameters": first.get("parameters"),
         "llm_tokens": mean([None if one is None else one[-1] for one in read]) if learned else None,
         "minutes": mean([None if one is None else one / 60 for one in computed]) if learned else None,
     }
+
+
+def _problems(settings: Mapping[str, Any]) -> int | None:
+    """Training problems of an agent, the first ones; of one that imitates another those of both."""
+    return max((settings[key] for key in ("examples", "start.teacher.examples") if settings.get(key)), default=None)
 
 
 def _features(settings: Mapping[str, Any]) -> str | None:
