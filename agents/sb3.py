@@ -234,9 +234,7 @@ class StableBaselines(Learner[Sb3Policy]):
             replace(teacher, looks_ahead=True),  # as an actor does, which sees what the SLM has read
             start.teacher.threshold,
             self.features,
-            run.pool,
-            environment.tree.task,
-            run.task.examples("train", self.examples, start=run.task.training_start(run.seed)),
+            environment.tree.task.examples("train", self.examples),
             environment.tree,
         )
         found = clone(learner.policy, decisions, start.epochs, start.smoothing, self.lr, learner.batch_size, run.seed)

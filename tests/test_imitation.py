@@ -1,5 +1,6 @@
 """Actors that begin with the decisions of another policy."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -33,7 +34,6 @@ def task():
 @pytest.fixture
 def learner():
     """PPO of two numbers and two actions."""
-    import gymnasium as gym
 
     class Numbers(gym.Env):
         observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Discrete(2)
@@ -58,7 +58,7 @@ def test_an_actor_comes_to_decide_likewise_and_explores_as_far_as_it_is_told(lea
 
 def test_decisions_are_those_of_the_answers(pool, task):
     examples, tree = task.examples("train", 4), PrefixTree(pool, task, 44, 2**26)
-    found = decisions_of(Judged(), 0.99, FEATURES, pool, task, examples, tree)
+    found = decisions_of(Judged(), 0.99, FEATURES, examples, tree)
     episodes = decode(pool, task, examples, Judged(), 0.99, 44, tree=tree)
     scores = np.concatenate([one.scores for one in episodes])
     assert len(found.seen) == len(found.calls) == len(scores)
@@ -72,7 +72,7 @@ def test_a_teacher_that_does_not_look_is_refused(pool, task):
 
     tree = PrefixTree(pool, task, 44, 2**26)
     with pytest.raises(ValueError, match="Blind decides before the SLM has read a state"):
-        decisions_of(Blind(), 0.5, FEATURES, pool, task, task.examples("train", 2), tree)
+        decisions_of(Blind(), 0.5, FEATURES, task.examples("train", 2), tree)
 
 
 def test_a_start_is_measured_repeats_and_is_gone_on_from(pool, task, tmp_path):

@@ -15,9 +15,8 @@ from agents.common.rollout import decode
 from envs.arrays import IntArray
 from envs.decoding.judges import Judge
 from envs.decoding.observation import Observation
-from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
-from envs.tasks.task import Example, Task
+from envs.tasks.task import Example
 
 if TYPE_CHECKING:
     from stable_baselines3.common.policies import ActorCriticPolicy
@@ -74,13 +73,7 @@ class Watched(Policy):
 
 
 def decisions_of(
-    policy: Policy,
-    threshold: float,
-    features: str,
-    pool: ModelPool,
-    task: Task,
-    examples: Sequence[Example],
-    tree: PrefixTree,
+    policy: Policy, threshold: float, features: str, examples: Sequence[Example], tree: PrefixTree
 ) -> Decisions:
     """What a policy decides while it answers problems on a replay tree.
 
@@ -88,10 +81,8 @@ def decisions_of(
         policy: that observes every state, as the actor does.
         threshold: it calls the last model below it.
         features: what the actor sees, one of `envs.decoding.observation.CHECKED_FEATURES`.
-        pool: the models.
-        task: judges the answers.
-        examples: the problems.
-        tree: of this pool and task.
+        examples: problems of the tree's task.
+        tree: whose models write.
 
     Raises:
         ValueError: the policy does not look at the states that it decides in.
@@ -99,7 +90,7 @@ def decisions_of(
     if not policy.observes:
         raise ValueError(f"{type(policy).__name__} decides before the SLM has read a state; an actor sees each")
     watched = Watched(policy, threshold, features)
-    decode(pool, task, examples, watched, threshold, max_new_tokens=tree.max_new_tokens, tree=tree, label="imitated")
+    decode(tree.pool, tree.task, examples, watched, threshold, tree.max_new_tokens, label="imitated", tree=tree)
     return watched.decisions()
 
 
