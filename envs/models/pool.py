@@ -13,9 +13,9 @@ from torch import Tensor
 
 from envs.arrays import IntArray
 from envs.costs import ModelProfile
-from envs.models.chat import encode_chat, encode_chat_reference
 from envs.models.checks import check_fits, check_same_vocabulary, warn_of_order
 from envs.models.language_model import LanguageModel
+from envs.tasks.chat import encode_chat, encode_chat_reference
 from envs.tasks.task import Example
 
 if TYPE_CHECKING:
