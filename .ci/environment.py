@@ -24,7 +24,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".installed"
 SOURCES = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-WANTED = ".[dev,docs,gguf,int8,joblib,slurm]"
+WANTED = ".[dev,docs,gguf,joblib,quanto,slurm]"
 VERSIONS = {"3.11", "3.12", "3.13"}
 ROOM = 3_000_000_000
 """Bytes that `.venv` takes with PyTorch for CPUs and some to spare; PyTorch for CUDA takes 6 GB."""

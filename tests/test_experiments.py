@@ -416,7 +416,7 @@ def test_benchmarks_print_their_report_last(suite, tmp_path, start):
         "models.rows=1",
     ]
     if suite == "pair":
-        sizes += ["pair_weights=int8", "models.dtype=bfloat16"]
+        sizes += ["pair_llms=[int8]", "models.dtype=bfloat16"]
     code, out, err = start("speed", f"suite={suite}", *sizes, f"hydra.run.dir={tmp_path}")
     assert code == 0, out + err
     report = json.loads(out.strip().splitlines()[-1])

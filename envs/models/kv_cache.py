@@ -103,7 +103,7 @@ class SlotCache(Cache):
         Raises:
             ValueError: a row would grow beyond the capacity.
         """
-        before = self._room(rows, counts)
+        before = self.room(rows, counts)
         owners = np.repeat(np.arange(len(rows)), counts)
         columns = np.arange(len(owners)) - (np.cumsum(counts) - counts - before)[owners]
         self.write_rows = torch.from_numpy(rows[owners]).to(self.device)
@@ -122,7 +122,7 @@ class SlotCache(Cache):
         Raises:
             ValueError: a row would grow beyond the capacity.
         """
-        before = self._room(rows, counts)
+        before = self.room(rows, counts)
         columns = np.arange(width) + (before + counts - width)[:, None]
         padding = columns < before[:, None]
         positions = torch.from_numpy(np.where(padding, 0, columns)).to(self.device)
@@ -134,7 +134,17 @@ class SlotCache(Cache):
         visible = torch.arange(self.read_length, device=self.device) <= positions[:, :, None]
         return positions, visible[:, None]
 
-    def _room(self, rows: IntArray, counts: IntArray) -> IntArray:
+    @property
+    def stores(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, (rows, capacity + 1, kv_heads, head_dim); None before a first pass."""
+        return [store for layer in self.layers for store in (layer.keys, layer.values)]
+
+    def room(self, rows: IntArray, counts: IntArray) -> IntArray:
+        """What each row holds before `counts` tokens are appended to it, (n,); how many columns a pass reads then.
+
+        Raises:
+            ValueError: a row would grow beyond the capacity.
+        """
         before = self.lengths[rows]
         self.read_length = int((before + counts).max())
         if self.read_length > self.capacity:

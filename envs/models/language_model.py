@@ -26,7 +26,9 @@ from envs.models.profile import own_weights, profile_of, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
 
+    from envs.models.compiled import CompiledPass
     from envs.models.kv_cache import SlotCache
 
 
@@ -59,6 +61,7 @@ class LanguageModel:
         name: what errors and reports call it.
         network: a decoder that takes a `Cache`, position ids and a 4-D boolean mask.
         tokenizer: its tokenizer.
+        compiled: passes that append one token to each row run as a graph, see `envs.models.compiled`.
 
     Attributes:
         tokens_read: by all passes since it was loaded, those that were written and read back included.
@@ -67,7 +70,9 @@ class LanguageModel:
         ValueError: the network's attention cannot take the slot cache.
     """
 
-    def __init__(self, name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, compiled: bool = False
+    ) -> None:
         check_attention(name, network.config, network)
         self.name, self.network, self.tokenizer = name, network.eval().requires_grad_(False), tokenizer
         self.tokens_read, self._counting = 0, threading.Lock()
@@ -83,6 +88,11 @@ class LanguageModel:
             network.set_attn_implementation("eager")
         self.pass_tokens = padded_tokens_per_pass(network, self.device.type)
         network.get_output_embeddings().register_forward_pre_hook(_keep_hidden)
+        self._compiled: CompiledPass | None = None
+        if compiled:
+            from envs.models.compiled import CompiledPass
+
+            self._compiled = CompiledPass(self._run, self.device, self._masked if self._capped else None)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -162,6 +172,8 @@ class LanguageModel:
             raise ValueError(f"{self.name}: row {rows[counts.argmin()]} was fed an empty chunk")
         with self._counting:
             self.tokens_read += int(counts.sum())
+        if self._compiled is not None and self._compiled.takes(cache, counts):
+            return self._compiled(cache, rows, np.concatenate(chunks))
         if self._packed:
             return self._packed_pass(cache, rows, chunks, counts, every_position)
         if every_position:
@@ -199,19 +211,24 @@ class LanguageModel:
             row[width - len(chunk) :] = chunk
         positions, visible = cache.pad(rows, counts, width)
         if self._capped:  # its attention adds the mask
-            visible = torch.zeros_like(visible, dtype=self.network.dtype).masked_fill(
-                ~visible, torch.finfo(self.network.dtype).min
-            )
+            visible = torch.where(visible, torch.zeros_like(self._masked), self._masked)
         return self._forward(cache, rows, counts, ids, positions, visible, keep)
 
     def _forward(
         self, cache: SlotCache, rows: IntArray, counts: IntArray, ids: IntArray, positions: Tensor, mask: Tensor,
         keep: int | Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        found = self._run(torch.from_numpy(ids).to(self.device), positions, mask, cache, keep)
+        cache.lengths[rows] += counts
+        return found
+
+    def _run(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, keep: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
         _PASS.wanted = True
         try:
             output = self.network(
-                input_ids=torch.from_numpy(ids).to(self.device),
+                input_ids=ids,
                 position_ids=positions,
                 attention_mask=mask,
                 past_key_values=cache,
@@ -222,5 +239,9 @@ class LanguageModel:
         finally:
             _PASS.wanted, _PASS.hidden = False, None
         assert hidden is not None, f"{self.name} did not run its head"
-        cache.lengths[rows] += counts
         return hidden, output.logits
+
+    @cached_property
+    def _masked(self) -> Tensor:
+        """What attention that adds its mask adds where nothing is to be seen."""
+        return torch.tensor(torch.finfo(self.network.dtype).min, dtype=self.network.dtype, device=self.device)

@@ -1,12 +1,11 @@
-"""Linear layers of frozen models: through oneDNN on the CPU, and with weights of 8-bit integers.
+"""Linear layers of frozen models: through oneDNN on the CPU, and with weights of 8-bit or 4-bit integers.
 
 PyTorch multiplies float32 matrices with MKL, which runs at half its speed and less on processors that are not Intel's;
 oneDNN, which PyTorch carries for other precisions, is fast on all of them. Both round differently in the last bit.
 
-Weights of 8-bit integers are optimum-quanto's. A pass over one token reads every weight once, so that half the bytes
-take about half the time. On the CPU the product is PyTorch's own (`_weight_int8pack_mm`), up to some eight rows faster
-than bfloat16's and above slower. Rows do not depend on each other: activations stay as they are, and each output has a
-scale of its own.
+Weights of integers are optimum-quanto's. A pass over one token reads every weight once, so that half the bytes take
+about half the time. The products are PyTorch's own (`_weight_int8pack_mm`, `_weight_int4pack_mm`), on the CPU faster
+than bfloat16's up to some eight rows and slower above. Rows do not depend on each other: activations stay as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +19,10 @@ from torch.nn.functional import pad
 # oneDNN prepares itself for every new shape, and hardly two passes have the same number of tokens. So rows are filled
 # up to multiples of STEP and read in pieces of PIECE: few shapes, which it keeps.
 STEP, PIECE = 32, 1024
+# Weights of 4 bits that share a scale and a shift: the one number for which optimum-quanto has a fast product.
+GROUP = 128
+# Outputs that the product packs together.
+PACK = 16
 # Small products are not worth the detour: weights below the one with rows below the other.
 FEW_WEIGHTS, FEW_ROWS = 2**18, 256
 
@@ -54,7 +57,7 @@ def use_onednn(network: nn.Module) -> None:
             module.__class__ = OneDnnLinear
 
 
-def can_use_int8() -> bool:
+def can_quantise() -> bool:
     """Whether optimum-quanto is installed."""
     try:
         return importlib.util.find_spec("optimum.quanto") is not None
@@ -62,29 +65,43 @@ def can_use_int8() -> bool:
         return False
 
 
-def use_int8(network: nn.Module) -> None:
-    """Turn the linear layers of a network, but for its head, into such with int8 weights, in place.
+def quantise(network: nn.Module, weights: str) -> None:
+    """Turn linear layers of a network, but for its head, into such with weights of integers, in place.
+
+    Args:
+        network: on the device it stays on, in half precision.
+        weights: `int8`, a scale for each output; or `int4`, a scale and a shift for each GROUP weights of an output, in
+            layers whose inputs come in such groups.
 
     Raises:
         ValueError: it has none.
     """
-    from optimum.quanto import freeze, qint8, quantize
+    from optimum.quanto import freeze, qtypes, quantize
 
-    names = _layers(network)
+    names = list(_layers(network, weights))
     if not names:
-        raise ValueError(f"{type(network).__name__} has no linear layers that int8 weights are for; say weights=null")
-    quantize(network, weights=qint8, include=names)
+        raise ValueError(f"{type(network).__name__} {NO_LAYERS.format(weights=weights)}")
+    quantize(network, weights=qtypes[f"q{weights}"], include=names)
     freeze(network)
 
 
-def int8_saving(network: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes that `use_int8` saves of a network whose weights are of `dtype`; the network may be without memory."""
-    layers = [network.get_submodule(name) for name in _layers(network)]
-    sizes = [(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, nn.Linear)]
-    return sum(inputs * outputs * (dtype.itemsize - 1) - outputs * dtype.itemsize for inputs, outputs in sizes)
+NO_LAYERS = "has no linear layers that {weights} weights are for; say weights=null"
 
 
-def _layers(network: nn.Module) -> list[str]:
-    """Paths of the linear layers, but for the head: it often is the table of tokens too."""
+def quantised_saving(network: nn.Module, weights: str, dtype: torch.dtype) -> int:
+    """Bytes that `quantise` saves of a network in `dtype`, 0 where it has no such layers; it may be without memory."""
+    saved = 0.0
+    for layer in _layers(network, weights).values():
+        inputs, outputs = layer.in_features, layer.out_features
+        scales, size = (outputs, 1.0) if weights == "int8" else (2 * outputs * inputs // GROUP, 0.5)
+        saved += inputs * outputs * (dtype.itemsize - size) - scales * dtype.itemsize
+    return int(saved)
+
+
+def _layers(network: nn.Module, weights: str) -> dict[str, nn.Linear]:
+    """Linear layers by their paths, but for the head: it often is the table of tokens too."""
     head = network.get_output_embeddings()  # type: ignore[operator]
-    return [path for path, module in network.named_modules() if type(module) is nn.Linear and module is not head]
+    linear = {path: m for path, m in network.named_modules() if type(m) is nn.Linear and m is not head}
+    if weights == "int8":
+        return linear
+    return {path: m for path, m in linear.items() if m.in_features % GROUP == 0 and m.out_features % PACK == 0}

@@ -28,6 +28,7 @@ def load_pool(
     stop: Sequence[str] = (),
     gguf_cache: str | None = None,
     weights: str | None = None,
+    compile: bool | None = None,
 ) -> ModelPool:
     """Load a pool of models, SLM first.
 
@@ -45,12 +46,19 @@ def load_pool(
         stop: texts; every token whose own text holds one of them ends a response too, as for `ModelPool`.
         gguf_cache: for every model whose spec leaves it open.
         weights: for every model whose spec leaves it open.
+        compile: for every model whose spec leaves it open.
 
     Raises:
         ValueError: any of the above fails; the error names the model and the setting to change.
     """
     specs = [
-        replace(s, gguf_cache=s.gguf_cache or gguf_cache, weights=s.weights or weights) for s in map(_spec_of, names)
+        replace(
+            s,
+            gguf_cache=s.gguf_cache or gguf_cache,
+            weights=s.weights or weights,
+            compile=compile if s.compile is None else s.compile,
+        )
+        for s in map(_spec_of, names)
     ]
     if len(specs) < 2 and rows >= 1:
         raise ValueError(f"a pool needs at least two models, the SLM first; names holds {[s.name for s in specs]}")

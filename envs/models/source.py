@@ -15,11 +15,13 @@ import torch
 from envs.models.checks import caps_scores, check_attention, head_size, text_config
 from envs.models.gguf_cache import conversion_of, is_whole, keep_conversion
 from envs.models.language_model import LanguageModel
-from envs.models.linear import can_use_int8, int8_saving, use_int8
+from envs.models.linear import NO_LAYERS, can_quantise, quantise, quantised_saving
 from envs.models.places import EMBEDDED_MODELS, embedded_folder, why_unreachable
 from envs.models.profile import cached_token
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# By how weights are kept, the precisions that their products take.
+WEIGHTS = {"int8": (torch.bfloat16, torch.float16), "int4": (torch.bfloat16,)}
 
 CONVERT = (
     "weights must be safetensors or GGUF; where you trust the model, convert it with transformers: "
@@ -40,8 +42,10 @@ class ModelSpec:
         layers: keep only the first layers of the model; all where None.
         trust_remote_code: run code from the hub; never on unless you set it.
         gguf_cache: a folder where a GGUF file is kept as ordinary weights once it was read; nothing is kept where None.
-        weights: `int8` keeps the matrices of all linear layers but the head as 8-bit integers, with a scale for each
-            output, and multiplies them as they are; as `dtype` says where None.
+        weights: `int8` or `int4` keeps the matrices of linear layers but the head as integers of so many bits, see
+            `envs.models.linear.quantise`, and multiplies them as they are; as `dtype` says where None.
+        compile: passes that append one token to each row run as one graph, by `torch.compile`, see
+            `envs.models.compiled`; they do not where None.
     """
 
     name: str
@@ -53,14 +57,18 @@ class ModelSpec:
     trust_remote_code: bool = False
     gguf_cache: str | None = None
     weights: str | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, "auto", *DTYPES):
             raise ValueError(f"{self.name}: unknown dtype {self.dtype!r}; choose one of auto, {', '.join(DTYPES)}")
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"{self.name}: layers must be at least 1, is {self.layers}")
-        if self.weights not in (None, "int8"):
-            raise ValueError(f"{self.name}: unknown weights {self.weights!r}; choose int8, or null for those of dtype")
+        if self.weights not in (None, *WEIGHTS):
+            raise ValueError(
+                f"{self.name}: unknown weights {self.weights!r}; choose one of {', '.join(WEIGHTS)}, or null for those "
+                "of dtype"
+            )
 
 
 @dataclass(frozen=True)
@@ -165,9 +173,13 @@ class Source:
         network.set_experts_implementation("batched_mm")
         return network.eval()
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that weights of integers save; 0 where there are none."""
+        return quantised_saving(self._outline, self.spec.weights, self.dtype) if self.spec.weights else 0
+
     def weight_bytes(self) -> int:
-        saved = int8_saving(self._outline, self.dtype) if self.spec.weights else 0
-        return int(sum(p.numel() for p in self._outline.parameters()) * self.dtype.itemsize) - saved
+        return int(sum(p.numel() for p in self._outline.parameters()) * self.dtype.itemsize) - self.saved_bytes
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         try:
@@ -206,8 +218,8 @@ class Source:
         if not placed:
             network = network.to(self.spec.device)
         if self.spec.weights:
-            use_int8(network)
-        return LanguageModel(self.name, network, self.tokenizer)
+            quantise(network, self.spec.weights)
+        return LanguageModel(self.name, network, self.tokenizer, compiled=bool(self.spec.compile))
 
 
 def _check_safetensors(name: str, folder: Path, options: Mapping[str, Any]) -> None:
@@ -236,19 +248,34 @@ def check_device(spec: ModelSpec) -> None:
 
     if spec.device_map and not is_accelerate_available():
         raise ValueError(f"{spec.name}: device_map needs the package accelerate; install it, or say device_map=null")
-    if spec.weights and spec.device_map:
+    for said, off in ((f"weights={spec.weights}", "weights=null"), ("compile=true", "compile=null")):
+        if spec.device_map and (spec.weights if "weights" in off else spec.compile):
+            raise ValueError(f"{spec.name}: {said} is for models on one device; say device, or {off}")
+    if spec.weights and not can_quantise():
         raise ValueError(
-            f"{spec.name}: weights={spec.weights} is for models on one device; say device, or weights=null"
+            f"{spec.name}: weights={spec.weights} needs the package optimum-quanto; pip install 'citer-gym[quanto]', "
+            "or say weights=null"
         )
-    if spec.weights and not can_use_int8():
+
+    if spec.compile and device.type == "cpu":
+        _check_compiler(spec.name)
+
+
+def _check_compiler(name: str) -> None:
+    """Refuse a CPU without a compiler, which graphs are made with."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
         raise ValueError(
-            f"{spec.name}: weights={spec.weights} needs the package optimum-quanto; pip install 'citer-gym[int8]', or "
-            "say weights=null"
-        )
+            f"{name}: compile=true needs a C++ compiler on the CPU, and none is found; install g++, or say compile=null"
+        ) from error
 
 
 def check_dtype(source: Source) -> None:
-    """Refuse a precision that the device, or int8 weights, cannot be multiplied in.
+    """Refuse a precision that the device, or weights of integers, cannot be multiplied in.
 
     Raises:
         ValueError: the error names the model and the setting to change.
@@ -256,8 +283,8 @@ def check_dtype(source: Source) -> None:
     device = torch.device(str(source.spec.device))
     if device.type == "cuda" and source.dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         raise ValueError(f"{source.name}: {source.spec.device} lacks bfloat16; say dtype=float16")
-    if source.spec.weights and source.dtype == torch.float32:
-        raise ValueError(
-            f"{source.name}: weights={source.spec.weights} are multiplied with activations in half precision; say "
-            "dtype=bfloat16"
-        )
+    weights = source.spec.weights
+    if weights and source.dtype not in WEIGHTS[weights]:
+        raise ValueError(f"{source.name}: weights={weights} are not multiplied with {source.dtype}; say dtype=bfloat16")
+    if weights and source.saved_bytes <= 0:
+        raise ValueError(f"{source.name} {NO_LAYERS.format(weights=weights)}")

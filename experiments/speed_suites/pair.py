@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -15,29 +16,31 @@ from transformers.cache_utils import DynamicCache
 
 from agents.common.policy import Policy
 from agents.common.rollout import Episode, Scheduling, decode, decode_alone
+from agents.common.saving import load_policy
 from envs.arrays import IntArray
 from envs.models.loading import load_model
 from envs.models.pool import ModelPool
-from envs.models.source import ModelSpec
+from envs.models.source import WEIGHTS, ModelSpec
 from envs.tasks.task import Example
 from experiments.common.config import build
 from experiments.common.timing import Numbers, alternated
 from experiments.evaluation.answers import Answers
 from experiments.speed_suites.latency import LLM, UNITS, over, untrained
 
+COMPILED = "compiled"
 BARE = "bare_passes"
 """The passes of LLM-only decoding and nothing else, over the cache of transformers."""
 
 
-def policies_of(config: DictConfig) -> dict[str, Policy]:
-    """The policies to time.
+def policies_of(config: DictConfig, pool: ModelPool) -> dict[str, Policy]:
+    """The policies to time: agents, and what is saved in the place of an agent of its name.
 
     Raises:
-        ValueError: one has to be trained, or has no threshold; the error says which.
+        ValueError: one has to be trained, cannot be loaded, or has no threshold; the error says which.
     """
-    found: dict[str, Policy] = {}
-    for name in config.agents:
-        found[name] = untrained(config, name)
+    found = {name: untrained(config, name) for name in config.agents if name not in config.pair_policies}
+    found |= {name: load_policy(Path(path), pool) for name, path in config.pair_policies.items()}
+    for name in found:
         if name not in config.pair_thresholds:
             raise ValueError(f"{name} has no threshold; add pair_thresholds.{name}=0.5")
     return found
@@ -53,10 +56,17 @@ def bare_passes(pool: ModelPool, example: Example, response: IntArray) -> None:
             network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
 
 
-def with_weights(pool: ModelPool, weights: str) -> ModelPool:
-    """The pool with an LLM whose weights are kept otherwise, see `envs.models.source.ModelSpec`."""
+def with_other_llm(pool: ModelPool, way: str) -> ModelPool:
+    """The pool with an LLM whose weights are kept otherwise (`int8`, `int4`) or that is `compiled`, see `ModelSpec`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if way not in (COMPILED, *WEIGHTS):
+        raise ValueError(f"unknown pair_llms {way!r}; choose of {COMPILED}, {', '.join(WEIGHTS)}")
     assert pool.recipe is not None, "pools of names know what they were loaded from"
-    spec = replace(cast("tuple[ModelSpec, ...]", pool.recipe[1])[-1], weights=weights)
+    spec = cast("tuple[ModelSpec, ...]", pool.recipe[1])[-1]
+    spec = replace(spec, compile=True) if way == COMPILED else replace(spec, weights=way)
     return ModelPool([*pool.models[:-1], load_model(spec, rows=1, capacity=pool.capacity)], pool.rows, pool.capacity)
 
 
@@ -75,22 +85,20 @@ def pair_suite(config: DictConfig) -> tuple[Numbers, Numbers]:
     """Ratios of seconds, memory traffic and FLOPs over LLM-only decoding, and milliseconds a token.
 
     `bare_passes_over_llm_only` is the share of LLM-only decoding's seconds that its passes take by themselves. With
-    `pair_weights` the LLM alone also answers with weights kept so.
+    `pair_llms` the LLM alone also answers with weights kept so, or compiled.
 
     Raises:
         ValueError: a policy cannot be timed.
         RuntimeError: a policy answers otherwise the second time.
     """
-    policies = policies_of(config)
     task, pool = build(config, "task"), build(config, "models")
+    policies = policies_of(config, pool)
     pool.profiles  # noqa: B018 (sizes are read once, by a pass of their own that is none of a decoding)
     examples = task.examples(config.pair_split, config.pair_problems, start=config.pair_start)
     new, one = config.pair_new_tokens, Scheduling(rows=1)
     last: dict[str, Episode] = {}
 
-    pools = {LLM: pool}
-    if config.pair_weights:
-        pools[f"{LLM}_{config.pair_weights}"] = with_weights(pool, config.pair_weights)
+    pools = {LLM: pool, **{f"{LLM}_{way}": with_other_llm(pool, way) for way in config.pair_llms}}
 
     def alone(name: str, example: Example) -> Episode:
         return decode_alone(pools[name].models[-1], task, [example], new, one, pool=pools[name])[0]
