@@ -79,7 +79,8 @@ def main(config: DictConfig, folder: Path, begin: Begin) -> None:
 
     def keep(run: Run) -> None:
         if store is not None and not store.has(run):
-            store.add(run, made_on, whole_trace=run.seed in config.seeds[: config.whole_traces])
+            whole = run.seed in config.seeds[: config.whole_traces] and run.agent not in config.further
+            store.add(run, made_on, whole_trace=whole)
 
     if store is not None:
         store.check_settings(runs)

@@ -8,6 +8,7 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,7 +17,7 @@ from experiments.evaluation.kept import MANIFEST, KeptEvaluation
 from experiments.evaluation.merge import ALONE
 from experiments.published.entries import entries
 from experiments.published.run_file import RUNS, PublishedRun
-from experiments.published.store import Store
+from experiments.published.store import CANARIES, Store
 from experiments.report import main as report
 from experiments.reporting.tables import with_interval
 from experiments.traces.trace import read_trace
@@ -49,6 +50,15 @@ def test_the_core_table_was_made_with_the_settings_that_it_has_today(tmp_path):
     runs = runs_of(composed("leaderboard", "experiment=benchmark_page"), tmp_path)
     assert ROWS.keys() <= {run.name for run in runs}
     ARITHMETIC.check_settings([run for run in runs if run.seed == 0])
+
+
+def test_traces_of_all_problems_ship_for_the_first_seed_of_core_agents(tmp_path):
+    config = composed("leaderboard", "experiment=benchmark_page")
+    for run in runs_of(config, tmp_path):
+        trace = ARITHMETIC.folder / "traces" / f"{run.name}.parquet"
+        if trace.is_file():
+            whole = run.seed == config.seeds[0] and run.agent not in config.further
+            assert pq.read_metadata(trace).num_rows == (1000 if whole else CANARIES), run.name
 
 
 def test_shipped_rows_are_reported_on_beside_others(tmp_path, capsys):
