@@ -1,8 +1,12 @@
 """Passes of one token as a graph: they are those of the cache without one, whatever rows they take."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 from agents.common.rollout import Scheduling, decode
 from agents.heuristics import Uncertainty
@@ -32,6 +36,7 @@ def traced(monkeypatch):
         return counted
 
     monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr("envs.models.source._check_compiler", lambda name: None)  # none is needed then
     return calls
 
 
@@ -106,6 +111,7 @@ def test_answers_of_a_pool_are_those_without_graphs(task, pool, traced):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
 def test_a_compiled_graph_writes_the_same_answers(task, pool):
     """The real compiler, in float32; sums are added in another order, so that near ties alone may fall otherwise."""
     graphed = load_pool(["embedded/slm", "embedded/llm"], dtype="float32", rows=1, verbose=False, compile=True)
@@ -116,6 +122,15 @@ def test_a_compiled_graph_writes_the_same_answers(task, pool):
     )
     same = [one.tokens.tolist() == other.tokens.tolist() for one, other in zip(ours, theirs, strict=True)]
     assert sum(same) >= 11
+
+
+def test_a_cpu_without_a_compiler_is_refused(monkeypatch):
+    def missing():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match=re.escape("embedded/slm: compile=true needs a C++ compiler on the CPU, and")):
+        load_pool(["embedded/slm", "embedded/llm"], compile=True)
 
 
 def test_a_model_over_several_devices_is_refused():

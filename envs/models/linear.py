@@ -23,6 +23,7 @@ STEP, PIECE = 32, 1024
 GROUP = 128
 # Outputs that the product packs together.
 PACK = 16
+NO_LAYERS = "has no linear layers that {weights} weights are for; say weights=null"
 # Small products are not worth the detour: weights below the one with rows below the other.
 FEW_WEIGHTS, FEW_ROWS = 2**18, 256
 
@@ -83,9 +84,6 @@ def quantise(network: nn.Module, weights: str) -> None:
         raise ValueError(f"{type(network).__name__} {NO_LAYERS.format(weights=weights)}")
     quantize(network, weights=qtypes[f"q{weights}"], include=names)
     freeze(network)
-
-
-NO_LAYERS = "has no linear layers that {weights} weights are for; say weights=null"
 
 
 def quantised_saving(network: nn.Module, weights: str, dtype: torch.dtype) -> int:
