@@ -59,15 +59,29 @@ def keep_splits(folder: Path, made_by: Mapping[str, Any], models: Sequence[str])
     Raises:
         ValueError: something else made them, or models in an order that was not kept; the error says what to do.
     """
-    from envs.storage import keep_manifest
+    from envs.storage import check_manifest, write_manifest
 
-    path = folder / "manifest.json"
-    if path.is_file() and "models" not in json.loads(path.read_text()):
+    path, about = folder / "manifest.json", {**made_by, "models": list(models)}
+    if not path.is_file():
+        write_manifest(path, about)
+        return
+    kept = json.loads(path.read_text())
+    if "models" not in kept:
         raise ValueError(
             f"{folder} was written by a version that kept no order of the models, and every second start had another: "
             f"delete {folder}, and start again (what the models answered stays)"
         )
-    keep_manifest(path, {**made_by, "models": list(models)})
+    check_manifest(path, _told(kept), _told(about))
+
+
+def _told(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What made splits, without those settings of a pool that are of the machine, or came later."""
+    from experiments.evaluation.kept import MODELS
+
+    outcomes = made_by["outcomes"]
+    if "pool" not in outcomes:
+        return dict(made_by)
+    return {**made_by, "outcomes": {**outcomes, "pool": {key: outcomes["pool"].get(key) for key in MODELS}}}
 
 
 def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from envs.models.pool import ModelPool
 from envs.tasks.arithmetic import ArithmeticTask
 from envs.tasks.task import Example
 from experiments.common.config import CONF, build, register_schemas
-from experiments.queries import compare
+from experiments.queries import compare, keep_splits
 from experiments.query_routing.archive import pack
 from experiments.query_routing.sources import PoolAnswers
 from experiments.query_routing.splits import (
@@ -370,3 +370,15 @@ def test_routers_beat_guessing_on_real_outcomes(tmp_path):
     summary = compare(config, tmp_path)
     for name in ("routellm_mf", "routellm_sw", "uniroute_kmeans", "knn"):
         assert summary["policies"][name]["measures"]["apgr"]["interval"][0] > 0.5, name
+
+
+def test_splits_go_with_another_machine_and_not_with_other_models(tmp_path):
+    def made_by(**pool):
+        return {"outcomes": {"pool": {"names": ["one", "two"], "dtype": "float32", **pool}}, "seed": 0}
+
+    keep_splits(tmp_path, made_by(rows=8), ["one", "two"])
+    keep_splits(tmp_path, made_by(rows=4, device="cuda", later=None), ["one", "two"])
+    with pytest.raises(ValueError, match="was made with outcomes"):
+        keep_splits(tmp_path, made_by(dtype="bfloat16"), ["one", "two"])
+    with pytest.raises(ValueError, match="was made with seed 0, this run has 1"):
+        keep_splits(tmp_path, {**made_by(), "seed": 1}, ["one", "two"])
