@@ -76,12 +76,12 @@ def keep_splits(folder: Path, made_by: Mapping[str, Any], models: Sequence[str])
 
 def _told(made_by: Mapping[str, Any]) -> dict[str, Any]:
     """What made splits, without those settings of a pool that are of the machine, or came later."""
-    from experiments.evaluation.kept import MODELS
+    from experiments.evaluation.kept import settings_of_models
 
     outcomes = made_by["outcomes"]
     if "pool" not in outcomes:
         return dict(made_by)
-    return {**made_by, "outcomes": {**outcomes, "pool": {key: outcomes["pool"].get(key) for key in MODELS}}}
+    return {**made_by, "outcomes": {**outcomes, "pool": settings_of_models(outcomes["pool"])}}
 
 
 def compare(config: DictConfig, folder: Path, begin: Begin = lambda: None) -> dict[str, Any]:

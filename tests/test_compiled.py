@@ -17,6 +17,11 @@ from envs.models.loading import load_pool
 from tests.test_profile import ARCHITECTURES, network
 
 FAST = ["llama", "gemma2", "gpt_neox"]
+BROKEN = [
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "hunyuan_v1_moe",
+    "ernie4_5_moe", "deepseek_v2", "deepseek_v3",
+]  # fmt: skip
+"""What goes on by values that a graph does not know: which expert a token goes to, one after the other as here."""
 
 
 @pytest.fixture
@@ -25,9 +30,9 @@ def traced(monkeypatch):
     calls = []
     ours = torch.compile
 
-    def compile_(step, dynamic, mode):
-        assert (dynamic, mode) == (False, None)
-        graph = ours(step, dynamic=dynamic, backend="eager")
+    def compile_(step, dynamic, mode, fullgraph):
+        assert (dynamic, mode, fullgraph) == (False, None, True)
+        graph = ours(step, dynamic=dynamic, backend="eager", fullgraph=fullgraph)
 
         def counted(*inputs):
             calls.append(inputs[0].shape)
@@ -64,6 +69,10 @@ def feeds(model, capacity=60):
 def test_a_graph_gives_what_the_cache_without_one_gives(architecture, make_tokenizer, traced, monkeypatch):
     monkeypatch.setattr(compiled, "FEWEST_COLUMNS", 16)
     plain, graphed = pair_of(architecture, make_tokenizer())
+    if architecture in BROKEN:
+        with pytest.raises(ValueError, match="passes of this network cannot be one graph"):
+            feeds(graphed)
+        return
     (expected, lengths), (found, ours) = feeds(plain), feeds(graphed)
     assert ours == lengths
     assert [shape[1] for shape in traced] == [1, 2, 4, 1, 2]  # rows, filled up; what has a longer chunk goes without

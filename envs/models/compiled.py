@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 MOST_ROWS = 64
 """Passes of more rows are bound by their products, and go without a graph."""
 FEWEST_COLUMNS = 128
-SHAPES = 64
-"""Graphs that are kept: what `torch.compile` calls recompilations, of which it allows 8 by itself."""
+SHAPES = 1024
+"""Graphs that are kept, of all models: what `torch.compile` calls recompilations, of which it allows 8 by itself."""
 
 Pass = Callable[[Tensor, Tensor, Tensor, Cache, int], tuple[Tensor, Tensor]]
-"""Token ids, positions, mask, cache and how many last positions to keep, to hidden states and logits."""
+"""Token ids, positions, boolean mask, cache and how many last positions to keep, to hidden states and logits."""
 
 
 class _FixedLayer(CacheLayerMixin):
@@ -68,27 +68,28 @@ class CompiledPass:
     Args:
         run: the model's own pass.
         device: of the model and its caches.
-        masked: the number that its attention adds where nothing is to be seen, in its precision; None where it takes a
-            boolean mask.
     """
 
-    def __init__(self, run: Pass, device: torch.device, masked: Tensor | None = None) -> None:
-        self._run, self._masked = run, masked
+    def __init__(self, run: Pass, device: torch.device) -> None:
+        self._run = run
         self._captured = device.type == "cuda"
-        self._graph = torch.compile(self._step, dynamic=False, mode="reduce-overhead" if self._captured else None)
+        # between the parts of a graph that breaks, what the head has read would be lost
+        mode = "reduce-overhead" if self._captured else None
+        self._graph = torch.compile(self._step, dynamic=False, mode=mode, fullgraph=True)
 
     @staticmethod
     def takes(cache: SlotCache, counts: IntArray) -> bool:
         """Whether a pass that appends `counts` tokens to rows, (n,), is one of these."""
-        return int(counts.max()) == 1 and len(counts) <= MOST_ROWS and cache.stores[0] is not None
+        return int(counts.max()) == 1 and len(counts) <= MOST_ROWS and cache.layers[0].is_initialized
 
     def __call__(self, cache: SlotCache, rows: IntArray, tokens: IntArray) -> tuple[Tensor, Tensor]:
         """Append `tokens[i]` to row `rows[i]`; hidden states (n, width) and logits (n, vocab).
 
         Raises:
-            ValueError: a row is full.
+            ValueError: a row is full, or the network cannot be one graph.
         """
         from torch._dynamo import config, mark_static_address
+        from torch._dynamo.exc import TorchDynamoException
 
         before = cache.room(rows, np.ones(len(rows), dtype=np.int64))
         size = 1 << (len(rows) - 1).bit_length()
@@ -97,12 +98,17 @@ class CompiledPass:
         inputs[:, : len(rows)] = tokens, rows, before
         inputs[:, len(rows) :] = np.array([tokens[0], rows[0], cache.capacity])[:, None]
         length = min(max(FEWEST_COLUMNS, 1 << (cache.read_length - 1).bit_length()), cache.capacity + 1)
+        stores = cache.stores
         if self._captured:
-            for store in cache.stores:
+            for store in stores:
                 mark_static_address(store)
             torch.compiler.cudagraph_mark_step_begin()
-        with config.patch(recompile_limit=SHAPES):
-            hidden, logits = self._graph(torch.from_numpy(inputs).to(cache.device), cache.stores, length)
+        with config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES):
+            try:
+                hidden, logits = self._graph(torch.from_numpy(inputs).to(cache.device), stores, length)
+            except TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"passes of this network cannot be one graph ({reason}); say compile=null") from error
         if self._captured:  # the next replay writes where these lie
             hidden, logits = hidden.clone(), logits.clone()
         cache.lengths[rows] += 1
@@ -113,8 +119,6 @@ class CompiledPass:
         capacity = stores[0].shape[1] - 1
         positions = torch.where(columns < capacity, columns, 0)[:, None]
         mask = (torch.arange(length, device=inputs.device) <= positions)[:, None, None]
-        if self._masked is not None:
-            mask = torch.where(mask, torch.zeros_like(self._masked), self._masked)
         pairs = zip(stores[::2], stores[1::2], strict=True)
         cache = Cache(layers=[_FixedLayer(keys, values, rows, columns, length) for keys, values in pairs])
         hidden, logits = self._run(ids[:, None], positions, mask, cache, 1)

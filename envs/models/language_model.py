@@ -92,7 +92,7 @@ class LanguageModel:
         if compiled:
             from envs.models.compiled import CompiledPass
 
-            self._compiled = CompiledPass(self._run, self.device, self._masked if self._capped else None)
+            self._compiled = CompiledPass(self._run, self.device)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -210,8 +210,6 @@ class LanguageModel:
         for row, chunk in zip(ids, chunks, strict=True):
             row[width - len(chunk) :] = chunk
         positions, visible = cache.pad(rows, counts, width)
-        if self._capped:  # its attention adds the mask
-            visible = torch.where(visible, torch.zeros_like(self._masked), self._masked)
         return self._forward(cache, rows, counts, ids, positions, visible, keep)
 
     def _forward(
@@ -225,6 +223,8 @@ class LanguageModel:
     def _run(
         self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, keep: int | Tensor
     ) -> tuple[Tensor, Tensor]:
+        if self._capped:  # its attention adds the mask
+            mask = torch.where(mask, torch.zeros_like(self._masked), self._masked)
         _PASS.wanted = True
         try:
             output = self.network(

@@ -248,15 +248,17 @@ def check_device(spec: ModelSpec) -> None:
 
     if spec.device_map and not is_accelerate_available():
         raise ValueError(f"{spec.name}: device_map needs the package accelerate; install it, or say device_map=null")
-    for said, off in ((f"weights={spec.weights}", "weights=null"), ("compile=true", "compile=null")):
-        if spec.device_map and (spec.weights if "weights" in off else spec.compile):
-            raise ValueError(f"{spec.name}: {said} is for models on one device; say device, or {off}")
+    alone = {"weights": spec.weights, "compile": spec.compile and "true"}
+    for setting, value in alone.items():
+        if spec.device_map and value:
+            raise ValueError(
+                f"{spec.name}: {setting}={value} is for models on one device; say device, or {setting}=null"
+            )
     if spec.weights and not can_quantise():
         raise ValueError(
             f"{spec.name}: weights={spec.weights} needs the package optimum-quanto; pip install 'citer-gym[quanto]', "
             "or say weights=null"
         )
-
     if spec.compile and device.type == "cpu":
         _check_compiler(spec.name)
 

@@ -26,8 +26,11 @@ SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracl
 """What the manifests of one experiment agree in."""
 SHIPPED = "shipped.json"
 """In an evaluation that was unpacked: the pieces whose traces came with it, and how many episodes each holds."""
-MODELS = ("names", "dtype")
-"""Settings of a pool that change what it writes; the others are of the machine."""
+
+
+def settings_of_models(pool: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a pool that change what it writes; the others are of the machine."""
+    return {key: pool.get(key) for key in ("names", "dtype")}
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class KeptEvaluation:
         if self.config:
             about["program"] = f"experiments.{self.program}"
             about["settings of the task"] = self.config.get("task")
-            about["settings of the models"] = {key: self.config.get("models", {}).get(key) for key in MODELS}
+            about["settings of the models"] = settings_of_models(self.config.get("models", {}))
         return about
 
     def settings(self, policy: str) -> dict[str, Any]:

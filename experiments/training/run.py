@@ -20,7 +20,7 @@ from envs.tasks.task import Task
 from experiments.common.config import build, build_settings
 from experiments.common.program import Begin
 from experiments.common.tracking import Jsonl, Tracker, Wandb
-from experiments.evaluation.kept import MODELS
+from experiments.evaluation.kept import settings_of_models
 from experiments.evaluation.runner import evaluate
 from experiments.evaluation.settings import EvaluationSettings
 from experiments.reporting.figures import plot_learning
@@ -160,7 +160,7 @@ def train_as_configured(config: DictConfig, folder: Path, name: str, begin: Begi
     made_by = {key: plain[key] for key in ("task", "seed")}
     # how answers share passes changes none
     made_by["agent"] = {key: value for key, value in plain["agent"].items() if key != "scheduling"}
-    made_by["models"] = {key: plain["models"].get(key) for key in MODELS}
+    made_by["models"] = settings_of_models(plain["models"])
     evaluated_by = plain["evaluation"] if config.evaluate else None
     if read_trained(folder, made_by) is not None and _is_complete(folder, evaluated_by):
         print(f"{folder} is complete, nothing is left to do")
