@@ -269,6 +269,23 @@ def test_operating_points_are_compared_pair_by_pair():
     assert [against["value"], *against["interval"]] == pytest.approx([2, 2, 2])
 
 
+def test_policies_are_compared_with_the_first_the_cheapest_and_citer():
+    runs = {name: [[answers(right(0.95), cost)]] for name, cost in (("first", 0.4), ("citer", 0.3), ("cheap", 0.2))}
+    results = Results({}, Baselines(SLM, LLM, None, None, 0), runs, frozenset(), {name: [[0.1]] for name in runs})
+    said = summarize(results, samples=20)["policies"]
+    for policy in said.values():
+        assert {key for key in policy if key.startswith("against_")} == {
+            "against_first",
+            "against_citer",
+            "against_cheap",
+        }
+    assert (
+        said["cheap"]["against_citer"]["ratio_at_0.95"]["value"]
+        < 1
+        < said["first"]["against_citer"]["ratio_at_0.95"]["value"]
+    )
+
+
 def test_points_chosen_on_the_very_problems_are_said_to_be():
     baselines = Baselines(SLM, LLM, None, None, 0, validation=(SLM, LLM))
     runs = [[answers(right(0.95), 0.3)]]

@@ -170,8 +170,9 @@ def test_savings_follow_from_ratios_and_gains_from_the_rivals_losses():
         "gain_at_0.25": {"value": -0.2, "interval": [-0.3, -0.1]},
         "gain_at_0.50": {"value": -0.05, "interval": [-0.06, 0.01]},
     }
-    page = headlines({"first": "citer", "policies": {"collm": {"against_citer": against}}})
+    page = headlines({"policies": {"collm": {"against_citer": against}}})
     assert "50% [38%, 75%] | up to 27% | 20.0 [10.0, 30.0] | 5.0 [-1.0, 6.0] | up to 17" in page
+    assert headlines({"policies": {"collm": {"against_entropy": against}}}) == ""
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ PRINTED = {
     "docs/evaluation.md": "tests/test_intervals.py",
     "docs/guides/clusters.md": "python plan.py",
     "docs/guides/traces.md": "python -m experiments.verify",
-    "docs/real-pair.md": "python -m experiments.leaderboard experiment=real_pair launcher=basic first=entropy",
+    "docs/real-pair.md": "python -m experiments.leaderboard experiment=real_pair launcher=basic",
     "docs/guides/large_pairs.md": "python -m pytest -m '' tests/test_large_pairs.py",
     "docs/studies/checking.md": "at_99_percent(replace(saved, **settings))",
 }

@@ -214,19 +214,25 @@ def numbers(value, name=""):
     return {name: value} if isinstance(value, int | float) else {}
 
 
-def test_the_rows_of_the_real_pair_were_made_with_the_settings_that_it_has_today(tmp_path):
-    store = Store(ARITHMETIC.folder.parent / "commonsense_qa")
-    runs = runs_of(composed("leaderboard", "experiment=real_pair"), tmp_path)
+REAL_PAIR = {"commonsense_qa": "real_pair", "gsm8k": "real_pair_gsm8k"}
+"""The experiment that made a track of the pretrained pair."""
+
+
+@pytest.mark.parametrize("track", REAL_PAIR)
+def test_the_rows_of_the_real_pair_were_made_with_the_settings_that_it_has_today(track, tmp_path):
+    store = Store(ARITHMETIC.folder.parent / track)
+    runs = runs_of(composed("leaderboard", f"experiment={REAL_PAIR[track]}"), tmp_path)
     assert {path.stem for path in store.rows()} <= {run.name for run in runs}
     store.check_settings(runs)
 
 
 @pytest.mark.slow
-def test_the_table_of_the_real_pair_is_what_its_rows_say(tmp_path):
+@pytest.mark.parametrize("track", REAL_PAIR)
+def test_the_table_of_the_real_pair_is_what_its_rows_say(track, tmp_path):
     """Its models are not here: the canaries are not decoded, but every number comes out of the rows again."""
-    report([str(ARITHMETIC.folder.parent / "commonsense_qa"), "--first", "entropy", "--out", str(tmp_path)])
+    report([str(ARITHMETIC.folder.parent / track), "--first", "entropy", "--out", str(tmp_path)])
     made = entries(json.loads((tmp_path / "summary.json").read_text()), {}, {})
-    shipped = json.loads((ARITHMETIC.folder.parent / "leaderboard.json").read_text())["tracks"]["commonsense_qa"]
+    shipped = json.loads((ARITHMETIC.folder.parent / "leaderboard.json").read_text())["tracks"][track]
     rows = [{key: value for key, value in row.items() if key in made[0]} for row in shipped["agents"]]
     for row in (*made, *rows):
         del row["training"]

@@ -201,6 +201,17 @@ def test_scores_may_be_arrays_of_any_layout_and_choose_what_tensors_choose(pool,
         assert choose_thresholds(record_scores(decoder, {"mine": Scoring(scores)}), [0.3, 0.6]) == thresholds
 
 
+def test_a_rule_that_seldom_calls_is_evaluated_where_it_calls():
+    """Quantiles below its share of zeros would all be zero, a threshold at which the LLM is never called."""
+    rule, learned = np.repeat([0.0, 1.0], [9, 1]), np.linspace(0, 1, 10)
+    scores = {"rule": rule, "learned": learned, "constant": np.zeros(10)}
+    assert choose_thresholds(scores, [0.1, 0.3, 0.5]) == {
+        "rule": [1.0],
+        "learned": np.quantile(learned, [0.1, 0.3, 0.5]).tolist(),
+        "constant": [0.0],
+    }
+
+
 def test_an_observation_is_tensors_on_one_device(pool, task):
     class Spy(Policy):
         def __init__(self):

@@ -24,6 +24,8 @@ from experiments.measures.metrics import (
 )
 
 BAND_POINTS, BAND_SAMPLES = 40, 200
+PUBLISHED = "citer"
+"""The agent that the paper compares with its rivals: where it is there, the others are compared with it too."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
         for name, seeds in results.policies.items()
     }
     least = cheapest({name: own for name, (own, _) in measured.items()})
+    compared_with = [name for name in dict.fromkeys((results.first, least, PUBLISHED)) if name in measured]
 
     def summarized(
         own: Mapping[str, Estimate], chosen: Mapping[str, OperatingPoint], answers: Answered
@@ -121,7 +124,7 @@ def summarize(results: Results, unit: str = "bytes", samples: int = 1000, seed: 
             **{
                 f"against_{other}": _compared(own, measured[other][0])
                 | _compared_points(chosen, measured[other][1], f"cost_{unit}")
-                for other in (results.first, least)
+                for other in compared_with
             },
         }
 

@@ -78,6 +78,9 @@ def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy]) -> di
 def choose_thresholds(scores: Mapping[str, FloatArray], llm_shares: Sequence[float]) -> dict[str, list[float]]:
     """Thresholds at quantiles of each policy's score, so that curves are evenly covered.
 
+    A score of no more values than there are quantiles, such as a rule's zero and one, gets every threshold that tells
+    two of them apart: all of its quantiles may be the least value, at which the LLM is never called.
+
     Args:
         scores: of each policy, see `record_scores`.
         llm_shares: the quantiles, each in (0, 1).
@@ -85,7 +88,13 @@ def choose_thresholds(scores: Mapping[str, FloatArray], llm_shares: Sequence[flo
     Returns:
         Rising thresholds of each policy, those that are equal once.
     """
-    return {name: np.unique(np.quantile(some, np.array(llm_shares))).tolist() for name, some in scores.items()}
+    return {name: _thresholds(np.unique(some), some, llm_shares).tolist() for name, some in scores.items()}
+
+
+def _thresholds(values: FloatArray, scores: FloatArray, llm_shares: Sequence[float]) -> FloatArray:
+    if 1 < len(values) <= len(llm_shares):
+        return values[1:]
+    return np.unique(np.quantile(scores, np.array(llm_shares)))
 
 
 def quantiles(scores: Mapping[str, FloatArray]) -> dict[str, list[float]]:

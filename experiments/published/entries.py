@@ -109,8 +109,8 @@ def entries(
                 "aiq": policy["measures"]["aiq"],
                 "against": {
                     other: policy[f"against_{other}"]
-                    for other in (summary["first"], summary["cheapest"])
-                    if other != name
+                    for other in summary["policies"]
+                    if f"against_{other}" in policy and other != name
                 },
                 "seconds_over_llm_only": seconds.get(name),
                 "training": training.get(name),

@@ -39,12 +39,12 @@ PAPER = (
 
 
 def headlines(summary: Mapping[str, Any]) -> str:
-    """CITER against what the paper compares it with; empty where neither is there, or others are compared."""
+    """CITER against what the paper compares it with; empty where neither is there."""
     rows = [
         _headline_row(headline, agent, summary["policies"][agent]["against_citer"])
         for headline in PAPER
         for agent in headline.agents
-        if agent in summary["policies"] and summary["first"] == "citer"
+        if "against_citer" in summary["policies"].get(agent, {})
     ]
     if not rows:
         return ""
