@@ -18,6 +18,7 @@ from agents.router.network import RouterNetwork
 from agents.router.policy import RouterPolicy
 from envs.arrays import UNKNOWN
 from envs.costs import MemoryTraffic, Seconds
+from envs.decoding.judges import GAP, RANK
 from envs.decoding.observation import FEATURES, feature_width
 from envs.decoding.sampling import Sampling
 from envs.decoding.session import Session
@@ -235,6 +236,32 @@ def test_where_models_write_the_same_token_their_actions_share_a_child(pool, pas
         assert sum(name == pool.names[1] for name, _ in passes) == expected
         assert len(tree) == 15
         assert np.array_equal(asked.writers(0), agreed)
+
+
+def test_opinions_agree_with_the_choice_that_is_known(pool, monkeypatch):
+    """Another pass may find another of two equally likely tokens first; no draft is refused to be written again."""
+    task = FirstExamples(ArithmeticTask("hard"), 1)
+    row, tree = np.array([0]), PrefixTree(pool, task, 14)
+    session = TreeSession(tree, 1)
+    session.start(row, [pool.encode(task.example("train", 0).prompt)])
+    for _ in range(14):
+        session.step(row, np.array([0]))
+    path, end = session.nodes(0)[:-1], session.nodes(0)[-1:]
+    explorer = TreeExpander(tree, 1)
+    explorer.read_along(row, end, 1)
+    own = tree.tokens[path, 1] == tree.tokens[path, 0]
+    assert 0 < own.sum() < len(path)
+    read = explorer.session.read_with_opinions
+
+    def contradicting(*arguments):
+        choices, thought = read(*arguments)
+        thought[:, GAP], thought[:, RANK] = 0.01, (thought[:, RANK] == 0).float()
+        return choices, thought
+
+    monkeypatch.setattr(explorer.session, "read_with_opinions", contradicting)
+    explorer.read_along(row, end, 1, opinions=True)
+    np.testing.assert_array_equal(tree.opinions[path, 0, RANK] == 0, own)
+    np.testing.assert_array_equal(tree.opinions[path, 0, GAP], np.where(own, 0, np.float32(0.01)))
 
 
 def test_tokens_learned_before_or_after_a_child_share_it(pools, few):

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.arrays import UNKNOWN, BoolArray, IntArray
+from envs.decoding.judges import GAP, RANK, Opinions
 from envs.decoding.observation import LOGIT_FEATURES, all_features
 from envs.decoding.teacher_forcing import TeacherSession
 from envs.prefix_tree.tree import GOING_ON, TERMINATED, TRUNCATED, PrefixTree
@@ -119,13 +120,16 @@ class TreeExpander:
             drafts = [tree.tokens[path, 0].astype(np.int64) for path in unread]
             last = np.zeros(len(todo), dtype=bool)
             choices, thought = self.session.read_with_opinions(rows[todo], model, last, drafts)
-            tree.learn_opinions(np.concatenate(unread), model, thought.float().cpu().numpy())
         else:
-            choices = self.session.read_along(rows[todo], model)
+            choices, thought = self.session.read_along(rows[todo], model), None
         for path, tokens in zip(unread, choices, strict=True):
             unknown = np.flatnonzero(tree.tokens[path, model] == UNKNOWN)
             along = tokens[len(tokens) - len(path) :]
             tree.learn_tokens(path[unknown], np.full(len(unknown), model), along[unknown])
+        if thought is not None:
+            read = np.concatenate(unread)
+            own = tree.tokens[read, model] == tree.tokens[read, 0]
+            tree.learn_opinions(read, model, _as_known(thought.float().cpu().numpy(), own))
 
     def forget(self, rows: IntArray) -> None:
         """Let live rows, (n,), stand nowhere: what comes next in them is read from the prompt on."""
@@ -214,3 +218,13 @@ class TreeExpander:
         assert observation.logits is not None
         features = all_features(observation.hidden, observation.logits).cpu().numpy()
         return features, self.pool.greedy(0, observation.logits)
+
+
+def _as_known(opinions: Opinions, own: BoolArray) -> Opinions:
+    """Opinions of tokens, (n, OPINION), that agree with which of them the model is known to write itself, (n,).
+
+    Another pass may have told that. Passes of other shapes round otherwise, and of two tokens that are equally likely
+    they may find either the likelier one: a draft would be taken back, and the very same token written in its place.
+    """
+    rank = np.where(own, 0, np.maximum(opinions[:, RANK], 1))
+    return np.stack([np.where(own, 0, opinions[:, GAP]), rank], axis=-1).astype(np.float32)
