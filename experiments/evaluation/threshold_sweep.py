@@ -88,10 +88,11 @@ def choose_thresholds(scores: Mapping[str, FloatArray], llm_shares: Sequence[flo
     Returns:
         Rising thresholds of each policy, those that are equal once.
     """
-    return {name: _thresholds(np.unique(some), some, llm_shares).tolist() for name, some in scores.items()}
+    return {name: _thresholds(some, llm_shares).tolist() for name, some in scores.items()}
 
 
-def _thresholds(values: FloatArray, scores: FloatArray, llm_shares: Sequence[float]) -> FloatArray:
+def _thresholds(scores: FloatArray, llm_shares: Sequence[float]) -> FloatArray:
+    values = np.unique(scores)
     if 1 < len(values) <= len(llm_shares):
         return values[1:]
     return np.unique(np.quantile(scores, np.array(llm_shares)))
