@@ -169,6 +169,7 @@ class Citer(Learner[RouterPolicy]):
             examples=columns["example"],
             kept=columns["label"] != DROPPED,
             width=feature_width(self.features, run.pool.slm.width),
+            counts=self.labels.counts(columns),
         )
         name = f"round {number}"
         network, report = fit_router(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,61 @@ def test_a_label_in_case_2_follows_its_rollouts():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="unknown case_2 'slm'; choose one of llm, rollout"):
         Labels(case_2="slm")
+
+
+def test_a_sample_of_rollouts_is_even_over_examples_and_the_rest_is_left_out():
+    rng = np.random.default_rng(0)
+    example = np.repeat([3, 4, 9, 5], [40, 1, 30, 50])  # as they lie in a batch
+    columns = {
+        "example": example,
+        "case": rng.integers(1, 4, len(example)),
+        "slm_token": np.zeros(len(example), dtype=int),
+        "llm_token": rng.integers(0, 2, len(example)),
+    }
+    for every in (2, 3, 7):
+        for needed in (Labels(), Labels(on_agreement="slm"), Labels(case_2="rollout")):
+            labels, all_of_them = replace(needed, rollout_every=every), needed.rolled_out(columns)
+            drawn = labels.rolled_out(columns)
+            assert not (drawn & ~all_of_them).any()
+            for number in np.unique(example):
+                own = drawn[all_of_them & (example == number)]
+                places = np.flatnonzero(own)
+                assert set(np.diff(places)) <= {every}
+                assert places.size == 0 or (places[0] < every and places[-1] >= len(own) - every)
+            # whatever else is in the batch, an example's tokens are the same
+            alone = [labels.rolled_out({k: v[example == n] for k, v in columns.items()}) for n in (3, 4, 9, 5)]
+            assert drawn.tolist() == np.concatenate(alone).tolist()
+            outcome = np.where(drawn, 1, UNKNOWN).astype(np.int8)
+            found = labels.of({**columns, "slm_outcome": outcome, "llm_outcome": outcome})
+            kept = needed.of({**columns, "slm_outcome": np.ones_like(outcome), "llm_outcome": np.ones_like(outcome)})
+            assert found.tolist() == np.where(all_of_them & ~drawn, DROPPED, kept).tolist()
+            assert labels.counts(columns).tolist() == np.where(drawn, every, 1).tolist()
+            assert needed.counts(columns) is None
+    first = {
+        tuple(np.flatnonzero(Labels(rollout_every=2).rolled_out({**columns, "example": example + n}))) for n in (0, 1)
+    }
+    assert len(first) == 2  # two examples with the same tokens give others of them
+    assert Labels(rollout_every=2).rolled_out({k: v[:0] for k, v in columns.items()}).shape == (0,)
+    for bad in ({"rollout_every": 0}, {"rollout_every": 2, "case_3": "llm"}):
+        with pytest.raises(ValueError, match=r"rollout_every is .: it must be at least 1, and 1 where neither"):
+            Labels(**bad)
+
+
+def test_training_sees_the_sample_alone_in_all_rounds(pool, task, tmp_path):
+    rows: list[dict] = []
+    labels = Labels(rollout_every=3)
+    Citer(**QUICK, labels=labels).fit(pool, task, seed=1, track=rows.append, folder=tmp_path)
+    first, second = (columns_of(PreferenceStore.open(tmp_path / f"round-{number}")) for number in (1, 2))
+    rolled = labels.rolled_out(first)
+    third = first["case"] == 3
+    assert 0 < rolled.sum() < third.sum()
+    assert ((first["slm_outcome"] != UNKNOWN) == rolled).all()
+    assert ((first["label"] == DROPPED) == (third & ~rolled)).all()
+    assert second["position"].tolist() == first["position"][rolled].tolist()
+    assert DROPPED not in second["label"]
+    for row in (row for row in rows if "slm_rollouts" in row):
+        assert row["slm_rollouts"] == rolled.sum()
+        assert sum(kind["dropped"] for kind in row["composition"]["case_3"].values()) == (third & ~rolled).sum()
 
 
 def test_the_rule_knows_outcomes_in_case_2():
@@ -365,6 +421,28 @@ def labelled(count=50, examples=5):
     return LabelledTokens.in_memory(
         features, rng.random(count) < 0.5, np.repeat(np.arange(examples), count // examples)
     )
+
+
+def test_a_row_that_counts_for_three_is_three_rows(monkeypatch):
+    counts = np.where(np.arange(50) % 4 == 0, 3, 1)
+    data = replace(labelled(), counts=counts)
+    spread = np.repeat(np.arange(50), counts)
+    features, _ = next(data.blocks(np.ones(50, dtype=bool)))
+    repeated = LabelledTokens.in_memory(features[spread], data.prefers_slm[spread], data.examples[spread])
+    logits = torch.from_numpy(np.random.default_rng(1).normal(size=50)).float()
+    for weights in ((1.0, 1.0), (0.7, 2.0)):
+        one = data.loss(logits, np.arange(50), weights) * 50
+        torch.testing.assert_close(one, repeated.loss(logits[spread], np.arange(len(spread)), weights) * len(spread))
+    # what is reported of the rows held out, and of the labels, is that of as many rows
+    monkeypatch.setattr("agents.router.training.evaluate_loss", lambda *_: 1.0)
+    monkeypatch.setattr(
+        "agents.router.training._RouterFit.epoch", lambda self, _: self.history.append({"validation_loss": 1.0}) or {}
+    )
+    settings = RouterTraining(epochs=1, units=[3], standardise=False)
+    reports = [fit_router(of, settings, 0, lambda row: None, torch.device("cpu"), "toy")[1] for of in (data, repeated)]
+    assert reports[0].pop("train_labels") < reports[1].pop("train_labels")
+    assert reports[0] == reports[1]
+    assert reports[0] != fit_router(labelled(), settings, 0, lambda row: None, torch.device("cpu"), "toy")[1]
 
 
 def test_batches_in_one_order_are_those_of_the_tokens():

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agents.preferences.store import Columns
-from envs.arrays import NO_ACTION, UNKNOWN, BoolArray
+from envs.arrays import NO_ACTION, UNKNOWN, BoolArray, IntArray
 from envs.decoding.preference_rule import preferred_actions
 
 DROPPED = -1
@@ -41,12 +41,16 @@ class Labels:
         on_agreement: in case 3 where both models would write the same token: `rollout` as published, or `slm`.
         branches: `slm` as published: roll out the SLM's token, prefer the SLM iff the answer is right. `both`: roll out
             the LLM's token too, prefer the SLM unless its answer is worse.
+        rollout_every: roll out one in so many of the tokens that need it, spread evenly over each example's. It counts
+            for as many in training, and the others are left out; 1 as published. For answers so long that not all of
+            them can be finished.
     """
 
     case_2: Literal["llm", "rollout"] = "llm"
     case_3: Literal["rollout", "slm", "llm", "agreement", "drop"] = "rollout"
     on_agreement: Literal["rollout", "slm"] = "rollout"
     branches: Literal["slm", "both"] = "slm"
+    rollout_every: int = 1
 
     def __post_init__(self) -> None:
         for key, known in (
@@ -57,18 +61,44 @@ class Labels:
         ):
             if getattr(self, key) not in known:
                 raise ValueError(f"unknown {key} {getattr(self, key)!r}; choose one of {', '.join(known)}")
+        if self.rollout_every < 1 or (self.rollout_every > 1 and not self.rolls):
+            raise ValueError(
+                f"rollout_every is {self.rollout_every}: it must be at least 1, and 1 where neither case_2 "
+                f"({self.case_2}) nor case_3 ({self.case_3}) is rollout"
+            )
 
     @property
     def rolls(self) -> bool:
         """Whether any token is rolled out."""
         return "rollout" in (self.case_2, self.case_3)
 
-    def manifest(self) -> dict[str, str]:
-        """These settings as manifests hold them; `case_2` as published is not named, as before there was a choice."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("case_2", "llm")}
+    def manifest(self) -> dict[str, str | int]:
+        """These settings as manifests hold them; of later ones the published value is not named, as before them."""
+        later = {"case_2": "llm", "rollout_every": 1}
+        return {key: value for key, value in asdict(self).items() if later.get(key) != value}
 
     def rolled_out(self, columns: Columns) -> BoolArray:
-        """Which tokens need a rollout, (n,): with both branches or by setting, none where the models agree."""
+        """Which tokens need a rollout and get one, (n,).
+
+        Args:
+            columns: `case`, `slm_token` and `llm_token` of whole examples; with `rollout_every`, `example` too.
+        """
+        needed = self._need_rollout(columns)
+        if self.rollout_every == 1:
+            return needed
+        examples = columns["example"]
+        before: IntArray = np.cumsum(needed) - needed
+        _, first, group = np.unique(examples, return_index=True, return_inverse=True)
+        place: IntArray = before - before[first][group]
+        # each example begins elsewhere: else its first token would always be in the sample
+        return np.asarray(needed & ((place + examples) % self.rollout_every == 0))
+
+    def counts(self, columns: Columns) -> IntArray | None:
+        """How many tokens each stands for in training, (n,); None where each stands for itself."""
+        return None if self.rollout_every == 1 else np.where(self.rolled_out(columns), self.rollout_every, 1)
+
+    def _need_rollout(self, columns: Columns) -> BoolArray:
+        """Tokens decided by rollouts, (n,): with both branches or by setting, none where the models agree."""
         second, third = (columns["case"] == 2) & (self.case_2 == "rollout"), columns["case"] == 3
         if self.case_3 != "rollout":
             third = np.zeros_like(third)
@@ -79,14 +109,17 @@ class Labels:
     def of(self, columns: Columns) -> npt.NDArray[np.int8]:
         """1 where the SLM is preferred, 0 where the LLM is, DROPPED where the token is left out; int8, (n,).
 
+        Left out is what settings drop, and what needs a rollout and got none.
+
         Args:
             columns: `case`, `slm_token`, `llm_token`, `slm_outcome`, `llm_outcome`.
         """
         agree = columns["slm_token"] == columns["llm_token"]
         slm, llm = columns["slm_outcome"], columns["llm_outcome"]
         right = slm >= llm if self.branches == "both" else slm == 1
+        needed = self._need_rollout(columns)
         # where models agree and nothing is rolled out, there is nothing to pay for
-        outcomes = np.where(self.rolled_out(columns), right, agree)
+        outcomes = np.where(needed, np.where(slm == UNKNOWN, UNKNOWN, right), agree)
         case_3 = "outcome" if self.case_3 == "rollout" else self.case_3
         case_2 = "outcome" if self.case_2 == "rollout" else "llm"
         actions = preferred_actions(columns["case"], agree, case_3, outcomes, case_2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class LabelledTokens:
         examples: the example each row is from, (n,).
         kept: rows that have a label, (n,).
         width: features used, the first ones.
+        counts: how many tokens each row stands for, (n,), where some are a sample of more; 1 each where None.
     """
 
     features: Callable[[int], Tensor]
@@ -34,6 +35,7 @@ class LabelledTokens:
     examples: IntArray
     kept: BoolArray
     width: int
+    counts: IntArray | None = field(default=None, kw_only=True)
 
     @classmethod
     def in_memory(cls, features: Tensor, prefers_slm: BoolArray, examples: IntArray) -> LabelledTokens:
@@ -53,7 +55,15 @@ class LabelledTokens:
         `weights` are those of tokens labelled LLM and SLM.
         """
         labels = torch.from_numpy(self.prefers_slm[rows]).to(logits.device)
-        return preference_loss(logits, labels.to(logits.dtype), torch.where(labels, weights[1], weights[0]))
+        weight = torch.where(labels, weights[1], weights[0])
+        if self.counts is not None:
+            weight = weight * torch.from_numpy(self.counts[rows]).to(logits.device)
+        return preference_loss(logits, labels.to(logits.dtype), weight)
+
+    def labels_of(self, where: BoolArray | IntArray) -> BoolArray:
+        """Labels of the rows `where`, each as often as it counts."""
+        labels = self.prefers_slm[where]
+        return labels if self.counts is None else np.repeat(labels, self.counts[where])
 
     def blocks(self, where: BoolArray, order: Sequence[int] | None = None) -> Iterator[tuple[Tensor, IntArray]]:
         """Rows `where` (n,), shard by shard: features (m, width) float16 and the numbers of the rows (m,)."""
