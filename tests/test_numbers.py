@@ -134,9 +134,12 @@ def estimate(measure):
 
 
 def against(row, other):
-    """Ratios of costs to another agent's."""
+    """Ratios of costs to another agent's, and points of accuracy above it at half of the LLM's cost."""
     found, levels = row["against"].get(other, {}), [f"{level:.2f}" for level in COMPARED]
+    gain = found.get("gain_at_0.50", {"value": None, "interval": [None, None]})
+    above, low, high = ("none" if one is None else f"{100 * one:z.1f}" for one in (gain["value"], *gain["interval"]))
     return SimpleNamespace(
+        points50=f"{above} [{low}, {high}]",
         **{f"hull{level[2:]}": estimate(found[f"ratio_at_{level}"]) for level in levels if found},
         **{f"chosen{level[2:]}": estimate(found[f"chosen_ratio_at_{level}"]) for level in levels if found},
     )

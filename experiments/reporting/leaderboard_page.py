@@ -171,8 +171,8 @@ def label_section(how: HowMade) -> str:
 
 {shares}
 Of the labels that ask for the LLM, in the last round: the share that each case and kind of token has, means over seeds.
-In case 2 only the LLM would write the reference's token, in case 3 neither model would. References are worded at random
-and only the number is judged, so that a label on wording asks for what changes no verdict.
+In case 2 only the LLM would write the reference's token, in case 3 neither model would. Only the result is judged, so
+that a label on wording may ask for what changes no verdict.
 
 """
 
