@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from agents.checking.entropy import CheckedEntropy
 from agents.common.episode_queue import EpisodeQueue
 from agents.common.policy import Policy
 from agents.common.rollout import Scheduling, decode, decode_alone
-from agents.heuristics import Always
+from agents.heuristics import Always, Uncertainty
 from agents.oracle import Oracle
 from envs.costs import COLUMNS, READ, SECONDS
 from envs.decoding.observation import Observation
@@ -18,7 +19,8 @@ from envs.models.pool import ModelPool
 from envs.prefix_tree.tree import PrefixTree
 from envs.tasks.task import Example
 from experiments.evaluation.decoder import ExampleDecoder
-from experiments.evaluation.threshold_sweep import choose_thresholds, record_scores
+from experiments.evaluation.settings import EvaluationSettings
+from experiments.evaluation.threshold_sweep import called_at, choose_thresholds, record_scores
 
 
 def started_by(rows, items):
@@ -210,6 +212,56 @@ def test_a_rule_that_seldom_calls_is_evaluated_where_it_calls():
         "learned": np.quantile(learned, [0.1, 0.3, 0.5]).tolist(),
         "constant": [0.0],
     }
+
+
+def test_so_many_decisions_are_calls_at_the_thresholds_of_drafts():
+    rng = np.random.default_rng(0)
+    answers, length = 40, 300
+    episodes = np.tile(np.arange(answers), length)  # one token of each in turn, as a batch writes them
+    rates = rng.exponential(0.2, (length, answers))
+    falling = np.exp(-np.cumsum(rates, axis=0)).ravel()  # a probability that all of the draft stands
+    thresholds = np.quantile(called_at(falling, episodes), [0.03, 0.1, 0.3, 0.8])
+    assert (np.diff(thresholds) > 0).all()
+    for share, threshold in zip([0.03, 0.1, 0.3, 0.8], thresholds, strict=True):
+        # the draft begins anew at each call, as in use
+        calls, total = 0, np.zeros(answers)
+        for own in rates:
+            total += own
+            called = np.exp(-total) < threshold
+            calls += called.sum()
+            total[called] = 0
+        assert calls / rates.size == pytest.approx(share, rel=0.25)
+    # quantiles of the scores themselves are those of drafts of hundreds of tokens
+    assert np.quantile(falling, 0.3) < 1e-15
+    # a score that does not fall with the draft has the quantiles that it has
+    fresh = rng.random(answers * length)
+    assert np.quantile(called_at(fresh, episodes), 0.1) == pytest.approx(0.1, abs=0.03)
+    # the least that is known where no answer is long enough, the highest where each decision is a call
+    assert called_at(np.array([0.5, 0.25, 0.75, 0.125]), np.array([0, 0, 1, 1]))[[0, 1, -1]].tolist() == [
+        0.125,
+        0.125,
+        0.75,
+    ]
+
+
+def test_thresholds_by_calls_are_for_policies_that_check_drafts(pool, task):
+    decoder = ExampleDecoder(pool, task, task.examples("test", 4), 40, Scheduling(), None)
+    policies = {"checked_entropy": CheckedEntropy(), "entropy": Uncertainty()}
+    by_scores, by_calls = (record_scores(decoder, policies, by) for by in ("scores", "calls"))
+    assert by_calls["entropy"].tolist() == by_scores["entropy"].tolist()
+    episodes = decoder.decode(CheckedEntropy(), 0.0)  # nobody is called; its scores fall with the entropies
+    shares = [0.1, 0.3]
+    expected = []
+    for share in shares:
+        left = int(len(episodes) * (1 / share - 1))
+        falling = np.concatenate([one.scores[one.scores > 0] for one in episodes])  # an end that is drafted scores 0
+        expected.append(np.sort(falling)[::-1][min(left, len(falling) - 1)])
+    found = choose_thresholds(by_calls, shares)["checked_entropy"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="unknown thresholds_by 'tokens'; choose scores or calls"):
+        EvaluationSettings(thresholds_by="tokens")
+    assert EvaluationSettings().thresholds_found == {"thresholds_at": EvaluationSettings().thresholds_at}
+    assert EvaluationSettings(thresholds_by="calls").thresholds_found["thresholds_by"] == "calls"
 
 
 def test_an_observation_is_tensors_on_one_device(pool, task):

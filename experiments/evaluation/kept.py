@@ -23,7 +23,7 @@ CHOSEN = "thresholds.json"
 VALIDATED = "validation"
 """The folder of the answers to validation problems."""
 SAME = ("models", "task", "split", "start", "examples", "max_new_tokens", "oracle", "draft_tokens", "thresholds_at")
-"""What the manifests of one experiment agree in."""
+"""What the manifests of one experiment agree in; not `thresholds_by`, which matters where drafts are checked alone."""
 SHIPPED = "shipped.json"
 """In an evaluation that was unpacked: the pieces whose traces came with it, and how many episodes each holds."""
 

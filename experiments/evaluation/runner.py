@@ -177,7 +177,7 @@ class Evaluation:
         """
 
         def chosen() -> dict[str, Any]:
-            scores = record_scores(self.validation, policies)
+            scores = record_scores(self.validation, policies, self.settings.thresholds_by)
             self._quantiles = quantiles(scores)
             return {
                 "thresholds": choose_thresholds(scores, self.settings.llm_shares),
@@ -191,7 +191,7 @@ class Evaluation:
             return dict(chosen()["thresholds"])
         manifest = {
             **self._problems,
-            "thresholds_at": self.settings.thresholds_at,
+            **self.settings.thresholds_found,
             "timed": self.settings.tree is None,
             "policies": {name: policy.fingerprint for name, policy in policies.items()},
         }

@@ -28,6 +28,7 @@ class ScoreRecorder(Policy):
         # nobody is called, so that any judge will do
         self.judge, self.observes = first.judge, first.observes  # type: ignore[misc]
         self.scores: dict[str, list[Tensor]] = {name: [] for name in policies}
+        self.episodes: list[IntArray] = []
 
     @property
     def sees(self) -> Sequence[str]:
@@ -39,6 +40,7 @@ class ScoreRecorder(Policy):
         ended = torch.zeros_like(first)
         if observation.drafts is not None:
             ended = torch.from_numpy(observation.drafts.ended)  # of these there is one a response
+            self.episodes.append(observation.host_episodes[~observation.drafts.ended])
         for name, policy in self.policies.items():
             once = policy.per_response
             if once and not first.any():
@@ -55,7 +57,7 @@ class ScoreRecorder(Policy):
             policy.forget(episodes)
 
 
-def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy]) -> dict[str, FloatArray]:
+def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy], by: str = "scores") -> dict[str, FloatArray]:
     """The score that each policy gives each decision where the SLM answers alone, (decisions,) by name.
 
     Drafted ends are left out: whether these are checked says little of where thresholds should lie.
@@ -63,16 +65,41 @@ def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy]) -> di
     Args:
         decoder: of validation problems.
         policies: by name.
+        by: `scores`; or `calls`: of policies that check drafts what `called_at` makes of them.
     """
     groups: dict[tuple[bool, bool], dict[str, Policy]] = {}
     for name, policy in policies.items():
         groups.setdefault((policy.judge is None, policy.observes), {})[name] = policy
     scores: dict[str, FloatArray] = {}
-    for group in groups.values():
+    for (routes, _), group in groups.items():
         recorder = ScoreRecorder(group)
         decoder.decode(recorder, 0.5, "thresholds")
-        scores |= {name: torch.cat(some).double().numpy() for name, some in recorder.scores.items()}
+        found = {name: torch.cat(some).double().numpy() for name, some in recorder.scores.items()}
+        if by == "calls" and not routes:
+            episodes = np.concatenate(recorder.episodes)
+            found = {name: called_at(some, episodes) for name, some in found.items()}
+        scores |= found
     return {name: scores[name] for name in policies}
+
+
+def called_at(scores: FloatArray, episodes: IntArray) -> FloatArray:
+    """The threshold at which each of SHARES of the decisions is a call, rising, (shares,); their quantiles are they.
+
+    A draft begins with the answer, and the LLM is first called where a score is below the threshold: so many decisions
+    lie between two calls, on average. Quantiles of all scores are of drafts as long as an answer; where it has hundreds
+    of tokens, and a score falls with each of them, nobody would draft that far.
+
+    Args:
+        scores: of decisions in answers that the SLM writes alone, in their order, (decisions,).
+        episodes: which answer each is of, (decisions,).
+    """
+    order = np.argsort(episodes, kind="stable")
+    answers = np.split(scores[order], np.flatnonzero(np.diff(episodes[order])) + 1)
+    # an answer goes on without a call for as long as its least score so far reaches the threshold
+    least = np.sort(np.concatenate([np.minimum.accumulate(one) for one in answers]))[::-1]
+    with np.errstate(divide="ignore"):
+        uncalled = len(answers) * (1 / SHARES - 1)
+    return np.asarray(least[np.minimum(uncalled, len(least) - 1).astype(np.int64)])
 
 
 def choose_thresholds(scores: Mapping[str, FloatArray], llm_shares: Sequence[float]) -> dict[str, list[float]]:
