@@ -30,8 +30,8 @@ class EvaluationSettings:
             is measured is kept in all of them.
         llm_shares: the thresholds of a policy are these quantiles of its score on validation problems that the SLM
             answers alone; about this share of decisions goes to the LLM.
-        thresholds_by: `scores`: that; or `calls`: of policies that check drafts, the thresholds at which this share of
-            decisions is a call. In answers of hundreds of tokens quantiles are those of drafts that nobody would make.
+        thresholds_by: `calls`: the thresholds of a policy that checks drafts are those at which these shares of decisions
+            are calls. Quantiles where None: in answers of hundreds of tokens they are of drafts that nobody would make.
         threshold_examples: validation problems that thresholds are chosen on.
         refine: how many thresholds are put between two that a share of the LLM's accuracy lies between, at most; it
             ends where their costs are as close as can be measured. Of a policy with a judge, those beside the
@@ -65,7 +65,7 @@ class EvaluationSettings:
     max_new_tokens: int = 128
     cost: str = "bytes"
     llm_shares: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.21, 0.28, 0.4, 0.6, 0.8)
-    thresholds_by: Literal["scores", "calls"] = "scores"
+    thresholds_by: Literal["calls"] | None = None
     threshold_examples: int = 200
     refine: int = 6
     refine_curve: int | None = 6
@@ -89,8 +89,10 @@ class EvaluationSettings:
             raise ValueError(f"unknown cost {self.cost!r}; choose one of {', '.join(units)}")
         if self.columns not in COLUMNS:
             raise ValueError(f"unknown columns {self.columns!r}; choose one of {', '.join(COLUMNS)}")
-        if self.thresholds_by not in ("scores", "calls"):
-            raise ValueError(f"unknown thresholds_by {self.thresholds_by!r}; choose scores or calls")
+        if self.thresholds_by not in (None, "calls"):
+            raise ValueError(
+                f"unknown thresholds_by {self.thresholds_by!r}; choose calls, or None for quantiles of scores"
+            )
         if self.oracle is not None:
             logging.getLogger(__name__).warning("oracle is called oracle_budget now: answers tried per problem")
             object.__setattr__(self, "oracle_budget", self.oracle)
@@ -133,8 +135,8 @@ class EvaluationSettings:
 
     @property
     def thresholds_found(self) -> dict[str, object]:
-        """What thresholds are found at, and by what unless it is by scores, as there was no choice before."""
-        by = {} if self.thresholds_by == "scores" else {"thresholds_by": self.thresholds_by}
+        """What thresholds are found at, and by what, as manifests say it; there was no choice before."""
+        by = {"thresholds_by": self.thresholds_by} if self.thresholds_by else {}
         return {"thresholds_at": self.thresholds_at, **by}
 
     def shown(self, policies: Sequence[str]) -> list[str]:
