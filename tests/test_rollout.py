@@ -247,7 +247,7 @@ def test_so_many_decisions_are_calls_at_the_thresholds_of_drafts():
 def test_thresholds_by_calls_are_for_policies_that_check_drafts(pool, task):
     decoder = ExampleDecoder(pool, task, task.examples("test", 4), 40, Scheduling(), None)
     policies = {"checked_entropy": CheckedEntropy(), "entropy": Uncertainty()}
-    by_scores, by_calls = (record_scores(decoder, policies, by) for by in ("scores", "calls"))
+    by_scores, by_calls = (record_scores(decoder, policies, by) for by in (None, "calls"))
     assert by_calls["entropy"].tolist() == by_scores["entropy"].tolist()
     episodes = decoder.decode(CheckedEntropy(), 0.0)  # nobody is called; its scores fall with the entropies
     shares = [0.1, 0.3]
@@ -258,7 +258,7 @@ def test_thresholds_by_calls_are_for_policies_that_check_drafts(pool, task):
         expected.append(np.sort(falling)[::-1][min(left, len(falling) - 1)])
     found = choose_thresholds(by_calls, shares)["checked_entropy"]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="unknown thresholds_by 'tokens'; choose scores or calls"):
+    with pytest.raises(ValueError, match="unknown thresholds_by 'tokens'; choose calls, or None"):
         EvaluationSettings(thresholds_by="tokens")
     assert EvaluationSettings().thresholds_found == {"thresholds_at": EvaluationSettings().thresholds_at}
     assert EvaluationSettings(thresholds_by="calls").thresholds_found["thresholds_by"] == "calls"

@@ -30,8 +30,8 @@ class EvaluationSettings:
             is measured is kept in all of them.
         llm_shares: the thresholds of a policy are these quantiles of its score on validation problems that the SLM
             answers alone; about this share of decisions goes to the LLM.
-        thresholds_by: `calls`: the thresholds of a policy that checks drafts are those at which these shares of decisions
-            are calls. Quantiles where None: in answers of hundreds of tokens they are of drafts that nobody would make.
+        thresholds_by: `calls`: the thresholds of a policy that checks drafts are those at which these shares of
+            decisions are calls. Where None they are quantiles too, in long answers of drafts that nobody would make.
         threshold_examples: validation problems that thresholds are chosen on.
         refine: how many thresholds are put between two that a share of the LLM's accuracy lies between, at most; it
             ends where their costs are as close as can be measured. Of a policy with a judge, those beside the

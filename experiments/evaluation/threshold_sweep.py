@@ -57,7 +57,9 @@ class ScoreRecorder(Policy):
             policy.forget(episodes)
 
 
-def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy], by: str = "scores") -> dict[str, FloatArray]:
+def record_scores(
+    decoder: ExampleDecoder, policies: Mapping[str, Policy], by: str | None = None
+) -> dict[str, FloatArray]:
     """The score that each policy gives each decision where the SLM answers alone, (decisions,) by name.
 
     Drafted ends are left out: whether these are checked says little of where thresholds should lie.
@@ -65,7 +67,7 @@ def record_scores(decoder: ExampleDecoder, policies: Mapping[str, Policy], by: s
     Args:
         decoder: of validation problems.
         policies: by name.
-        by: `scores`; or `calls`: of policies that check drafts what `called_at` makes of them.
+        by: `calls`: of policies that check drafts what `called_at` makes of the scores instead.
     """
     groups: dict[tuple[bool, bool], dict[str, Policy]] = {}
     for name, policy in policies.items():
