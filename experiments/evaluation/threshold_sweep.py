@@ -85,11 +85,11 @@ def record_scores(
 
 
 def called_at(scores: FloatArray, episodes: IntArray) -> FloatArray:
-    """The threshold at which each of SHARES of the decisions is a call, rising, (shares,); their quantiles are they.
+    """The threshold at which about each of SHARES of the decisions is a call, rising, (shares,); its quantiles are these.
 
-    A draft begins with the answer, and the LLM is first called where a score is below the threshold: so many decisions
-    lie between two calls, on average. Quantiles of all scores are of drafts as long as an answer; where it has hundreds
-    of tokens, and a score falls with each of them, nobody would draft that far.
+    A draft begins with the answer, and the LLM is first called where a score is below the threshold: the decisions up
+    to there, on average over answers, stand for those between two calls. Quantiles of all scores are of drafts as long
+    as an answer; where it has hundreds of tokens, and a score falls with each, nobody would draft that far.
 
     Args:
         scores: of decisions in answers that the SLM writes alone, in their order, (decisions,).
