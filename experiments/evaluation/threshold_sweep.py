@@ -85,7 +85,7 @@ def record_scores(
 
 
 def called_at(scores: FloatArray, episodes: IntArray) -> FloatArray:
-    """The threshold at which about each of SHARES of the decisions is a call, rising, (shares,); its quantiles are these.
+    """The thresholds at which about each of SHARES of the decisions is a call, (shares,): as good as such quantiles.
 
     A draft begins with the answer, and the LLM is first called where a score is below the threshold: the decisions up
     to there, on average over answers, stand for those between two calls. Quantiles of all scores are of drafts as long
