@@ -79,7 +79,9 @@ def record_scores(
         found = {name: torch.cat(some).double().numpy() for name, some in recorder.scores.items()}
         if by == "calls" and not routes:
             episodes = np.concatenate(recorder.episodes)
-            found = {name: called_at(some, episodes) for name, some in found.items()}
+            found = {
+                name: some if policies[name].per_response else called_at(some, episodes) for name, some in found.items()
+            }
         scores |= found
     return {name: scores[name] for name in policies}
 
