@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from envs.arrays import BoolArray, IntArray
 
 # Rows shuffled together, so that memory does not grow with the data: 73 MB at 139 features.
 SHUFFLED_ROWS = 2**18
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,9 @@ class LabelledTokens:
             weight = weight * torch.from_numpy(self.counts[rows]).to(logits.device)
         return preference_loss(logits, labels.to(logits.dtype), weight)
 
-    def labels_of(self, where: BoolArray | IntArray) -> BoolArray:
-        """Labels of the rows `where`, each as often as it counts."""
-        labels = self.prefers_slm[where]
-        return labels if self.counts is None else np.repeat(labels, self.counts[where])
+    def as_they_count(self, values: npt.NDArray[Scalar], rows: BoolArray | IntArray) -> npt.NDArray[Scalar]:
+        """Values of some rows, (m,), each as often as its row counts."""
+        return values if self.counts is None else np.repeat(values, self.counts[rows])
 
     def blocks(self, where: BoolArray, order: Sequence[int] | None = None) -> Iterator[tuple[Tensor, IntArray]]:
         """Rows `where` (n,), shard by shard: features (m, width) float16 and the numbers of the rows (m,)."""

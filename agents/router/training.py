@@ -130,7 +130,7 @@ def fit_router(
     """
     held_out = held_out_rows(data.examples, settings.validation_share, np.random.default_rng(seed))
     train, validation = data.kept & ~held_out, data.kept & held_out
-    share = float(data.labels_of(train).mean()) if train.any() else math.nan
+    share = float(data.as_they_count(data.prefers_slm[train], train).mean()) if train.any() else math.nan
     if not 0 < share < 1:
         raise ValueError(
             f"{label}: all {int(train.sum())} training labels are the same (share of SLM labels {share}): there is "
@@ -151,11 +151,11 @@ def fit_router(
     fit.network.load_state_dict(fit.best)
     network = fit.network.eval().requires_grad_(False)
     logits, rows = predict(network, data, validation, device)
-    scores = torch.sigmoid(logits).numpy()
-    if data.counts is not None:
-        scores = np.repeat(scores, data.counts[rows])
+    scores, labels = (
+        data.as_they_count(some, rows) for some in (torch.sigmoid(logits).numpy(), data.prefers_slm[rows])
+    )
     report = {"train_labels": int(train.sum()), "prefers_slm": share}
-    return network, report | calibration(scores, data.labels_of(rows))
+    return network, report | calibration(scores, labels)
 
 
 class _RouterFit:
